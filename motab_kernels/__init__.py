@@ -1,0 +1,38 @@
+"""Kernels for distillation that follow a student token by token. Needs torch alone, and Triton on a GPU."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from motab_kernels.boundary import (
+    BoundaryOutput,
+    BoundaryState,
+    EntropyBoundary,
+    FixedBoundary,
+    MovingAverageBoundary,
+    fused_kl_boundary,
+)
+from motab_kernels.kv_cache import truncate_kv_cache_
+
+if TYPE_CHECKING:
+    from motab_kernels.ragged_kv_cache import RaggedKVCache
+
+__all__ = [
+    "BoundaryOutput",
+    "BoundaryState",
+    "EntropyBoundary",
+    "FixedBoundary",
+    "MovingAverageBoundary",
+    "RaggedKVCache",
+    "fused_kl_boundary",
+    "truncate_kv_cache_",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # The one name that needs transformers: importing it here would make every user of a kernel need it.
+    if name == "RaggedKVCache":
+        from motab_kernels.ragged_kv_cache import RaggedKVCache
+
+        return RaggedKVCache
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

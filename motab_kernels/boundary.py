@@ -1,0 +1,273 @@
+"""`fused_kl_boundary`: all that a teacher can say about a student's tokens, and the decision, in one pass.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from motab_kernels.boundary_state import (
+    SCORES,
+    Boundary,
+    BoundaryState,
+    EntropyBoundary,
+    FixedBoundary,
+    MovingAverageBoundary,
+    Rule,
+    check_count,
+    check_parameter,
+)
+from motab_kernels.reference import boundary as reference
+
+__all__ = [
+    "SCORES",
+    "BoundaryOutput",
+    "BoundaryState",
+    "EntropyBoundary",
+    "FixedBoundary",
+    "MovingAverageBoundary",
+    "fused_kl_boundary",
+]
+
+BACKENDS = ("torch",)
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class BoundaryOutput(NamedTuple):
+    """What `fused_kl_boundary` returns, shaped like `token_ids`. At padding: 0, False, and -1 for
+    integers."""
+
+    forward_kl: Tensor  # float32, nats, >= 0: KL(teacher || student)
+    reverse_kl: Tensor  # float32, nats, >= 0: KL(student || teacher)
+    student_logprob: Tensor  # float32, nats, <= 0: of the token
+    teacher_logprob: Tensor  # float32, nats, <= 0: of the token
+    student_entropy: Tensor  # float32, nats, >= 0
+    teacher_entropy: Tensor  # float32, nats, >= 0
+    teacher_rank: Tensor  # int32: how many teacher logits exceed the token's; -1 where there is no rank
+    teacher_argmax: Tensor  # int64: the first largest teacher logit's column; -1 where there is none
+    score: Tensor  # float32: of the step so far, this token included
+    threshold: Tensor  # float32: of the step
+    stray: Tensor  # bool: the step that ends here breaches the boundary
+
+
+OUTPUT_DTYPES = (torch.float32,) * 6 + (torch.int32, torch.int64, torch.float32, torch.float32, torch.bool)
+
+
+def fused_kl_boundary(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    *,
+    boundary: Boundary | None = None,
+    state: BoundaryState | None = None,
+    step_ends: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    vocab_size: int | None = None,
+    out: BoundaryOutput | None = None,
+    backend: str | None = None,
+) -> BoundaryOutput:
+    """Divergences, entropies, log-probabilities and rank of written tokens, and whether their step strays.
+
+    Equivalent, for the statistics, with `V = min(V_student, V_teacher, vocab_size)`::
+
+        log_q = (student_logits[..., :V].float() / temperature).log_softmax(-1)
+        log_p = (teacher_logits[..., :V].float() / temperature).log_softmax(-1)
+        forward_kl = (log_p.exp() * (log_p - log_q)).sum(-1)          # KL(teacher || student)
+        reverse_kl = (log_q.exp() * (log_q - log_p)).sum(-1)          # KL(student || teacher)
+        student_entropy, teacher_entropy = -(log_q.exp() * log_q).sum(-1), -(log_p.exp() * log_p).sum(-1)
+        student_logprob = log_q.gather(-1, token_ids[..., None])[..., 0]; teacher_logprob likewise from log_p
+
+    where 0 log 0 is 0: a column at -inf has no probability, and one that only a single side excludes makes
+    the KL in which it counts inf. A position with NaN or +inf among the shared logits of either side, or with
+    no finite one, is NaN throughout and its step strays.
+
+    The decision: a step's score (see the boundary) is compared with the threshold of its first token at the
+    token that ends it. In the first step t that strays, the row breaches: `state.rollback_position` is the
+    start of step `t* = argmin_k (safety_k - safety_{k-1})` over k = 1..t, the first minimum, and 0 for t = 0,
+    where safety is the score, negated if low is safe; a NaN score is the deepest fall. From then on the row
+    is frozen: its tokens still get statistics, with the score and threshold of the breach, but never stray,
+    until `state.reset_`.
+
+    Not differentiable (see `divergence_loss`). Batch invariant: a row's numbers do not depend on other rows.
+
+    Args:
+        student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16, float16 or float64,
+            which is then computed in float64. Any strides.
+        teacher_logits: the same leading shape, (..., V_teacher). Only shared columns are read.
+        token_ids: (B,) or (B, T) int64, in [0, V); -1 is padding: it counts for nothing, whatever its logits.
+            Other values raise on the CPU; on a GPU, where looking would make the host wait, such a token has
+            NaN log-probabilities and its step strays.
+        boundary: `EntropyBoundary` (None: with its defaults), `FixedBoundary` or `MovingAverageBoundary`.
+        state: changed in place. None: a fresh one, forgotten after the call.
+        step_ends: (B,) or (B, T) bool, this token ends a step. None: every token is a step.
+        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
+            device.
+        vocab_size: columns that count, at most. None: all that both sides have.
+        out: a `BoundaryOutput` to write into and return. None: new tensors.
+        backend: "torch", or None: the same.
+
+    Returns:
+        `BoundaryOutput` of tensors shaped like `token_ids`. Statistics are within 1e-5 of float64 on the same
+        logits.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, a state for another batch size or boundary, an
+            unknown backend, on the CPU a token or a temperature out of range. Nothing has been changed then.
+
+    Source: MOTAB, arXiv 2605.19433.
+    """
+    boundary = EntropyBoundary() if boundary is None else boundary
+    if not isinstance(boundary, (EntropyBoundary, FixedBoundary, MovingAverageBoundary)):
+        expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
+        raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
+    rule = boundary.rule
+    _check_tensors(student_logits, teacher_logits, token_ids, step_ends)
+    V = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size)
+        V = min(V, vocab_size)
+    if V == 0:
+        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
+        raise ValueError(f"student_logits, teacher_logits: expected a shared vocabulary, got {shapes}")
+    check_parameter("temperature", temperature, minimum=0, strict=True)
+
+    B, device = token_ids.shape[0], token_ids.device
+    if state is None:
+        state = boundary.new_state(B, device)
+    _check_state(state, B, rule.window, device)
+    if backend not in (*BACKENDS, None):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if out is None:
+        out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
+    _check_out(out, token_ids)
+
+    fused_kl_boundary_op(
+        student_logits.detach(),
+        teacher_logits.detach(),
+        token_ids,
+        step_ends,
+        None if _is_one(temperature) else _on_device("temperature", temperature, B, device),
+        _on_device("the boundary's threshold", rule.scale, B, device),
+        None if rule.theta is None else _on_device("theta", rule.theta, B, device),
+        [state.counters, state.scores, state.history],
+        list(out),
+        rule.score,
+        rule.top_k,
+        V,
+    )
+    return out
+
+
+@torch.library.custom_op("motab_kernels::fused_kl_boundary", mutates_args=("state", "out"))
+def fused_kl_boundary_op(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    step_ends: Tensor | None,
+    temperature: Tensor | None,
+    scale: Tensor,
+    theta: Tensor | None,
+    state: list[Tensor],
+    out: list[Tensor],
+    score: str,
+    top_k: int,
+    vocab_size: int,
+) -> None:
+    if token_ids.numel() == 0:
+        return
+    if token_ids.device.type == "cpu":
+        _check_values(token_ids, temperature, vocab_size)
+
+    def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
+        return x if token_ids.dim() == 2 else x.unsqueeze(1)
+
+    results = reference.fused_kl_boundary(
+        with_tokens(student_logits)[..., :vocab_size],
+        with_tokens(teacher_logits)[..., :vocab_size],
+        with_tokens(token_ids),
+        None if step_ends is None else with_tokens(step_ends),
+        temperature,
+        Rule(score, scale, theta, top_k, window=state[2].shape[1]),
+        BoundaryState.of(*state),
+    )
+    for target, result in zip(out, results, strict=True):
+        with_tokens(target).copy_(result)
+
+
+@fused_kl_boundary_op.register_fake
+def _(*args: object, **kwargs: object) -> None:
+    """Everything is written in place."""
+
+
+def _check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends: Tensor | None) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in LOGIT_DTYPES:
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+    leading = student.shape[:-1]
+    if teacher.shape[:-1] != leading:
+        expected, got = (*leading, "V"), tuple(teacher.shape)
+        raise ValueError(f"teacher_logits: expected the student's leading shape, {expected}, got {got}")
+    _check("token_ids", token_ids, leading, torch.int64, student.device)
+    _check("teacher_logits", teacher, teacher.shape, teacher.dtype, student.device)
+    if step_ends is not None:
+        _check("step_ends", step_ends, leading, torch.bool, student.device)
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        expected = f"{dtype} of shape {tuple(shape)} on {device}"
+        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def _check_state(state: BoundaryState, B: int, window: int, device: torch.device) -> None:
+    if not isinstance(state, BoundaryState):
+        raise ValueError(f"state: expected a BoundaryState, got {type(state).__name__}")
+    history = state.history
+    if history.shape != (B, window) or history.device != device:
+        expected = f"one for {B} rows with window {window} on {device}: boundary.new_state({B}, device)"
+        raise ValueError(f"state: expected {expected}, got {state!r}")
+
+
+def _check_out(out: BoundaryOutput, token_ids: Tensor) -> None:
+    for name, dtype, x in zip(BoundaryOutput._fields, OUTPUT_DTYPES, out, strict=True):
+        _check(f"out.{name}", x, token_ids.shape, dtype, token_ids.device)
+
+
+def _check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
+    """What can be looked at on the CPU alone."""
+    outside = (token_ids < -1) | (token_ids >= V)
+    if outside.any():
+        raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")
+    if temperature is not None and not (temperature > 0).all():
+        raise ValueError(f"temperature: expected values > 0, got {temperature.tolist()}")
+
+
+_constants: dict[tuple[float, torch.device], Tensor] = {}
+
+
+def _on_device(name: str, value: float | Tensor, B: int, device: torch.device) -> Tensor:
+    """A parameter as a tensor on the device. Numbers are put there once, and kept: a captured CUDA graph may
+    read them for as long as it lives."""
+    if isinstance(value, Tensor):
+        if value.device != device or value.shape not in ((), (B,)):
+            got = f"shape {tuple(value.shape)} on {value.device}"
+            raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+        return value.detach()
+    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return torch.full((), value, dtype=torch.float64, device=device)  # memory of the graph's own
+    key = (float(value), device)
+    if key not in _constants:
+        with torch.inference_mode(False):
+            _constants[key] = torch.full((), value, dtype=torch.float64, device=device)
+    return _constants[key]
+
+
+def _is_one(temperature: float | Tensor) -> bool:
+    return not isinstance(temperature, Tensor) and temperature == 1.0

@@ -1,0 +1,280 @@
+"""Boundaries, and what a monitored row remembers between calls.
+
+B rows, T tokens. Every boundary is one rule: a step gets a *score* from its tokens, and at its first token a
+*threshold*,
+
+    threshold = scale * { exp(-theta * H_teacher) | 1 | mean of the last `window` accepted scores },
+
+and is accepted while the score lies on the safe side of the threshold. NaN lies on neither side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: What can be watched. The first two are safe when high, the others when low.
+SCORES = ("teacher_value", "value_ratio", "forward_kl", "reverse_kl", "teacher_rank")
+
+
+class Rule(NamedTuple):
+    """A boundary as the kernels see it."""
+
+    score: str
+    scale: float | Tensor
+    theta: float | Tensor | None = None  # None: no entropy in the threshold
+    top_k: int = 0  # 0: the entropy of the whole vocabulary
+    window: int = 0  # 0: no history in the threshold
+
+
+def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
+    """A finite number of at least (`strict`: above) `minimum`, or a floating-point tensor, 0-d or (B,).
+
+    A tensor's values are looked at on the CPU only: elsewhere that would make the host wait.
+    """
+    bound = f" {'>' if strict else '>='} {minimum:g}"
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or not value.dtype.is_floating_point:
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (value > minimum if strict else value >= minimum).all():
+            raise ValueError(f"{name}: expected values{bound}, got {value.tolist()}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    else:
+        too_low = value <= minimum if strict else value < minimum
+        if too_low or not math.isfinite(value):
+            raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
+
+
+@dataclass(frozen=True, eq=False)
+class EntropyBoundary:
+    """MOTAB's adaptive boundary: accept a step while `V >= epsilon0 * exp(-theta * H)`.
+
+    `V = exp(mean teacher log-probability of the step's tokens)`, in [0, 1]. `H` is the entropy, in nats, of
+    the teacher's distribution at the step's first position. Source: MOTAB, arXiv 2605.19433.
+
+    Args:
+        epsilon0: the threshold of a teacher without doubt, >= 0; useful 0.1 to 0.5. Above 1, with `theta=0`,
+            nothing is accepted. Float, or floating-point tensor, 0-d or (B,), on the logits' device.
+        theta: how fast doubt lowers the threshold, >= 0; useful 0.5 to 2. 0 is a static boundary. As
+            `epsilon0`.
+        entropy_top_k: take `H` over the teacher's renormalised `k` likeliest tokens, as the authors do with
+            20; this reads the teacher's logits a second time. None: over the whole vocabulary.
+
+    Tensors are read on the device at every call, so that a captured CUDA graph follows a change made in
+    place.
+
+    Raises:
+        ValueError: a number out of range, or a tensor that is not floating-point or neither 0-d nor (B,).
+    """
+
+    epsilon0: float | Tensor = 0.2
+    theta: float | Tensor = 1.0
+    entropy_top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        check_parameter("epsilon0", self.epsilon0, minimum=0)
+        check_parameter("theta", self.theta, minimum=0)
+        if self.entropy_top_k is not None:
+            check_count("entropy_top_k", self.entropy_top_k)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule("teacher_value", self.epsilon0, theta=self.theta, top_k=self.entropy_top_k or 0)
+
+    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
+        """A fresh `BoundaryState` for this boundary."""
+        return BoundaryState(batch_size, device)
+
+
+@dataclass(frozen=True, eq=False)
+class FixedBoundary:
+    """Accept a step while its score is on the safe side of one threshold.
+
+    | score | of a step | accepted while |
+    |---|---|---|
+    | `"teacher_value"` | exp(mean teacher log-probability), in [0, 1] | score >= threshold |
+    | `"value_ratio"` | exp(mean(teacher - student log-probability)), >= 0 | score >= threshold |
+    | `"forward_kl"` | mean KL(teacher || student), nats | score <= threshold |
+    | `"reverse_kl"` | mean KL(student || teacher), nats | score <= threshold |
+    | `"teacher_rank"` | largest number of teacher logits above a token's | score < threshold |
+
+    `FixedBoundary(25, score="teacher_rank")` keeps tokens within the teacher's top 25.
+
+    Args:
+        threshold: float, or floating-point tensor, 0-d or (B,), on the logits' device; read there at every
+            call.
+        score: one of the above.
+
+    Raises:
+        ValueError: an unknown score, or a threshold that is not finite or of the wrong shape.
+    """
+
+    threshold: float | Tensor
+    score: str = "teacher_value"
+
+    def __post_init__(self) -> None:
+        check_parameter("threshold", self.threshold, minimum=-math.inf)
+        if self.score not in SCORES:
+            raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {self.score!r}")
+
+    @property
+    def rule(self) -> Rule:
+        return Rule(self.score, self.threshold)
+
+    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
+        """A fresh `BoundaryState` for this boundary."""
+        return BoundaryState(batch_size, device)
+
+
+@dataclass(frozen=True, eq=False)
+class MovingAverageBoundary:
+    """AdaSwitch's boundary: accept while KL(teacher || student) <= `factor` * its recent mean.
+
+    A step's score is its mean forward KL in nats; the threshold is `factor` times the mean score of the last
+    `window` accepted steps, and +inf until there are that many. AdaSwitch itself takes every token as a step.
+
+    Args:
+        factor: >= 0. Float, or floating-point tensor, 0-d or (B,), on the logits' device; read there at every
+            call.
+        window: accepted steps to average over, >= 1.
+
+    Raises:
+        ValueError: a number out of range, or a tensor of the wrong shape.
+    """
+
+    factor: float | Tensor
+    window: int
+
+    def __post_init__(self) -> None:
+        check_parameter("factor", self.factor, minimum=0)
+        check_count("window", self.window)
+
+    @property
+    def rule(self) -> Rule:
+        return Rule("forward_kl", self.factor, window=self.window)
+
+    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
+        """A fresh `BoundaryState` with this boundary's history."""
+        return BoundaryState(batch_size, device, window=self.window)
+
+
+Boundary = EntropyBoundary | FixedBoundary | MovingAverageBoundary
+
+
+class BoundaryState:
+    """What `fused_kl_boundary` remembers of B rows from call to call, in three tensors on the device.
+
+    Calls may have any number of tokens: 16 calls of one token decide as one call of 16 does. Positions count
+    a row's tokens, padding apart, since the state was made or the row was last reset.
+
+    Args:
+        batch_size: B, >= 0.
+        device: where the logits are; None is torch's default device.
+        window: accepted scores to remember, `MovingAverageBoundary`'s `window`; 0 for the other boundaries.
+            `boundary.new_state(batch_size, device)` sets it.
+    """
+
+    # Columns of `counters` (B, 6) int32.
+    TOKENS, STEP_TOKENS, STEPS, FALL_START, BREACH_POSITION, ROLLBACK_POSITION = range(6)
+    # Columns of `scores` (B, 5) float64. Double, so that blocks of any length add up to the same sums and a
+    # float64 reference decides in float64; a few operations a token do not show.
+    STEP_TOTAL, SCORE, THRESHOLD, SAFETY, FALL = range(5)
+
+    def __init__(self, batch_size: int, device: torch.device | str | None = None, window: int = 0) -> None:
+        check_count("batch_size", batch_size, minimum=0)
+        check_count("window", window, minimum=0)
+        self.counters = torch.zeros(batch_size, 6, dtype=torch.int32, device=device)
+        self.counters[:, self.BREACH_POSITION :] = -1
+        self.scores = torch.zeros(batch_size, 5, dtype=torch.float64, device=device)
+        self.history = torch.zeros(batch_size, window, dtype=torch.float64, device=device)
+
+    @classmethod
+    def of(cls, counters: Tensor, scores: Tensor, history: Tensor) -> BoundaryState:
+        """The state that lives in these tensors, which it shares."""
+        state = cls.__new__(cls)
+        state.counters, state.scores, state.history = counters, scores, history
+        return state
+
+    @property
+    def breached(self) -> Tensor:
+        """(B,) bool: the row has breached; it is frozen until `reset_`."""
+        return self.breach_position >= 0
+
+    @property
+    def breach_position(self) -> Tensor:
+        """(B,) int32, a view: tokens up to and including the breaching step; -1 if none breached."""
+        return self.counters[:, self.BREACH_POSITION]
+
+    @property
+    def rollback_position(self) -> Tensor:
+        """(B,) int32, a view: tokens before step t*, those to keep; -1 if no step breached."""
+        return self.counters[:, self.ROLLBACK_POSITION]
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B,) int32, a view: tokens counted. A breached row counts none."""
+        return self.counters[:, self.TOKENS]
+
+    @property
+    def steps(self) -> Tensor:
+        """(B,) int32, a view: steps accepted; in a breached row the index t of the breaching step."""
+        return self.counters[:, self.STEPS]
+
+    def reset_(self, rows: Tensor | Sequence[int] | None = None) -> BoundaryState:
+        """Forget everything, for all rows or some; in place, and without a wait if `rows` is on the device.
+
+        Args:
+            rows: None for all; a (B,) bool tensor; an integer tensor or a sequence of row indices.
+
+        Returns:
+            The state itself.
+
+        Raises:
+            ValueError: `rows` of another shape, dtype or device, or an index outside the batch in a sequence.
+        """
+        B = self.counters.shape[0]
+        if rows is None:
+            rows = torch.ones(B, dtype=torch.bool, device=self.counters.device)
+        elif not isinstance(rows, Tensor):
+            if any(not -B <= row < B for row in rows):
+                raise ValueError(f"rows: expected indices into {B} rows, got {list(rows)}")
+            rows = torch.tensor(rows, dtype=torch.int64, device=self.counters.device)
+        if rows.device != self.counters.device:
+            raise ValueError(f"rows: expected a tensor on {self.counters.device}, got one on {rows.device}")
+        if rows.dtype == torch.bool:
+            if rows.shape != (B,):
+                raise ValueError(f"rows: expected a bool tensor of shape ({B},), got {tuple(rows.shape)}")
+            # Filling under a mask, unlike indexing with it, needs no count of the chosen rows on the host.
+            chosen = rows[:, None]
+            self.counters.masked_fill_(chosen, 0)
+            self.counters[:, self.BREACH_POSITION :].masked_fill_(chosen, -1)
+            self.scores.masked_fill_(chosen, 0)
+            self.history.masked_fill_(chosen, 0)
+        elif rows.dtype in (torch.int32, torch.int64) and rows.dim() <= 1:
+            rows = rows.reshape(-1).long()
+            self.counters.index_fill_(0, rows, 0)
+            self.counters[:, self.BREACH_POSITION :].index_fill_(0, rows, -1)
+            self.scores.index_fill_(0, rows, 0)
+            self.history.index_fill_(0, rows, 0)
+        else:
+            got = f"{rows.dtype} of shape {tuple(rows.shape)}"
+            raise ValueError(f"rows: expected a (B,) bool tensor or a 1-d integer tensor, got {got}")
+        return self
+
+    def __repr__(self) -> str:
+        B, window = self.history.shape
+        return f"BoundaryState(batch_size={B}, device='{self.counters.device}', window={window})"

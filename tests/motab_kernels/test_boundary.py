@@ -1,0 +1,568 @@
+"""`fused_kl_boundary` against float64 written from the definition, position by position and step by step."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import motab_kernels as mk
+from motab_kernels.boundary import fused_kl_boundary_op
+
+STATISTICS = mk.BoundaryOutput._fields[:6]
+INF, NAN = math.inf, math.nan
+
+
+def definition(student, teacher, token, tau=1.0):
+    """Statistics of one position from two rows of logits, in float64, a sum over the columns that count."""
+    s, t = student.double() / tau, teacher.double() / tau
+    q, p = ((x - x.max()).exp() / (x - x.max()).exp().sum() for x in (s, t))
+    log_q, log_p = (x - x.max() - (x - x.max()).exp().sum().log() for x in (s, t))
+
+    def expect(weight, value):
+        return (weight[weight > 0] * value[weight > 0]).sum().item()
+
+    return {
+        "forward_kl": expect(p, log_p - log_q),
+        "reverse_kl": expect(q, log_q - log_p),
+        "student_logprob": log_q[token].item(),
+        "teacher_logprob": log_p[token].item(),
+        "student_entropy": expect(q, -log_q),
+        "teacher_entropy": expect(p, -log_p),
+        "teacher_rank": int((teacher > teacher[token]).sum()),
+        "teacher_argmax": int(teacher.argmax()),
+    }
+
+
+def eager(student, teacher, dtype):
+    """KLs and entropies as a training loop would write them, in `dtype`."""
+    log_q, log_p = student.to(dtype).log_softmax(-1), teacher.to(dtype).log_softmax(-1)
+    return {
+        "forward_kl": (log_p.exp() * (log_p - log_q)).sum(-1),
+        "reverse_kl": (log_q.exp() * (log_q - log_p)).sum(-1),
+        "student_entropy": -(log_q.exp() * log_q).sum(-1),
+        "teacher_entropy": -(log_p.exp() * log_p).sum(-1),
+    }
+
+
+def decide(scores, thresholds, high_is_safe=True):
+    """(t, t*) of one row's finished steps by the definition; None without a breach."""
+    for t, (score, threshold) in enumerate(zip(scores, thresholds, strict=True)):
+        if not (score >= threshold if high_is_safe else score <= threshold):
+            safety = [x if high_is_safe else -x for x in scores]
+            falls = [safety[k] - safety[k - 1] for k in range(1, t + 1)]
+            falls = [-INF if math.isnan(x) else x for x in falls]
+            return t, (1 + falls.index(min(falls)) if falls else 0)
+    return None
+
+
+def random_inputs(B, T, V, dtype=torch.float32, seed=0, scale=3.0, noise=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(B, T, V, generator=generator) * scale
+    student = teacher + noise * torch.randn(B, T, V, generator=generator)
+    tokens = torch.randint(V, (B, T), generator=generator)
+    return student.to(dtype), teacher.to(dtype), tokens
+
+
+def poisoned_output(shape):
+    """Buffers whose every element is wrong until it is written."""
+    float_, int_ = torch.full(shape, NAN), torch.full(shape, -99, dtype=torch.int64)
+    parts = [float_.clone() for _ in range(6)] + [int_.int(), int_, float_.clone(), float_.clone()]
+    return mk.BoundaryOutput(*parts, torch.ones(shape, dtype=torch.bool))
+
+
+def assert_equal(actual, expected, names=mk.BoundaryOutput._fields):
+    for name in names:
+        a, b = getattr(actual, name), getattr(expected, name)
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
+
+
+def assert_matches_definition(out, student, teacher, tokens, tau=None, atol=1e-5):
+    for b, i in torch.cartesian_prod(*map(torch.arange, tokens.shape)).tolist():
+        expected = definition(student[b, i], teacher[b, i], tokens[b, i], 1.0 if tau is None else tau[b])
+        for name, value in expected.items():
+            got = getattr(out, name)[b, i].item()
+            assert got == pytest.approx(value, abs=atol, rel=1e-6), f"{name} at {b, i}"
+
+
+# Odd, small, a power of two's neighbour, and two real vocabularies; the last is the largest of the field.
+@pytest.mark.parametrize("V", [1, 7, 1000, 32000, 151936])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("B", "T"), [(3, 1), (1, 5)])
+def test_statistics(B, T, V, dtype):
+    student, teacher, tokens = random_inputs(B, T, V, dtype, seed=V)
+    out = mk.fused_kl_boundary(student, teacher, tokens, out=poisoned_output((B, T)))
+    assert_matches_definition(out, student, teacher, tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_error_is_not_above_that_of_eager_low_precision(dtype):
+    student, teacher, tokens = random_inputs(3, 5, 32000, dtype, noise=0.1)
+    out = mk.fused_kl_boundary(student, teacher, tokens)
+    for name, low in eager(student, teacher, dtype).items():
+        exact = eager(student, teacher, torch.float64)[name]
+        assert (getattr(out, name) - exact).abs().max() <= (low - exact).abs().max() + 1e-6, name
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3, 1e-2])
+@pytest.mark.parametrize("shift", [(0.0, 0.0), (1e3, 0.0), (0.0, -1e3)])
+def test_near_equal_logits_and_constant_shifts(noise, shift):
+    student, teacher, tokens = random_inputs(2, 2, 32000, noise=noise)
+    student, teacher = student + shift[0], teacher + shift[1]
+    out = mk.fused_kl_boundary(student, teacher, tokens)
+    assert_matches_definition(out, student, teacher, tokens)
+    assert (out.forward_kl >= 0).all()
+    assert (out.reverse_kl >= 0).all()
+
+
+def test_float64_is_computed_in_float64():
+    student, teacher, tokens = (x.double() if x.is_floating_point() else x for x in random_inputs(2, 3, 1000))
+    state = mk.EntropyBoundary().new_state(2)
+    mk.fused_kl_boundary(student, teacher, tokens, state=state, boundary=mk.EntropyBoundary(0.0))
+    value = math.exp(definition(student[0, 2], teacher[0, 2], tokens[0, 2])["teacher_logprob"])
+    assert state.scores[0, state.SCORE].item() == pytest.approx(value, rel=1e-12)
+
+
+@pytest.mark.parametrize("temperature", [0.6, torch.tensor(0.6), torch.tensor([0.5, 1.0, 2.0])])
+def test_temperature(temperature):
+    student, teacher, tokens = random_inputs(3, 2, 1000)
+    out = mk.fused_kl_boundary(student, teacher, tokens, temperature=temperature)
+    tau = temperature.expand(3) if isinstance(temperature, torch.Tensor) else torch.full((3,), temperature)
+    assert_matches_definition(out, student, teacher, tokens, tau)
+
+
+def test_different_vocabularies_and_vocab_size():
+    student, teacher, tokens = random_inputs(2, 3, 1000)
+    expected = mk.fused_kl_boundary(student, teacher, tokens)
+    padded_student = torch.cat((student, torch.full((2, 3, 64), NAN)), -1)
+    padded_teacher = torch.cat((teacher, torch.full((2, 3, 192), 1e30)), -1)
+    assert_equal(mk.fused_kl_boundary(padded_student, teacher, tokens), expected)
+    assert_equal(mk.fused_kl_boundary(student, padded_teacher, tokens), expected)
+    assert_equal(mk.fused_kl_boundary(padded_student, padded_teacher, tokens, vocab_size=1000), expected)
+
+
+def test_excluded_columns():
+    student, teacher, tokens = random_inputs(1, 4, 1000)
+    tokens[:] = 5
+    both, student_only, teacher_only, token = range(4)
+    student[0, both, 10:20] = teacher[0, both, 10:20] = -INF
+    student[0, student_only, 10] = -INF
+    teacher[0, teacher_only, 10] = -INF
+    teacher[0, token, 5] = -INF
+    boundary = mk.FixedBoundary(0.0)  # V = 0 is still at the threshold
+    out = mk.fused_kl_boundary(student, teacher, tokens, boundary=boundary)
+    assert_matches_definition(out, student, teacher, tokens)
+    assert out.forward_kl.isinf().tolist() == [[False, True, False, False]]
+    assert out.reverse_kl.isinf().tolist() == [[False, False, True, True]]
+    assert out.teacher_logprob[0, token] == -INF
+    assert out.score[0, token] == 0
+    assert not out.stray.any()
+
+
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize("boundary", [mk.EntropyBoundary(0.0), mk.MovingAverageBoundary(9.0, 3)])
+def test_nan_strays_at_the_end_of_its_step(side, value, boundary):
+    *logits, tokens = random_inputs(3, 4, 1000)
+    logits[side][1, 1, 999] = value
+    if side == 1 and value == INF:
+        logits[side][2, 1] = -INF  # a side without any probability
+    step_ends = torch.tensor([False, False, True, True]).expand(3, 4)
+    state = boundary.new_state(3)
+    out = mk.fused_kl_boundary(*logits, tokens, boundary=boundary, state=state, step_ends=step_ends)
+    bad = out.forward_kl.isnan()
+    assert bad[1].tolist() == [False, True, False, False]
+    for name in STATISTICS:
+        assert torch.equal(getattr(out, name).isnan(), bad), name
+    assert out.teacher_rank[1, 1] == out.teacher_argmax[1, 1] == -1
+    assert out.stray.tolist() == [[False, False, b and bad[b].any().item(), False] for b in range(3)]
+    assert state.breach_position.tolist() == [3 if bad[b].any() else -1 for b in range(3)]
+
+
+def test_padding_counts_for_nothing():
+    student, teacher, tokens = random_inputs(2, 4, 1000)
+    keep = torch.tensor([True, False, True, True])
+    padded = tokens.masked_fill(~keep, -1)
+    student[:, 1], teacher[:, 1] = NAN, INF
+    boundary = mk.MovingAverageBoundary(1e9, 2)
+    state, expected_state = boundary.new_state(2), boundary.new_state(2)
+    out = poisoned_output((2, 4))
+    mk.fused_kl_boundary(student, teacher, padded, boundary=boundary, state=state, out=out)
+    expected = mk.fused_kl_boundary(
+        student[:, keep], teacher[:, keep], tokens[:, keep], boundary=boundary, state=expected_state
+    )
+    assert_equal(mk.BoundaryOutput(*(x[:, keep] for x in out)), expected)
+    for name, x in zip(out._fields, out, strict=True):
+        assert (x[:, 1] == (-1 if name in ("teacher_rank", "teacher_argmax") else 0)).all(), name
+    for name in ("counters", "scores", "history"):
+        assert torch.equal(getattr(state, name), getattr(expected_state, name)), name
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_its_batch(threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        student, teacher, tokens = random_inputs(3, 2, 151936, torch.bfloat16)
+        whole = mk.fused_kl_boundary(student, teacher, tokens)
+        for b in range(3):
+            for i in range(2):
+                alone = mk.fused_kl_boundary(student[b, i, None], teacher[b, i, None], tokens[b, i, None])
+                row = mk.BoundaryOutput(*(x[b, i, None] for x in whole))
+                assert_equal(alone, row, mk.BoundaryOutput._fields[:8])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+def test_empty(shape):
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    state = mk.EntropyBoundary().new_state(shape[0])
+    out = mk.fused_kl_boundary(torch.randn(*shape, 7), torch.randn(*shape, 7), tokens, state=state)
+    assert all(x.shape == shape for x in out)
+    assert state.tokens.tolist() == [0] * shape[0]
+
+
+def test_two_dimensional_input_is_one_token():
+    student, teacher, tokens = random_inputs(3, 1, 1000)
+    out = mk.fused_kl_boundary(student[:, 0], teacher[:, 0], tokens[:, 0])
+    expected = mk.fused_kl_boundary(student, teacher, tokens)
+    assert_equal(out, mk.BoundaryOutput(*(x[:, 0] for x in expected)))
+
+
+def test_strides():
+    student, teacher, tokens = random_inputs(2, 3, 1000)
+    expected = mk.fused_kl_boundary(student, teacher, tokens)
+    wide = torch.full((3, 2, 1100), NAN)
+    wide[..., 50:1050] = student.transpose(0, 1)
+    spread = torch.stack((teacher, torch.full_like(teacher, NAN)), -1)[..., 0]
+    assert_equal(mk.fused_kl_boundary(wide[..., 50:1050].transpose(0, 1), spread, tokens), expected)
+
+
+BOUNDARIES = {
+    "entropy": mk.EntropyBoundary(0.3, 0.05),
+    "entropy per row": mk.EntropyBoundary(torch.tensor([0.5, 0.3, 0.2, 0.1]), torch.tensor(0.05)),
+    "entropy top-k": mk.EntropyBoundary(0.3, 0.3, entropy_top_k=5),
+    "value": mk.FixedBoundary(0.15),
+    "value_ratio": mk.FixedBoundary(0.9, score="value_ratio"),
+    "forward_kl": mk.FixedBoundary(0.6, score="forward_kl"),
+    "reverse_kl": mk.FixedBoundary(0.5, score="reverse_kl"),
+    "teacher_rank": mk.FixedBoundary(6, score="teacher_rank"),
+    "moving average": mk.MovingAverageBoundary(1.7, window=3),
+}
+
+
+def score_of(tokens, name):
+    """Score of a step from the statistics of its tokens, by the table in `FixedBoundary`."""
+
+    def mean(key):
+        return sum(token[key] for token in tokens) / len(tokens)
+
+    if name == "value_ratio":
+        return math.exp(mean("teacher_logprob") - mean("student_logprob"))
+    if name in ("forward_kl", "reverse_kl"):
+        return mean(name)
+    if name == "teacher_rank":
+        return max(token["teacher_rank"] for token in tokens)
+    return math.exp(mean("teacher_logprob"))
+
+
+def threshold_of(boundary, b, logits, first, accepted):
+    if isinstance(boundary, mk.MovingAverageBoundary):
+        last = accepted[-boundary.window :]
+        return boundary.factor * sum(last) / boundary.window if len(last) == boundary.window else INF
+    if isinstance(boundary, mk.FixedBoundary):
+        return boundary.threshold
+    entropy = first["teacher_entropy"]
+    if boundary.entropy_top_k:
+        p = logits.double().softmax(-1).sort(descending=True).values[: boundary.entropy_top_k]
+        p = p / p.sum()
+        entropy = -(p * p.log()).sum().item()
+    epsilon0, theta = (torch.as_tensor(x).expand(4)[b].item() for x in (boundary.epsilon0, boundary.theta))
+    return epsilon0 * math.exp(-theta * entropy)
+
+
+def stepwise(B, T, seed):
+    student, teacher, _ = random_inputs(B, T, 20, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.multinomial(student.softmax(-1).flatten(0, 1), 1, generator=generator).view(B, T)
+    step_ends = torch.rand(B, T, generator=generator) < 0.4
+    return student, teacher, tokens, step_ends
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_decisions_by_definition(name):
+    boundary = BOUNDARIES[name]
+    score = getattr(boundary, "score", "forward_kl" if name == "moving average" else "teacher_value")
+    high_is_safe = score in ("teacher_value", "value_ratio")
+    B, T = 4, 40
+    breaches = []
+
+    def found_in(scores, thresholds):  # a rank is safe below its threshold: at half a rank less, or under
+        return decide(scores, [x - 0.5 * (score == "teacher_rank") for x in thresholds], high_is_safe)
+
+    for seed in range(8):
+        student, teacher, tokens, step_ends = stepwise(B, T, seed)
+        state = boundary.new_state(B)
+        inputs = (student, teacher, tokens)
+        out = mk.fused_kl_boundary(*inputs, boundary=boundary, state=state, step_ends=step_ends)
+        for b in range(B):
+            starts, ends, scores, thresholds, step = [], [], [], [], []
+            for i in range(T):
+                if not step:
+                    starts.append(i)
+                    first = definition(student[b, i], teacher[b, i], tokens[b, i])
+                    threshold = threshold_of(boundary, b, teacher[b, i], first, scores)
+                step.append(definition(student[b, i], teacher[b, i], tokens[b, i]))
+                assert out.score[b, i].item() == pytest.approx(score_of(step, score), rel=1e-4, abs=1e-6)
+                assert out.threshold[b, i].item() == pytest.approx(threshold, rel=1e-4, abs=1e-6)
+                if step_ends[b, i]:
+                    ends.append(i + 1)
+                    scores.append(score_of(step, score))
+                    thresholds.append(threshold)
+                    step = []
+                    if found_in(scores, thresholds):
+                        break
+            found = found_in(scores, thresholds)
+            positions = (ends[found[0]], starts[found[1]]) if found else (-1, -1)
+            assert (state.breach_position[b].item(), state.rollback_position[b].item()) == positions
+            assert out.stray[b].nonzero().flatten().tolist() == ([positions[0] - 1] if found else [])
+            breaches.append(found)
+    # The inputs must reach every case: breach in the first step, at t* < t, at t* = t, and none.
+    steps = [found for found in breaches if found]
+    assert any(t > t_star for t, t_star in steps)
+    assert any(t == t_star > 0 for t, t_star in steps)
+
+
+@pytest.mark.parametrize("name", BOUNDARIES)
+def test_blocks_decide_as_the_whole(name):
+    boundary = BOUNDARIES[name]
+    B, T = 4, 32
+    for seed in range(4):
+        student, teacher, tokens, step_ends = stepwise(B, T, seed + 100)
+        tokens = tokens.masked_fill(torch.rand(B, T) < 0.1, -1)
+        expected_state = boundary.new_state(B)
+        inputs = (student, teacher, tokens)
+        expected = mk.fused_kl_boundary(*inputs, boundary=boundary, state=expected_state, step_ends=step_ends)
+        for size in (1, 3, 16):
+            state = boundary.new_state(B)
+            blocks = [
+                mk.fused_kl_boundary(
+                    *(x[:, i : i + size] for x in inputs),
+                    boundary=boundary,
+                    state=state,
+                    step_ends=step_ends[:, i : i + size],
+                )
+                for i in range(0, T, size)
+            ]
+            assert_equal(mk.BoundaryOutput(*(torch.cat(x, 1) for x in zip(*blocks, strict=True))), expected)
+            for part in ("counters", "scores", "history"):
+                assert torch.equal(getattr(state, part), getattr(expected_state, part)), part
+
+
+def with_values(values, V=8):
+    """Logits whose token 0 has the given teacher probabilities, (T,) to (1, T, V) twice, and the tokens."""
+    p = torch.tensor(values, dtype=torch.float64)[None, :, None]
+    teacher = torch.cat((p, ((1 - p) / (V - 1)).expand(-1, -1, V - 1)), -1).log()
+    return torch.zeros_like(teacher), teacher, torch.zeros(1, len(values), dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("values", "breach", "rollback"),
+    [
+        ([0.1], 1, 0),  # t = 0
+        ([0.9, 0.1], 2, 1),
+        ([0.9, 0.8, 0.35, 0.32, 0.1], 5, 2),  # the deepest fall came before the breach
+        ([0.5, 0.6, 0.7], -1, -1),
+        ([0.9, 0.3, 0.9, NAN], 4, 3),  # NaN falls deepest
+    ],
+)
+def test_rollback(values, breach, rollback):
+    inputs = with_values(values)
+    state = mk.BoundaryState(1)
+    mk.fused_kl_boundary(*inputs, boundary=mk.FixedBoundary(0.3 - 1e-9), state=state)
+    assert state.breach_position.tolist() == [breach]
+    assert state.rollback_position.tolist() == [rollback]
+    assert state.breached.tolist() == [breach >= 0]
+
+
+def test_first_of_equal_falls():
+    """Ranks are whole, so that falls are equal to the bit: 0 to 3 twice, 1 to 4, then 4 to 7, a breach."""
+    teacher = -torch.arange(8.0).expand(1, 7, 8)
+    tokens = torch.tensor([[0, 3, 0, 3, 1, 4, 7]])
+    state = mk.BoundaryState(1)
+    boundary = mk.FixedBoundary(5, score="teacher_rank")
+    out = mk.fused_kl_boundary(torch.zeros_like(teacher), teacher, tokens, boundary=boundary, state=state)
+    assert torch.equal(out.teacher_rank.long(), tokens)
+    assert (state.breach_position.item(), state.rollback_position.item()) == (7, 1)
+
+
+def test_a_breached_row_is_frozen_until_it_is_reset():
+    boundary = mk.FixedBoundary(0.3)
+    state = boundary.new_state(1)
+    out = mk.fused_kl_boundary(*with_values([0.9, 0.1, 0.8, 0.05]), boundary=boundary, state=state)
+    assert out.stray.tolist() == [[False, True, False, False]]
+    assert out.score[0].tolist() == pytest.approx([0.9, 0.1, 0.1, 0.1])
+    assert out.teacher_logprob.exp()[0].tolist() == pytest.approx([0.9, 0.1, 0.8, 0.05])
+    assert state.tokens.tolist() == [2]
+    assert state.steps.tolist() == [1]
+    state.reset_()
+    out = mk.fused_kl_boundary(*with_values([0.05]), boundary=boundary, state=state)
+    assert out.stray.tolist() == [[True]]
+    assert (state.breach_position.item(), state.rollback_position.item()) == (1, 0)
+
+
+@pytest.mark.parametrize("rows", [[1, 3], torch.tensor([1, 3]), torch.tensor([False, True, False, True])])
+def test_reset_of_some_rows(rows):
+    boundary = mk.MovingAverageBoundary(0.5, 2)
+    inputs = random_inputs(4, 6, 20)
+    state, fresh = boundary.new_state(4), boundary.new_state(4)
+    mk.fused_kl_boundary(*inputs, boundary=boundary, state=state)
+    before = [x.clone() for x in (state.counters, state.scores, state.history)]
+    assert state.reset_(rows) is state
+    for now, old, new in zip(
+        (state.counters, state.scores, state.history),
+        before,
+        (fresh.counters, fresh.scores, fresh.history),
+        strict=True,
+    ):
+        assert torch.equal(now[1::2], new[1::2])
+        assert torch.equal(now[0::2], old[0::2])
+        assert not torch.equal(old[1::2], new[1::2])
+
+
+def test_a_parameter_tensor_is_read_at_every_call():
+    threshold = torch.tensor(0.0)
+    boundary = mk.FixedBoundary(threshold)
+    inputs = with_values([0.5])
+    assert not mk.fused_kl_boundary(*inputs, boundary=boundary).stray.item()
+    threshold.fill_(0.9)
+    assert mk.fused_kl_boundary(*inputs, boundary=boundary).stray.item()
+
+
+def test_out_is_returned_and_logits_may_require_grad():
+    student, teacher, tokens = random_inputs(2, 3, 50)
+    out = poisoned_output((2, 3))
+    assert mk.fused_kl_boundary(student.requires_grad_(), teacher, tokens, out=out) is out
+    assert not any(x.requires_grad for x in out)
+    assert_equal(out, mk.fused_kl_boundary(student, teacher, tokens))
+
+
+GOOD = {
+    "student_logits": torch.zeros(2, 3, 8),
+    "teacher_logits": torch.zeros(2, 3, 8),
+    "token_ids": torch.zeros(2, 3, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"student_logits": torch.zeros(2, 3, 8, dtype=torch.int32)},
+            "student_logits: expected float32.*int32",
+        ),
+        ({"student_logits": torch.zeros(8)}, r"student_logits: expected shape \(B, V\) or.*got \(8,\)"),
+        (
+            {"teacher_logits": torch.zeros(2, 4, 8)},
+            r"teacher_logits: .*\(2, 3, 'V'\), got \(2, 4, 8\)",
+        ),
+        ({"teacher_logits": torch.zeros(2, 3, 0)}, "expected a shared vocabulary"),
+        ({"teacher_logits": torch.zeros(2, 3, 8, device="meta")}, "teacher_logits: .*on cpu, got .*on meta"),
+        (
+            {"token_ids": torch.zeros(2, 3, dtype=torch.int32)},
+            "token_ids: .* torch.int64.*got torch.int32",
+        ),
+        ({"token_ids": torch.zeros(2, dtype=torch.int64)}, r"token_ids: expected .*\(2, 3\).*got .*\(2,\)"),
+        ({"token_ids": torch.full((2, 3), 8)}, "token_ids: expected -1 or 0 to 7, got 8"),
+        ({"token_ids": torch.full((2, 3), -2)}, "token_ids: expected -1 or 0 to 7, got -2"),
+        ({"step_ends": torch.zeros(2, 3)}, "step_ends: expected torch.bool .*got torch.float32"),
+        ({"step_ends": torch.zeros(2, 2, dtype=torch.bool)}, r"step_ends: .*\(2, 3\).*got .*\(2, 2\)"),
+        ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
+        ({"temperature": NAN}, "temperature: expected a finite number > 0, got nan"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected values > 0"),
+        ({"temperature": torch.ones(3)}, r"temperature: expected a number or a tensor, 0-d or \(2,\)"),
+        ({"temperature": torch.ones(2, 3)}, r"temperature: expected a floating-point tensor, 0-d or \(B,\)"),
+        ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
+        ({"boundary": 0.2}, "boundary: expected EntropyBoundary, .*got float"),
+        ({"boundary": mk.FixedBoundary(torch.ones(3))}, r"threshold: expected .*\(2,\).*got shape \(3,\)"),
+        ({"state": mk.BoundaryState(3)}, r"state: expected one for 2 rows.*batch_size=3"),
+        ({"state": mk.BoundaryState(2, window=4)}, "state: expected .*window 0.*window=4"),
+        ({"state": 3}, "state: expected a BoundaryState, got int"),
+        ({"out": poisoned_output((2, 2))}, r"out.forward_kl: expected .*\(2, 3\).*got .*\(2, 2\)"),
+        ({"backend": "cuda"}, "backend: expected one of torch.* or None, got 'cuda'"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_changes(change, message):
+    arguments = {**GOOD, "state": mk.BoundaryState(2), **change}
+    with pytest.raises(ValueError, match=message):
+        mk.fused_kl_boundary(**arguments)
+    if isinstance(arguments["state"], mk.BoundaryState):
+        assert (arguments["state"].tokens == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mk.EntropyBoundary(-0.1, 1.0), "epsilon0: expected a finite number >= 0, got -0.1"),
+        (lambda: mk.EntropyBoundary(0.2, NAN), "theta: expected a finite number >= 0, got nan"),
+        (lambda: mk.EntropyBoundary(torch.tensor(-1.0)), "epsilon0: expected values >= 0, got -1.0"),
+        (lambda: mk.EntropyBoundary(torch.tensor(1)), "epsilon0: expected a floating-point tensor"),
+        (lambda: mk.EntropyBoundary("0.2"), "epsilon0: expected a number or a tensor, got str"),
+        (lambda: mk.EntropyBoundary(0.2, 1.0, 0), "entropy_top_k: expected an integer >= 1, got 0"),
+        (lambda: mk.FixedBoundary(0.2, score="kl"), "score: expected one of teacher_value, .*got 'kl'"),
+        (lambda: mk.MovingAverageBoundary(2.0, 0), "window: expected an integer >= 1, got 0"),
+        (lambda: mk.BoundaryState(-1), "batch_size: expected an integer >= 0, got -1"),
+        (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, got \[2\]"),
+        (lambda: mk.BoundaryState(2).reset_(torch.ones(3, dtype=torch.bool)), r"rows: .*\(2,\), got \(3,\)"),
+        (
+            lambda: mk.BoundaryState(2).reset_(torch.ones(2)),
+            "rows: .* integer tensor, got torch.float32",
+        ),
+    ],
+)
+def test_bad_boundaries_and_rows_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def op_arguments():
+    student, teacher, tokens = random_inputs(2, 3, 50)
+    state = mk.BoundaryState(2, window=2)
+    one = torch.tensor(1.0, dtype=torch.float64)
+    tensors = [state.counters, state.scores, state.history]
+    return (student, teacher, tokens, tokens > 25, one, one, one, tensors, list(poisoned_output((2, 3))))
+
+
+def test_opcheck():
+    torch.library.opcheck(fused_kl_boundary_op, (*op_arguments(), "teacher_value", 3, 50))
+
+
+@pytest.mark.parametrize("boundary", [mk.EntropyBoundary(0.5, 0.01), mk.MovingAverageBoundary(1.1, 2)])
+def test_compiles_whole(boundary):
+    def score(student, teacher, tokens, state):
+        out = mk.fused_kl_boundary(student * 2, teacher, tokens, boundary=boundary, state=state)
+        return out, state.breached, out.forward_kl.sum()
+
+    compiled = torch.compile(score, fullgraph=True, backend="aot_eager")
+    inputs = random_inputs(2, 3, 50)
+    state, expected_state = boundary.new_state(2), boundary.new_state(2)
+    for _ in range(2):
+        out, *rest = compiled(*inputs, state)
+        expected, *expected_rest = score(*inputs, expected_state)
+        assert_equal(out, expected)
+        assert all(map(torch.equal, rest, expected_rest))
+        assert torch.equal(state.counters, expected_state.counters)
+
+
+def test_import_needs_torch_alone():
+    code = """
+import sys
+for name in ("transformers", "triton", "numpy", "motab"):
+    sys.modules[name] = None
+import torch, motab_kernels as mk
+out = mk.fused_kl_boundary(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, dtype=torch.int64))
+assert out.forward_kl.item() == 0
+"""
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
