@@ -1,0 +1,165 @@
+"""Key-value caches rolled back in place."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from motab_kernels.reference.kv_cache import realign_
+
+if TYPE_CHECKING:
+    from transformers import Cache
+
+__all__ = ["truncate_kv_cache_"]
+
+
+@torch.no_grad()
+def truncate_kv_cache_(
+    cache: Cache,
+    new_lengths: int | Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    tail: str = "keep",
+    max_length: int | None = None,
+) -> Tensor | None:
+    """Roll a transformers cache back so that row i keeps its first ``new_lengths[i]`` tokens. In place.
+
+    What the model computes next is what it would compute if the dropped tokens had never been fed: keys carry the
+    position of their token, not of their slot, so moving them between slots is exact.
+
+    - ``RaggedKVCache``: an update of ``cache.lengths`` (B,), no key or value is touched; returns None.
+    - ``DynamicCache``: rows are end-aligned (padded on the left). Every row's kept tokens move to the end of the new
+      width, ``max(new_lengths)``, and the rest is dropped. ``layer.keys`` and ``layer.values`` become views of the
+      storage that they were; tensors taken from the cache before hold moved data afterwards.
+    - ``StaticCache``: one length for all rows, counted in slots.
+
+    Args:
+        cache: the cache, changed in place in all its layers or, if anything is raised, in none.
+        new_lengths: int, or (B,) of an integer dtype: real tokens to keep of each row, at most those that it has. A
+            ``RaggedKVCache`` on a GPU takes the smaller of the two, for looking would make the host wait.
+        attention_mask: (B, S), nonzero for the real tokens of a ``DynamicCache`` (or ``StaticCache``). None: all.
+        tail: "keep" leaves the dead slots as they are, which is exact while they are finite, since a masked slot gets
+            a probability of zero; "zero" clears them, for 0 * NaN is NaN.
+        max_length: for a ``RaggedKVCache``, a bound on ``new_lengths`` that the host knows. Give it when
+            ``new_lengths`` is on a GPU: it is what ``cache.visible_length`` can shrink to.
+
+    Returns:
+        The attention mask (B, max(new_lengths)) of what the cache holds now, in the dtype of the one given, else
+        int64; None for a ``RaggedKVCache``. Feed it, with ones appended for new tokens, to the next forward pass,
+        along with ``position_ids = (mask.cumsum(-1) - 1)[:, -num_new_tokens:]``.
+
+    Raises:
+        ValueError: a wrong argument, or a layer that cannot be rolled back exactly (recurrent or convolutional state,
+            quantised or offloaded, a sliding window that has let go of tokens): the message names it.
+    """
+    from transformers.cache_utils import DynamicCache, StaticCache
+
+    from motab_kernels.ragged_kv_cache import RaggedKVCache
+
+    check_tail(tail)
+    if isinstance(cache, RaggedKVCache):
+        if attention_mask is not None:
+            raise ValueError("expected no attention_mask for a RaggedKVCache, which knows its lengths, got one")
+        cache.truncate_(new_lengths, tail=tail, max_length=max_length)
+        return None
+    if max_length is not None:
+        raise ValueError(f"expected max_length= with a RaggedKVCache alone, got {type(cache).__name__}")
+    if not isinstance(cache, DynamicCache | StaticCache):
+        raise ValueError(f"expected a RaggedKVCache, DynamicCache or StaticCache, got {type(cache).__name__}")
+    _refuse_inexact(cache)
+    batch_size, slots = cache.layers[0].keys.shape[0], int(cache.get_seq_length())
+    if attention_mask is None:
+        attention_mask = torch.ones(batch_size, slots, dtype=torch.int64, device=cache.layers[0].keys.device)
+    elif tuple(attention_mask.shape) != (batch_size, slots):
+        raise ValueError(f"expected attention_mask of shape {(batch_size, slots)}, got {tuple(attention_mask.shape)}")
+    lengths = lengths_tensor(new_lengths, batch_size, attention_mask.device)
+    if isinstance(cache, StaticCache):
+        return _truncate_static_(cache, lengths, attention_mask, slots, tail)
+    return _truncate_dynamic_(cache, lengths, attention_mask, slots, tail)
+
+
+def _truncate_dynamic_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:
+    is_real = attention_mask != 0
+    # The only place where the host waits for the device: the new width decides the shapes.
+    old, new = torch.stack([is_real.sum(-1), lengths]).tolist()
+    if any(kept > had for kept, had in zip(new, old, strict=True)):
+        raise ValueError(f"expected new_lengths of at most the rows' tokens {old}, got {new}")
+    if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
+        raise ValueError("expected attention_mask with all padding on the left, got a row with padding after a token")
+    width = max(new)
+    starts = [slots - had for had in old]
+    for layer in cache.layers:
+        # Tensors born in inference mode can be written only there.
+        with torch.inference_mode(layer.keys.is_inference()):
+            for storage in (layer.keys, layer.values):
+                realign_(storage, starts, new, width, clear_padding=tail == "zero")
+            layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+        if hasattr(layer, "cumulative_length"):
+            layer.cumulative_length = width
+    kept = torch.arange(width, device=lengths.device) >= width - lengths[:, None]
+    return kept.to(attention_mask.dtype)
+
+
+def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:
+    new = lengths.tolist()
+    if len(set(new)) > 1:
+        raise ValueError(f"expected one length for all rows of a StaticCache, got {new}: use a RaggedKVCache")
+    if new[0] > slots:
+        raise ValueError(f"expected new_lengths of at most {slots}, got {new[0]}")
+    for layer in cache.layers:
+        if tail == "zero":
+            layer.keys[:, :, new[0] : slots].zero_()
+            layer.values[:, :, new[0] : slots].zero_()
+        layer.cumulative_length.fill_(new[0])
+    return attention_mask[:, : new[0]]
+
+
+def _refuse_inexact(cache: Any) -> None:
+    """Raise if any layer holds less than its tokens' keys and values, or anything besides."""
+    from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+    if getattr(cache, "offloading", False):
+        raise ValueError("expected a cache on one device, got an offloaded one: its layers travel while it is changed")
+    if not cache.layers:
+        raise ValueError("expected a cache that has seen a forward pass, got an empty one")
+    for index, layer in enumerate(cache.layers):
+        name = f"layer {index} of {type(layer).__name__}"
+        # Subclasses hold more than keys and values: quantised copies, indexers, recurrent states.
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
+            raise ValueError(
+                f"expected layers that hold plain keys and values, got {name}, which cannot be rolled back"
+            )
+        if not layer.is_initialized:
+            raise ValueError(f"expected a cache that has seen a forward pass, got an empty {name}")
+        if type(layer) is DynamicSlidingWindowLayer and layer.keys.shape[2] < layer.cumulative_length:
+            raise ValueError(
+                f"expected all {layer.cumulative_length} tokens, got {name}, whose window has let go of all but "
+                f"{layer.keys.shape[2]}: use a RaggedKVCache"
+            )
+
+
+def check_tail(tail: str) -> None:
+    """Raise unless ``tail`` names what to do with dead slots."""
+    if tail not in ("keep", "zero"):
+        raise ValueError(f'expected tail to be "keep" or "zero", got {tail!r}')
+
+
+def lengths_tensor(new_lengths: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
+    """``new_lengths`` as (B,) int64 on the device; negative ones are refused where the host can see them."""
+    if isinstance(new_lengths, int) and not isinstance(new_lengths, bool):
+        if new_lengths < 0:
+            raise ValueError(f"expected new_lengths >= 0, got {new_lengths}")
+        return torch.full((batch_size,), new_lengths, dtype=torch.int64, device=device)
+    if not isinstance(new_lengths, Tensor):
+        raise ValueError(f"expected new_lengths to be an int or a tensor, got {new_lengths!r}")
+    is_integer = not (new_lengths.is_floating_point() or new_lengths.is_complex() or new_lengths.dtype == torch.bool)
+    if not is_integer or tuple(new_lengths.shape) != (batch_size,):
+        raise ValueError(
+            f"expected new_lengths of shape ({batch_size},) and an integer dtype, got {tuple(new_lengths.shape)} "
+            f"{new_lengths.dtype}"
+        )
+    if new_lengths.device.type == "cpu" and bool((new_lengths < 0).any()):
+        raise ValueError(f"expected new_lengths >= 0, got {new_lengths.tolist()}")
+    return new_lengths.to(device=device, dtype=torch.int64)

@@ -1,0 +1,358 @@
+"""A key-value cache whose rows have lengths of their own, so that rolling one back is a change of one number.
+
+Shape letters: B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, q new tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from motab_kernels.kv_cache import check_tail, lengths_tensor
+
+__all__ = ["RaggedKVCache"]
+
+
+class _Step(NamedTuple):
+    """One forward pass: which rows it feeds, the slots their new tokens take and how many slots it can see."""
+
+    rows: Tensor | None  # (b,), None for all rows in order
+    slots: Tensor  # (b, q)
+    visible_length: int
+
+
+class _RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, H, S, D), allocated when the first ones arrive."""
+
+    is_croppable = True
+
+    def __init__(self, batch_size: int, max_length: int, is_sliding: bool) -> None:
+        super().__init__()
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.is_sliding = is_sliding
+
+    # Sizes and positions are the cache's to answer: they are the same for every layer.
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("ask the cache: RaggedKVCache.get_mask_sizes")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("ask the cache: RaggedKVCache.get_seq_length")
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                torch.zeros(
+                    (self.batch_size, states.shape[1], self.max_length, states.shape[3]),
+                    dtype=states.dtype,
+                    device=states.device,
+                )
+                for states in (key_states, value_states)
+            )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return _write(self.keys, key_states, step), _write(self.values, value_states, step)
+
+
+def _write(storage: Tensor, states: Tensor, step: _Step) -> Tensor:
+    """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D)."""
+    rows = torch.arange(len(storage), device=storage.device) if step.rows is None else step.rows
+    storage.transpose(1, 2)[rows[:, None], step.slots] = states.transpose(1, 2)
+    visible = storage[:, :, : step.visible_length]
+    return visible if step.rows is None else visible.index_select(0, step.rows)
+
+
+class RaggedKVCache(Cache):
+    """A preallocated transformers cache in which every row has its own length.
+
+    Token j of row i lives in slot j of row i, in every layer, so rolling a row back is lowering ``lengths[i]``: no key
+    or value moves. Sliding-window layers keep all their tokens and are windowed by the mask, so they roll back exactly
+    too. For each forward pass::
+
+        logits = model(input_ids, **cache.prepare(input_ids.shape[1])).logits
+
+    and ``truncate_kv_cache_(cache, new_lengths)`` afterwards drops what some rows should not have (padding at the end
+    of a ragged batch, rejected tokens). Without ``prepare`` the cache serves a plain forward pass or
+    ``model.generate`` as long as all rows have one length.
+
+    Args:
+        config: the model's configuration. Its attention must be "sdpa" or "eager" when ``prepare`` is called.
+        batch_size: rows, B.
+        max_length: tokens that a row can hold, S.
+        device: where keys, values and ``lengths`` live; the default device if None.
+        dtype: the keys' and values' dtype; the default dtype if None.
+
+    Attributes:
+        lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
+        visible_length: a bound on ``max(lengths)`` that the host knows without asking the device; each forward pass
+            reads that many slots (and its own). A forward pass raises it by q, a truncation lowers it where it can.
+
+    Keys and values are allocated, zeroed, at the first forward pass. What a layer hands to the attention is a view of
+    them (a copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
+
+    Raises:
+        ValueError: the model has a layer that keeps anything but keys and values of its own tokens (recurrent,
+            convolutional, chunked or shared), or is an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int,
+        max_length: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"expected {name} to be a positive int, got {size!r}")
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError("expected a decoder-only model, got an encoder-decoder: its cross-attention has no rows")
+        self.config = config.get_text_config(decoder=True)
+        self.layer_types = _layer_types(self.config)
+        super().__init__(
+            layers=[
+                _RaggedLayer(batch_size, max_length, is_sliding=layer_type == "sliding_attention")
+                for layer_type in self.layer_types
+            ]
+        )
+        self.max_length = max_length
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        with torch.inference_mode(False):
+            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.device = self.lengths.device
+        self.visible_length = 0
+        # Whether the host knows that every row has exactly visible_length tokens.
+        self._is_uniform = True
+        self._step: _Step | None = None
+
+    # ---------------------------------------------------------------- a forward pass
+
+    def prepare(self, num_tokens: int, rows: Tensor | None = None) -> dict[str, Any]:
+        """What the model must be given, besides ``input_ids``, to append ``num_tokens`` tokens to each row.
+
+        Args:
+            num_tokens: q, the width of the coming ``input_ids``.
+            rows: (b,) int64 on the cache's device, distinct: the rows that ``input_ids`` (b, q) feeds, in its order.
+                None: all rows in order, which saves a copy of the visible keys and values.
+
+        Returns:
+            ``past_key_values`` (this cache), ``position_ids`` (b, q), ``use_cache`` and ``attention_mask``: (b, 1, q,
+            visible slots) for the model's attention (bool for "sdpa", additive for "eager"), or a dict of two such
+            for a model that mixes full and sliding layers. They serve one forward pass, before any truncation. After
+            it every one of the rows holds q more tokens, padding included.
+
+        Raises:
+            ValueError: a wrong argument, tokens that would not fit, or an attention that reads no such mask.
+        """
+        step = self._begin(num_tokens, rows)
+        key_slots = torch.arange(step.visible_length, device=self.device)
+        causal = (key_slots <= step.slots[:, :, None])[:, None]
+        masks = {"full_attention": self._as_attention_mask(causal)}
+        if "sliding_attention" in self.layer_types:
+            recent = (key_slots > step.slots[:, :, None] - self.config.sliding_window)[:, None]
+            masks["sliding_attention"] = self._as_attention_mask(causal & recent)
+        mixed = len(set(self.layer_types)) > 1
+        self._step = step
+        return {
+            "past_key_values": self,
+            "position_ids": step.slots,
+            "attention_mask": masks if mixed else masks[self.layer_types[0]],
+            "use_cache": True,
+        }
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Called by the model: append to one layer, return all that it can see; the last layer ends the pass."""
+        if self._step is None:
+            self._require_uniform()
+            self._step = self._begin(key_states.shape[2], None)
+        step = self._step
+        expected = (tuple(step.slots.shape), self.dtype, self.device)
+        got = ((key_states.shape[0], key_states.shape[2]), key_states.dtype, key_states.device)
+        if got != expected:
+            raise ValueError(f"expected keys of (rows, tokens), dtype, device = {expected}, got {got}")
+        if torch.is_grad_enabled() and key_states.requires_grad:
+            raise ValueError("expected keys without gradients, got requires_grad=True: use torch.no_grad()")
+        visible = self.layers[layer_idx].update(key_states, value_states, step)
+        if layer_idx == len(self.layers) - 1:
+            if step.rows is None:
+                self.lengths += step.slots.shape[1]
+            else:
+                self.lengths.index_add_(0, step.rows, torch.full_like(step.rows, step.slots.shape[1]))
+                self._is_uniform = False
+            self.visible_length = step.visible_length
+            self._step = None
+        return visible
+
+    def _begin(self, num_tokens: int, rows: Tensor | None) -> _Step:
+        if not isinstance(num_tokens, int) or num_tokens < 1:
+            raise ValueError(f"expected num_tokens to be a positive int, got {num_tokens!r}")
+        visible_length = self.visible_length + num_tokens
+        if visible_length > self.max_length:
+            raise ValueError(
+                f"expected at most max_length = {self.max_length} tokens a row, got up to {self.visible_length} cached "
+                f"+ {num_tokens} new: build the cache with a larger max_length, or pass truncate_kv_cache_ the "
+                "max_length= that bounds the new lengths if the rows are shorter than that"
+            )
+        rows = self._check_rows(rows)
+        lengths = self.lengths if rows is None else self.lengths[rows]
+        return _Step(rows, lengths[:, None] + torch.arange(num_tokens, device=self.device), visible_length)
+
+    def _check_rows(self, rows: Tensor | None) -> Tensor | None:
+        if rows is None:
+            return None
+        batch_size = len(self.lengths)
+        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != self.device:
+            got = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else repr(rows)
+            raise ValueError(f"expected rows to be None or (b,) int64 on {self.device}, got {got}")
+        if rows.device.type != "cpu":  # looking would make the host wait
+            return rows
+        given = rows.tolist()
+        if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= batch_size:
+            raise ValueError(f"expected distinct rows within [0, {batch_size}), got {given}")
+        return None if given == list(range(batch_size)) else rows
+
+    def _as_attention_mask(self, visible: Tensor) -> Tensor:
+        attention = self.config._attn_implementation
+        if attention == "sdpa":
+            return visible
+        if attention == "eager":
+            return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+        raise ValueError(
+            f'expected attention "sdpa" or "eager", got {attention!r}: load the model with attn_implementation="sdpa"'
+        )
+
+    # ---------------------------------------------------------------- rollback
+
+    def truncate_(self, new_lengths: int | Tensor, *, tail: str = "keep", max_length: int | None = None) -> None:
+        """What ``truncate_kv_cache_`` does to this cache; see there."""
+        check_tail(tail)
+        lengths = lengths_tensor(new_lengths, len(self.lengths), self.device)
+        on_host = self.device.type == "cpu"
+        known = _known_to_host(new_lengths, on_host)
+        bound = max(known) if known is not None else None
+        if bound is not None and bound > self.visible_length:
+            raise ValueError(f"expected new_lengths of at most {self.visible_length}, got {bound}")
+        if on_host and bool((lengths > self.lengths).any()):
+            raise ValueError(f"expected new_lengths <= lengths = {self.lengths.tolist()}, got {lengths.tolist()}")
+        if max_length is not None:
+            if not isinstance(max_length, int) or max_length < 0 or (bound is not None and bound > max_length):
+                raise ValueError(f"expected max_length to be an int that bounds new_lengths, got {max_length!r}")
+            bound = max_length if bound is None else bound
+        lengths = torch.minimum(lengths, self.lengths)
+        if tail == "zero":
+            self._zero_(lengths)
+        self.lengths.copy_(lengths)
+        # Equal requests end in equal lengths where every row is known to reach that far.
+        reached = on_host or self._is_uniform or bound == 0
+        self._is_uniform = known is not None and len(set(known)) == 1 and reached
+        self.visible_length = self.visible_length if bound is None else min(bound, self.visible_length)
+        self._step = None
+
+    def _zero_(self, new_lengths: Tensor) -> None:
+        slots = torch.arange(self.visible_length, device=self.device)
+        dead = (slots >= new_lengths[:, None]) & (slots < self.lengths[:, None])
+        for layer in self.layers:
+            if layer.is_initialized:
+                for storage in (layer.keys, layer.values):
+                    storage[:, :, : self.visible_length].masked_fill_(dead[:, None, :, None], 0)
+
+    def reset_rows_(self, rows: Tensor) -> None:
+        """Empty the given rows, (b,) int64 on the cache's device, in place. The host's bound stays what it was."""
+        chosen = self._check_rows(rows)
+        if chosen is None:
+            self.truncate_(0)
+            return
+        self.lengths.index_fill_(0, chosen, 0)
+        self._is_uniform = self.visible_length == 0
+        self._step = None
+
+    def reset(self) -> None:
+        """Empty all rows."""
+        self.truncate_(0)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Drop the last ``-tokens_to_remove`` tokens of every row (transformers counts them with a minus sign)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"expected tokens_to_remove <= 0, got {tokens_to_remove}")
+        if self._is_uniform:
+            self.truncate_(self.visible_length + tokens_to_remove)
+        else:
+            self.truncate_(self.lengths + tokens_to_remove)
+
+    # ---------------------------------------------------------------- what transformers asks
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """The rows' one length; the bound on it while a prepared forward pass runs."""
+        if self._step is None:
+            self._require_uniform()
+        return self.visible_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Slots that the coming forward pass sees, and the first of them."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """Tokens that a row can hold."""
+        return self.max_length
+
+    def _require_uniform(self) -> None:
+        if not self._is_uniform:
+            raise ValueError(
+                "expected rows of one length for a plain forward pass, got a ragged cache: call "
+                "model(input_ids, **cache.prepare(num_tokens))"
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: rows stay where they are."""
+        raise ValueError("RaggedKVCache cannot reorder its rows: choose rows with prepare(num_tokens, rows=)")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: the number of rows is fixed."""
+        raise ValueError(f"RaggedKVCache has a fixed batch_size of {len(self.lengths)}: build a larger one")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: the number of rows is fixed."""
+        raise ValueError("RaggedKVCache has a fixed batch_size: choose rows with prepare(num_tokens, rows=)")
+
+
+def _known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None:
+    """The new lengths' values, where the host can tell without waiting for a device."""
+    if isinstance(new_lengths, int):
+        return [new_lengths]
+    return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None
+
+
+def _layer_types(config: Any) -> list[str]:
+    """Each layer's kind of attention, "full_attention" or "sliding_attention"; any other is refused by name."""
+    num_layers = config.num_hidden_layers
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None:
+        if getattr(config, "num_attention_heads", None) is None:
+            raise ValueError(f"expected attention layers, got {config.model_type!r}: layer 0 keeps a recurrent state")
+        sliding = getattr(config, "sliding_window", None) is not None
+        layer_types = ["sliding_attention" if sliding else "full_attention"] * num_layers
+    sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
+    first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    for index, layer_type in enumerate(layer_types):
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f'expected layers of "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}: '
+                "its state cannot be rolled back by a length"
+            )
+        if index >= first_shared or sharing[index] == "reuse":
+            raise ValueError(f"expected every layer to keep its own keys and values, got layer {index} sharing them")
+    return list(layer_types)

@@ -1,0 +1,21 @@
+"""Rows of a left-padded key-value cache, cut and end-aligned again: the definition."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def realign_(
+    storage: Tensor, starts: Sequence[int], lengths: Sequence[int], width: int, *, clear_padding: bool
+) -> None:
+    """In row i, move slots [starts[i], starts[i] + lengths[i]) of ``storage`` (B, H, S, D) to end at slot ``width``.
+
+    ``clear_padding`` zeroes the slots before them. Slots from ``width`` on keep whatever they held.
+    """
+    for row, start, length in zip(storage, starts, lengths, strict=True):
+        padding = width - length
+        if start != padding:
+            # The two ranges may overlap.
+            row[:, padding:width] = row[:, start : start + length].clone()
+        if clear_padding:
+            row[:, :padding] = 0

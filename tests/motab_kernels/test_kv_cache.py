@@ -1,0 +1,204 @@
+"""`truncate_kv_cache_` on the caches of transformers: exact, or refused before anything changes."""
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer, QuantizedLayer
+
+import motab_kernels as mk
+
+VOCAB, BATCH = 61, 3
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+def model(request):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        request.param,
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float64).eval()
+
+
+def filled(cache, batch=BATCH, slots=5, layers=2):
+    for index in range(layers):
+        cache.update(torch.randn(batch, 2, slots, 4), torch.randn(batch, 2, slots, 6), index)
+    return cache
+
+
+def left_padded(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def feed(model, cache, rows, mask, new_ids):
+    """Append (B, q) tokens after what the mask says is cached; check each row against a fresh pass over it alone."""
+    mask = torch.cat([mask, torch.ones_like(new_ids)], 1)
+    count = new_ids.shape[1]
+    positions = (mask.cumsum(-1) - 1)[:, -count:]
+    logits = model(new_ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    rows = [row + new for row, new in zip(rows, new_ids.tolist(), strict=True)]
+    for row, got in zip(rows, logits, strict=True):
+        fresh = model(torch.tensor([row]), use_cache=False).logits[0, -count:]
+        torch.testing.assert_close(got, fresh, rtol=0, atol=1e-10)
+    return rows, mask
+
+
+@pytest.mark.parametrize("tail", ["keep", "zero"])
+@pytest.mark.parametrize("kept", [[9, 2, 4], [3, 3, 3], [1, 5, 2], [0, 6, 1], [10, 8, 5]])
+def test_dynamic_cache_equals_a_fresh_pass(model, kept, tail):
+    rows = [torch.randint(3, VOCAB, (length,)).tolist() for length in (7, 5, 2)]
+    ids, mask = left_padded(rows)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+    rows, mask = feed(model, cache, rows, mask, torch.randint(3, VOCAB, (BATCH, 3)))
+
+    mask = mk.truncate_kv_cache_(cache, torch.tensor(kept, dtype=torch.int32), mask, tail=tail)
+    rows = [row[:length] for row, length in zip(rows, kept, strict=True)]
+    assert torch.equal(mask, torch.tensor([[0] * (max(kept) - n) + [1] * n for n in kept]))
+    assert cache.get_seq_length() == max(kept)
+    rows, mask = feed(model, cache, rows, mask, torch.randint(3, VOCAB, (BATCH, 2)))
+
+    # And a second time, back to one length.
+    mask = mk.truncate_kv_cache_(cache, 2, mask, tail=tail)
+    feed(model, cache, [row[:2] for row in rows], mask, torch.randint(3, VOCAB, (BATCH, 4)))
+
+
+@pytest.mark.parametrize("tail", ["keep", "zero"])
+def test_static_cache_equals_a_fresh_pass(model, tail):
+    rows = torch.randint(3, VOCAB, (BATCH, 6)).tolist()
+    cache = StaticCache(config=model.config, max_cache_len=16)
+    with torch.no_grad():
+        model(torch.tensor(rows), past_key_values=cache)
+    mask = mk.truncate_kv_cache_(cache, 4, tail=tail)
+    assert torch.equal(mask, torch.ones(BATCH, 4, dtype=torch.int64))
+    assert bool((cache.layers[0].keys[:, :, 4:6] == 0).all()) == (tail == "zero")
+    feed(model, cache, [row[:4] for row in rows], mask, torch.randint(3, VOCAB, (BATCH, 3)))
+
+
+def test_nan_in_the_dead_tail_is_cleared(model):
+    rows = torch.randint(3, VOCAB, (BATCH, 6)).tolist()
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(torch.tensor(rows), past_key_values=cache)
+    kept = [2, 6, 0]
+    for layer in cache.layers:
+        for row, length in enumerate(kept):
+            layer.keys[row, :, length:] = layer.values[row, :, length:] = torch.nan
+    mask = mk.truncate_kv_cache_(cache, torch.tensor(kept), tail="zero")
+    feed(model, cache, [row[:n] for row, n in zip(rows, kept, strict=True)], mask, torch.randint(3, VOCAB, (BATCH, 2)))
+
+
+def test_moves_what_is_kept_and_nothing_else():
+    cache = filled(DynamicCache())
+    storage = cache.layers[1].values
+    before = storage.clone()
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], dtype=torch.bool)
+    new_mask = mk.truncate_kv_cache_(cache, torch.tensor([1, 3, 2]), mask)
+    assert new_mask.tolist() == [[False, False, True], [True, True, True], [False, True, True]]
+    expected = before.clone()
+    expected[0, :, 2:3] = before[0, :, 1:2]
+    expected[2, :, 1:3] = before[2, :, 2:4]
+    assert torch.equal(storage, expected)
+    assert torch.equal(cache.layers[1].values, expected[:, :, :3])
+
+
+def test_keeping_everything_changes_nothing():
+    cache = filled(DynamicCache())
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers]
+    assert mk.truncate_kv_cache_(cache, 5, tail="zero").tolist() == [[1] * 5] * BATCH
+    for layer, (keys, values) in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
+
+
+def mistral_config():
+    return AutoConfig.for_model("mistral", num_hidden_layers=2, sliding_window=6)
+
+
+def test_sliding_layers_before_and_after_eviction():
+    cache = filled(DynamicCache(config=mistral_config()), slots=5)
+    mask = mk.truncate_kv_cache_(cache, torch.tensor([2, 3, 1]))
+    assert mask.shape == (BATCH, 3)
+    assert cache.get_seq_length() == 3
+    assert cache.get_mask_sizes(1, 0) == (4, 0)
+
+    cache = filled(DynamicCache(config=mistral_config()), slots=7)
+    before = cache.layers[0].keys.clone()
+    with pytest.raises(ValueError, match="layer 0 of DynamicSlidingWindowLayer, whose window"):
+        mk.truncate_kv_cache_(cache, 5)
+    assert torch.equal(cache.layers[0].keys, before)
+
+
+def quantised():
+    class Layer(QuantizedLayer):
+        def _quantize(self, tensor, axis):
+            return tensor
+
+        def _dequantize(self, tensor):
+            return tensor
+
+    return Cache(layers=[Layer()])
+
+
+class Linear(DynamicCache):
+    def __init__(self):
+        super().__init__()
+        self.layers = [*filled(DynamicCache(), layers=1).layers, LinearAttentionLayer()]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: EncoderDecoderCache(DynamicCache(), DynamicCache()), "got EncoderDecoderCache"),
+        (quantised, "got Cache"),
+        (Linear, "layer 1 of LinearAttentionLayer"),
+        (DynamicCache, "an empty one"),
+        (lambda: DynamicCache(config=mistral_config()), "an empty layer 0 of DynamicSlidingWindowLayer"),
+        (lambda: filled(StaticCache(config=mistral_config(), max_cache_len=16)), "layer 0 of StaticSlidingWindowLayer"),
+        (lambda: "cache", "got str"),
+    ],
+)
+def test_caches_that_cannot_roll_back(make, message):
+    with pytest.raises(ValueError, match=message):
+        mk.truncate_kv_cache_(make(), 1)
+
+
+@pytest.mark.parametrize(
+    ("new_lengths", "options", "message"),
+    [
+        (6, {}, r"at most the rows' tokens \[5, 5, 5\], got \[6, 6, 6\]"),
+        (-1, {}, ">= 0"),
+        ([1, 2, 3], {}, "int or a tensor"),
+        (torch.ones(2, dtype=torch.long), {}, r"shape \(3,\)"),
+        (1, dict(attention_mask=torch.ones(3, 4)), r"shape \(3, 5\), got \(3, 4\)"),
+        (1, dict(attention_mask=torch.tensor([[1, 1, 1, 1, 0]] * 3)), "padding on the left"),
+        (1, dict(tail="drop"), '"keep" or "zero"'),
+        (1, dict(max_length=3), "RaggedKVCache alone"),
+    ],
+)
+def test_wrong_arguments_change_nothing(new_lengths, options, message):
+    cache = filled(DynamicCache())
+    before = cache.layers[0].keys.clone()
+    with pytest.raises(ValueError, match=message):
+        mk.truncate_kv_cache_(cache, new_lengths, **options)
+    assert torch.equal(cache.layers[0].keys, before)
+
+
+def test_a_static_cache_has_one_length():
+    cache = filled(StaticCache(config=transformers.LlamaConfig(num_hidden_layers=2), max_cache_len=8))
+    with pytest.raises(ValueError, match=r"one length for all rows of a StaticCache, got \[1, 2, 3\]"):
+        mk.truncate_kv_cache_(cache, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="at most 5, got 6"):
+        mk.truncate_kv_cache_(cache, 6)

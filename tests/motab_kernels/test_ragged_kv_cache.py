@@ -1,0 +1,276 @@
+"""Rolling a RaggedKVCache back leaves no trace: the next logits are those of a fresh pass over each row alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import motab_kernels as mk
+
+VOCAB = 61
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=128,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
+# Windows are shorter than the sequences; Gemma mixes windowed and full layers.
+MODELS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": dict(sliding_window=5),
+    "gemma2": dict(sliding_window=5, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2),
+    "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+}
+BATCH = 3
+
+
+def tiny_model(name, attention=None):
+    torch.manual_seed(0)
+    sizes = SIZES | MODELS[name]
+    sizes["num_hidden_layers"] = len(sizes.get("layer_types", range(3)))
+    config = AutoConfig.for_model(name, **sizes)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float64).eval()
+
+
+@pytest.fixture(autouse=True)
+def softmax_in_float64(monkeypatch):
+    """Eager attention rounds its probabilities to float32, which would hide errors below 1e-8."""
+    softmax = torch.nn.functional.softmax
+    monkeypatch.setattr(torch.nn.functional, "softmax", lambda scores, dim, dtype=None: softmax(scores, dim=dim))
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+def ragged_cache(model, max_length=64):
+    return mk.RaggedKVCache(model.config, BATCH, max_length, device="cpu", dtype=torch.float64)
+
+
+class Book:
+    """A cache beside the plain token lists that it should stand for."""
+
+    def __init__(self, model, cache):
+        self.model, self.cache = model, cache
+        self.tokens = [[] for _ in range(BATCH)]
+
+    @torch.no_grad()
+    def append(self, counts, rows=None):
+        """Feed counts[i] random tokens to row rows[i], right-padded; check every logit against a fresh pass."""
+        order = list(range(BATCH)) if rows is None else rows
+        width = max(counts)
+        input_ids = torch.randint(3, VOCAB, (len(order), width))
+        inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows))
+        logits = self.model(input_ids=input_ids, **inputs).logits
+        for index, (row, count) in enumerate(zip(order, counts, strict=True)):
+            self.tokens[row] += input_ids[index, :count].tolist()
+            if count:
+                fresh = self.model(input_ids=torch.tensor([self.tokens[row]]), use_cache=False).logits[0, -count:]
+                torch.testing.assert_close(logits[index, :count], fresh, rtol=0, atol=1e-10)
+        self.truncate([len(tokens) for tokens in self.tokens])
+
+    def truncate(self, lengths, **options):
+        assert mk.truncate_kv_cache_(self.cache, torch.tensor(lengths), **options) is None
+        self.tokens = [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+        assert self.cache.lengths.tolist() == lengths
+        assert self.cache.visible_length == max(lengths)
+
+
+def dead_slots(book):
+    """Of every layer's keys and values, (B, H, S, D), where no token lives."""
+    slots = torch.arange(book.cache.max_length)
+    return (slots >= book.cache.lengths[:, None])[:, None, :, None]
+
+
+def test_any_history_equals_a_fresh_pass(model):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda high: int(torch.randint(0, high, (), generator=generator))  # noqa: E731
+    book = Book(model, ragged_cache(model))
+    book.append([7, 3, 9])
+    for _ in range(8):
+        rows = torch.randperm(BATCH, generator=generator)[: 1 + draw(BATCH)].tolist()
+        book.append([1 + draw(6) for _ in rows], rows)
+        if draw(2):
+            book.truncate([draw(len(tokens) + 1) for tokens in book.tokens])
+    book.truncate([0, min(2, len(book.tokens[1])), 0])
+    book.append([4, 1, 8])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_eager_attention(name):
+    model = tiny_model(name, attention="eager")
+    book = Book(model, ragged_cache(model))
+    book.append([7, 3, 9])
+    book.truncate([2, 3, 8])
+    book.append([2, 5], rows=[2, 0])
+
+
+def test_the_tail_may_hold_anything_finite(model):
+    book = Book(model, ragged_cache(model))
+    book.append([7, 3, 9])
+    book.truncate([2, 3, 6], tail="keep")
+    for layer in book.cache.layers:
+        layer.keys.masked_fill_(dead_slots(book), 1e6)
+        layer.values.masked_fill_(dead_slots(book), -1e6)
+    book.append([1, 4, 2])
+
+
+def test_a_nan_tail_survives_a_mask_and_is_zeroed_on_request(llama):
+    for tail in ("keep", "zero"):
+        book = Book(llama, ragged_cache(llama))
+        book.append([7, 3, 9])
+        for layer in book.cache.layers:
+            for storage in (layer.keys, layer.values):
+                storage[0, :, 2:7] = storage[2, :, 6:9] = torch.nan
+        before = [layer.keys.clone() for layer in book.cache.layers]
+        book.truncate([2, 3, 6], tail=tail)
+        for layer, old in zip(book.cache.layers, before, strict=True):
+            if tail == "zero":
+                old[0, :, 2:7] = old[2, :, 6:9] = 0
+            torch.testing.assert_close(layer.keys, old, rtol=0, atol=0, equal_nan=True)
+        if tail == "zero":
+            book.append([1, 4, 2])
+        else:
+            with pytest.raises(AssertionError, match="not close"):
+                book.append([1, 4, 2])
+
+
+def test_reset_rows(llama):
+    book = Book(llama, ragged_cache(llama))
+    book.append([7, 3, 9])
+    book.cache.reset_rows_(torch.tensor([2, 0]))
+    assert book.cache.lengths.tolist() == [0, 3, 0]
+    book.tokens = [[], book.tokens[1], []]
+    book.append([5, 1, 2])
+    book.cache.reset()
+    assert book.cache.lengths.tolist() == [0, 0, 0]
+    assert book.cache.visible_length == 0
+
+
+def test_generate_writes_what_it_writes_with_a_dynamic_cache(model):
+    prompt = torch.randint(3, VOCAB, (BATCH, 6))
+    options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=9, min_new_tokens=9, do_sample=False)
+    expected = model.generate(prompt, **options)
+    cache = ragged_cache(model)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), expected)
+    assert cache.get_seq_length() == 14
+    assert cache.get_max_length() == 64
+
+    cache.crop(-5)  # a uniform rollback may be followed by a plain pass too
+    with torch.no_grad():
+        logits = model(input_ids=expected[:, 9:12], past_key_values=cache).logits[:, -1]
+        fresh = model(input_ids=expected[:, :12], use_cache=False).logits[:, -1]
+    torch.testing.assert_close(logits, fresh, rtol=0, atol=1e-10)
+
+
+def test_storage_outlives_inference_mode(llama):
+    cache = ragged_cache(llama)
+    ids = torch.randint(3, VOCAB, (BATCH, 4))
+    with torch.inference_mode():
+        llama(input_ids=ids, **cache.prepare(4))
+    mk.truncate_kv_cache_(cache, 2, tail="zero")
+    with torch.no_grad():
+        llama(input_ids=ids, **cache.prepare(4))
+    assert cache.lengths.tolist() == [6] * BATCH
+
+
+def test_nothing_changes_when_the_tokens_do_not_fit(llama):
+    book = Book(llama, ragged_cache(llama, max_length=10))
+    book.append([7, 3, 9])
+    before = [layer.keys.clone() for layer in book.cache.layers]
+    with pytest.raises(ValueError, match=r"max_length = 10 tokens a row, got up to 9 cached \+ 2 new"):
+        book.cache.prepare(2)
+    assert book.cache.lengths.tolist() == [7, 3, 9]
+    assert all(torch.equal(layer.keys, old) for layer, old in zip(book.cache.layers, before, strict=True))
+    book.append([1, 1, 1])  # exactly full is allowed
+
+
+def test_a_plain_pass_over_ragged_rows_is_refused(llama):
+    book = Book(llama, ragged_cache(llama))
+    book.append([7, 3, 9])
+    with pytest.raises(ValueError, match="prepare"):
+        llama(input_ids=torch.ones(BATCH, 1, dtype=torch.long), past_key_values=book.cache)
+
+
+@pytest.mark.parametrize(
+    ("new_lengths", "message"),
+    [
+        (10, "at most 9, got 10"),
+        (-1, ">= 0, got -1"),
+        (True, "int or a tensor"),
+        (torch.tensor([7, 4, 9]), r"<= lengths = \[7, 3, 9\], got \[7, 4, 9\]"),
+        (torch.tensor([-1, 0, 0]), ">= 0"),
+        (torch.tensor([1, 2]), r"shape \(3,\)"),
+        (torch.tensor([1.0, 2.0, 3.0]), "integer dtype"),
+    ],
+)
+def test_wrong_lengths(llama, new_lengths, message):
+    book = Book(llama, ragged_cache(llama))
+    book.append([7, 3, 9])
+    with pytest.raises(ValueError, match=message):
+        mk.truncate_kv_cache_(book.cache, new_lengths)
+    assert book.cache.lengths.tolist() == [7, 3, 9]
+
+
+def test_wrong_arguments(llama):
+    cache = ragged_cache(llama)
+    with pytest.raises(ValueError, match='"keep" or "zero"'):
+        mk.truncate_kv_cache_(cache, 0, tail="drop")
+    with pytest.raises(ValueError, match="knows its lengths"):
+        mk.truncate_kv_cache_(cache, 0, torch.ones(BATCH, 1))
+    with pytest.raises(ValueError, match="num_tokens to be a positive int, got 0"):
+        cache.prepare(0)
+    for rows in (torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([-1])):
+        with pytest.raises(ValueError, match=r"distinct rows within \[0, 3\)"):
+            cache.prepare(1, rows=rows)
+    with pytest.raises(ValueError, match="rows to be None or"):
+        cache.prepare(1, rows=[0])
+    with pytest.raises(ValueError, match=r"expected keys of .* = \(\(3, 3\), torch.float64"):
+        llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(3) | {"position_ids": None})
+    with pytest.raises(ValueError, match="no_grad"):
+        llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(2))
+    with pytest.raises(ValueError, match="batch_size to be a positive int"):
+        mk.RaggedKVCache(llama.config, 0, 4)
+    for refused in (lambda: cache.reorder_cache(None), lambda: cache.batch_repeat_interleave(2)):
+        with pytest.raises(ValueError, match="RaggedKVCache"):
+            refused()
+    llama.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
+        cache.prepare(1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (transformers.T5Config(), "encoder-decoder"),
+        (transformers.MambaConfig(num_hidden_layers=2), "layer 0 of"),
+        (transformers.Lfm2Config(num_hidden_layers=2, layer_types=["full_attention", "conv"]), "layer 1 of 'conv'"),
+        (transformers.Gemma3nTextConfig(num_hidden_layers=20, num_kv_shared_layers=10), "layer 10 sharing"),
+    ],
+)
+def test_models_that_cannot_roll_back(config, message):
+    with pytest.raises(ValueError, match=message):
+        mk.RaggedKVCache(config, BATCH, 8)
+
+
+def test_importing_the_package_imports_no_transformers():
+    code = "import sys, motab_kernels; assert 'transformers' not in sys.modules; motab_kernels.RaggedKVCache"
+    subprocess.run([sys.executable, "-c", code], check=True)
