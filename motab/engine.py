@@ -1,0 +1,350 @@
+"""Monitored generation: the student drafts a block, the teacher scores it, breached rows roll back to the teacher.
+
+Every row is one trajectory. Each round advances all of them by up to ``block_size`` tokens: a few forward passes,
+one fused call that judges the block, and one transfer that tells the host what happened; the host keeps the books.
+Nothing of a trajectory depends on the rows beside it or on where blocks begin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import motab_kernels as mk
+from motab.policies import MotabPolicy, OnPolicy, Policy, TeacherOnly
+from motab.row import STUDENT, TEACHER, Row
+from motab.sampling import choose, stream_key
+from motab.steps import DelimiterAutomaton
+from motab.trajectory import STATISTICS, Trajectory
+from motab.writer import Writer
+
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+
+
+class Engine:
+    """One run of `synthesize`; ``waits`` counts the times that the host waited for the device."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel | None,
+        teacher: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[list[int]],
+        policy: Policy,
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        block_size: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        first_index: int,
+    ):
+        self.tokenizer, self.policy, self.prompts = tokenizer, policy, prompts
+        self.max_new_tokens, self.block_size = max_new_tokens, block_size
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.first_index = first_index
+        self.batch_size = min(batch_size, len(prompts))
+        self.waits = 0
+        models = [model for model in (student, teacher) if model is not None]
+        self.device = models[0].device
+        self.vocab_size = min(model.config.get_text_config().vocab_size for model in models)
+        self.end_ids = _end_ids(models, tokenizer)
+        self.end_tensor = torch.tensor(self.end_ids, device=self.device)
+        # A block may run past the budget by its own length before it is cut.
+        max_length = max(map(len, prompts)) + max_new_tokens + block_size
+        self.student, self.teacher = (
+            None if model is None else Writer(model, self.batch_size, max_length, self.vocab_size)
+            for model in (student, teacher)
+        )
+        self.rows: list[Row | None] = [None] * self.batch_size
+        self.next_prompt = 0
+        if not isinstance(policy, TeacherOnly):
+            self.automaton = DelimiterAutomaton(tokenizer, policy.delimiter, self.vocab_size, self.device)
+            self.automaton_state = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
+            self.boundary = policy.boundary()
+            self.state = self.boundary.new_state(self.batch_size, self.device)
+
+    def run(self) -> Iterator[Trajectory]:
+        """Trajectories in the order of the prompts."""
+        done: dict[int, Trajectory] = {}
+        emitted, end = self.first_index, self.first_index + len(self.prompts)
+        while emitted < end:
+            self._admit()
+            self._monitored_round()
+            self._teacher_round()
+            for slot, row in enumerate(self.rows):
+                if row is not None and row.finished:
+                    done[row.index] = row.trajectory(self.tokenizer, self.policy)
+                    self.rows[slot] = None
+            while emitted in done:
+                yield done.pop(emitted)
+                emitted += 1
+
+    def _admit(self) -> None:
+        """Give the next prompts to free rows."""
+        fresh: dict[int, list[int]] = {}
+        for slot in range(self.batch_size):
+            if self.rows[slot] is None and self.next_prompt < len(self.prompts):
+                index = self.first_index + self.next_prompt
+                prompt = fresh[slot] = self.prompts[self.next_prompt]
+                self.next_prompt += 1
+                author = TEACHER if isinstance(self.policy, TeacherOnly) else STUDENT
+                keys = (stream_key(self.seed, index, STUDENT), stream_key(self.seed, index, TEACHER))
+                self.rows[slot] = Row(index, prompt, keys, author, self.max_new_tokens, self.end_ids)
+        if not fresh:
+            return
+        for writer in (self.student, self.teacher):
+            if writer is not None:
+                writer.start(fresh)
+        if not isinstance(self.policy, TeacherOnly):
+            slots = torch.tensor(list(fresh), device=self.device)
+            self.state.reset_(slots)
+            self.automaton_state[slots] = 0
+
+    def _active(self, author: int) -> tuple[list[int], list[Row]]:
+        pairs = [
+            (slot, row)
+            for slot, row in enumerate(self.rows)
+            if row is not None and row.author == author and not row.finished
+        ]
+        return [slot for slot, _ in pairs], [row for _, row in pairs]
+
+    def _pending(self, rows: list[Row]) -> Tensor:
+        return torch.tensor([row.pending for row in rows], device=self.device)
+
+    def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Tokens, logits, which tokens lie within budget and text, and which of them end it; all (b, T, ...)."""
+        remaining = [row.remaining for row in rows]
+        count = min(self.block_size, max(remaining))
+        keys = torch.tensor([row.keys[row.author] for row in rows], device=self.device)
+        positions = torch.tensor([len(row.records) for row in rows], device=self.device)
+        tokens, logits = writer.draft(
+            slots,
+            self._pending(rows),
+            count,
+            lambda step, offset: choose(step, keys, positions + offset, self.temperature, self.top_p),
+        )
+        ended = torch.isin(tokens, self.end_tensor)
+        left = torch.tensor(remaining, device=self.device)[:, None] - torch.arange(count, device=self.device)
+        valid = (left > 0) & (ended.cumsum(1) - ended.long() == 0)
+        return tokens, logits, valid, valid & (ended | (left == 1))
+
+    def _monitored_round(self) -> None:
+        """One block of the student's, judged by the teacher where there is one."""
+        slots, rows = self._active(STUDENT)
+        if not rows:
+            return
+        assert self.student is not None
+        tokens, logits, valid, last = self._draft(self.student, slots, rows)
+        index = torch.tensor(slots, device=self.device)
+        states, completes = self.automaton.scan(self.automaton_state[index], tokens)
+        self.automaton_state[index] = states[:, -1]
+        step_ends = valid & (completes | last)
+        if self.teacher is None:
+            (packed,) = self._to_host(torch.stack([tokens, valid.long()], -1))
+            for row, block in zip(rows, packed.tolist(), strict=True):
+                for token, is_valid in block:
+                    if is_valid:
+                        row.write(int(token), [None] * len(STATISTICS))
+        else:
+            teacher_logits = self.teacher.score(slots, self._pending(rows), tokens)
+            whole = self._spread(index, torch.where(valid, tokens, -1), -1)
+            out = mk.fused_kl_boundary(
+                self._spread(index, logits, 0),
+                self._spread(index, teacher_logits, 0),
+                whole,
+                boundary=self.boundary,
+                state=self.state,
+                step_ends=self._spread(index, step_ends, False),
+            )
+            columns = [whole, self._spread(index, step_ends, False), out.score, out.threshold]
+            columns += [getattr(out, name) for name in STATISTICS]
+            marks = [self.state.breached, self.state.breach_position, self.state.rollback_position]
+            block, marked = self._to_host(
+                torch.stack([column.double() for column in columns], -1),
+                torch.stack([mark.double() for mark in marks], -1),
+            )
+            for slot, row in zip(slots, rows, strict=True):
+                breached, breach_position, rollback_position = map(int, marked[slot].tolist())
+                strays = row.judge(block[slot].tolist(), bool(breached), breach_position)
+                if strays and isinstance(self.policy, MotabPolicy):
+                    row.take_over(self.policy, rollback_position)
+        self._settle(slots, rows, (self.student, self.teacher))
+
+    def _teacher_round(self) -> None:
+        """One block of the teacher's own, for the rows that it writes."""
+        slots, rows = self._active(TEACHER)
+        if not rows:
+            return
+        assert self.teacher is not None
+        tokens, logits, valid, _ = self._draft(self.teacher, slots, rows)
+        logprobs = logits.float().log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+        logprob = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+        (packed,) = self._to_host(
+            torch.stack([tokens.double(), valid.double(), logprob.double(), entropy.double()], -1)
+        )
+        for row, block in zip(rows, packed.tolist(), strict=True):
+            for token, is_valid, token_logprob, token_entropy in block:
+                if is_valid:
+                    known = {"teacher_logprob": token_logprob, "teacher_entropy": token_entropy}
+                    row.write(int(token), [known.get(name) for name in STATISTICS])
+        self._settle(slots, rows, (self.teacher,))
+
+    def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
+        """Bring the caches back to what the books say: all of a row's tokens but the pending one."""
+        for writer in writers:
+            if writer is not None:
+                writer.rollback({slot: row.length - 1 for slot, row in zip(slots, rows, strict=True)})
+
+    def _spread(self, index: Tensor, values: Tensor, fill: float) -> Tensor:
+        """(b, ...) values of some rows as (B, ...); the others hold ``fill``."""
+        if len(index) == self.batch_size:
+            return values
+        return values.new_full((self.batch_size, *values.shape[1:]), fill).index_copy_(0, index, values)
+
+    def _to_host(self, *tensors: Tensor) -> list[Tensor]:
+        """The one place where the host waits for the device: one transfer for all that a round has to tell."""
+        self.waits += 1
+        flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _end_ids(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    ids = {tokenizer.eos_token_id}
+    for model in models:
+        own = model.generation_config.eos_token_id if model.generation_config is not None else None
+        ids.update(own if isinstance(own, list) else [own])
+    return sorted(token for token in ids if token is not None)
+
+
+def synthesize(
+    student: PreTrainedModel | None,
+    teacher: PreTrainedModel | None,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    policy: Policy | None = None,
+    max_new_tokens: int = 1024,
+    batch_size: int = 8,
+    block_size: int = 16,
+    temperature: float = 0.6,
+    top_p: float = 1.0,
+    seed: int = 0,
+    first_index: int = 0,
+) -> Iterator[Trajectory]:
+    """Write one trajectory a prompt, the student monitored by the teacher as the policy says.
+
+    A trajectory depends on its prompt, its place among the prompts and the settings, not on ``batch_size`` or
+    ``block_size`` (but for what rounding does to a model's own logits in another batch).
+
+    Args:
+        student, teacher: causal language models on one device that share a tokenizer; their vocabulary sizes may
+            differ by padding. `TeacherOnly` needs no student; `OnPolicy` needs no teacher (None: nothing is scored).
+        tokenizer: a fast tokenizer.
+        prompts: strings, message lists (rendered with the tokenizer's chat template) or lists of token ids.
+        policy: `MotabPolicy` (default), `OnPolicy` or `TeacherOnly`.
+        max_new_tokens: budget in tokens of what the models write after the prompt; the flawed steps and the
+            phrase that a stitched target holds besides do not count.
+        batch_size: trajectories in progress at a time.
+        block_size: tokens that the student drafts before the teacher looks.
+        temperature: 0 is greedy.
+        top_p: sample among the fewest likeliest tokens that hold this probability.
+        seed: of all sampling.
+        first_index: the place of the first prompt among all, where these are a part of them.
+
+    Returns:
+        An iterator of `Trajectory`, in the order of the prompts.
+
+    Raises:
+        ValueError: at once, before anything is generated: an empty prompt, a prompt and budget longer than a
+            model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter that
+            no token sequence spells, a model whose cache cannot be rolled back exactly.
+    """
+    policy = MotabPolicy() if policy is None else policy
+    for name, value, least in (
+        ("max_new_tokens", max_new_tokens, 1),
+        ("batch_size", batch_size, 1),
+        ("block_size", block_size, 1),
+        ("temperature", temperature, 0),
+    ):
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    if student is None and not isinstance(policy, TeacherOnly):
+        raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly() does without")
+    if teacher is None and not isinstance(policy, OnPolicy):
+        raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy() does without")
+    student = None if isinstance(policy, TeacherOnly) else student
+    if student is not None and teacher is not None and student.device != teacher.device:
+        raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
+    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    for model in (student, teacher):
+        if model is not None:
+            _check_vocabulary(model, tokenizer)
+            _check_context(model, encoded, max_new_tokens)
+    if not encoded:
+        return iter(())
+    engine = Engine(
+        student,
+        teacher,
+        tokenizer,
+        encoded,
+        policy,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        block_size=block_size,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+        first_index=first_index,
+    )
+    return _without_gradients(engine)
+
+
+def _without_gradients(engine: Engine) -> Iterator[Trajectory]:
+    trajectories = engine.run()
+    while True:
+        # Entered anew for each trajectory: a generator must not leave its caller in no-grad mode between two.
+        with torch.no_grad():
+            trajectory = next(trajectories, None)
+        if trajectory is None:
+            return
+        yield trajectory
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif prompt and isinstance(prompt[0], Mapping):
+        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    else:
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError(f"prompt {index} is empty: a prompt must hold at least one token, got {prompt!r}")
+    return list(ids)
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    size = model.config.get_text_config().vocab_size
+    if len(tokenizer) > size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} knows only {size}; student and "
+            "teacher must share the tokenizer that both were trained with"
+        )
+
+
+def _check_context(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, ids in enumerate(prompts):
+        if limit is not None and len(ids) + max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but "
+                f"{type(model).__name__} reads at most {limit}; shorten the prompt or lower max_new_tokens"
+            )

@@ -1,0 +1,65 @@
+"""A model with its key-value cache: it appends, drafts, scores and forgets, for any of its rows.
+
+Invariant between calls: the cache of a row holds all of its tokens but the last, which is pending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import motab_kernels as mk
+
+Choose = Callable[[Tensor, int], Tensor]
+
+
+class Writer:
+    """One model and the cache of its ``batch_size`` rows."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int):
+        self.model, self.device, self.vocab_size = model, model.device, vocab_size
+        self.cache = mk.RaggedKVCache(model.config, batch_size, max_length, device=model.device, dtype=model.dtype)
+        self.lengths = [0] * batch_size
+
+    def _forward(self, rows: Sequence[int], token_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
+        """Feed (b, q) tokens to the given rows; (b, q, V) logits over the shared vocabulary."""
+        whole = list(rows) == list(range(len(self.lengths)))
+        index = None if whole else torch.tensor(rows, device=self.device)
+        inputs = self.cache.prepare(token_ids.shape[1], rows=index)
+        logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
+        for row in rows:
+            self.lengths[row] += token_ids.shape[1]
+        return logits[..., : self.vocab_size]
+
+    def rollback(self, lengths: dict[int, int]) -> None:
+        """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves."""
+        for row, length in lengths.items():
+            self.lengths[row] = length
+        new_lengths = torch.tensor(self.lengths, device=self.device)
+        mk.truncate_kv_cache_(self.cache, new_lengths, tail="keep", max_length=max(self.lengths))
+
+    def start(self, prompts: dict[int, list[int]]) -> None:
+        """Let rows begin with new prompts: cached but for their last token."""
+        self.rollback(dict.fromkeys(prompts, 0))
+        longest = max(map(len, prompts.values())) - 1
+        if longest:
+            padded = [ids[:-1] + [0] * (longest - len(ids) + 1) for ids in prompts.values()]
+            # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
+            self._forward(list(prompts), torch.tensor(padded, device=self.device), logits_to_keep=1)
+            self.rollback({row: len(ids) - 1 for row, ids in prompts.items()})
+
+    def draft(self, rows: Sequence[int], pending: Tensor, count: int, choose: Choose) -> tuple[Tensor, Tensor]:
+        """Write ``count`` tokens a row after the (b,) pending ones; (b, count) ids and their (b, count, V) logits."""
+        tokens, logits = [], []
+        for offset in range(count):
+            logits.append(self._forward(rows, pending[:, None])[:, 0])
+            pending = choose(logits[-1], offset)
+            tokens.append(pending)
+        return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+    def score(self, rows: Sequence[int], pending: Tensor, token_ids: Tensor) -> Tensor:
+        """The (b, T, V) logits with which this model would have written (b, T) tokens: one forward pass."""
+        return self._forward(rows, torch.cat([pending[:, None], token_ids[:, :-1]], 1))

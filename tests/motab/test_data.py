@@ -1,0 +1,77 @@
+"""Sources of problems: local files, procedural tasks, and what is refused."""
+
+import json
+
+import pytest
+
+from motab.data import load_problems
+
+
+@pytest.fixture
+def jsonl(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+    def write(*rows, name="data.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        ({"question": "1+1?", "solution": "so 2", "answer": "2"}, "1+1?", "2"),  # LIMO-v2
+        ({"problem": "1+1?", "answer": 2}, "1+1?", "2"),  # AceReason-Math
+        ({"category": "math", "source": "s", "input": "1+1?", "output": "2"}, "1+1?", "2"),  # AceReason-1.1-SFT
+        ({"prompt": [{"role": "user", "content": "1+1?"}]}, [{"role": "user", "content": "1+1?"}], None),
+        (
+            {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]},
+            [{"role": "user", "content": "1+1?"}],
+            None,
+        ),
+    ],
+)
+def test_columns(jsonl, row, prompt, answer):
+    (problem,) = load_problems(jsonl(row))
+    assert (problem.prompt, problem.answer) == (prompt, answer)
+    assert problem.messages() == [{"role": "user", "content": "1+1?"}]
+
+
+def test_parquet(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "data.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["a?", "b?"], "answer": ["1", None]}), path)
+    assert [(p.prompt, p.answer) for p in load_problems(str(path))] == [("a?", "1"), ("b?", None)]
+
+
+def test_reasoning_gym():
+    name = "reasoning-gym:chain_sum?size=5&seed=3&min_terms=4&max_terms=4"
+    problems = load_problems(name)
+    assert len(problems) == 5
+    assert all(problem.prompt.count("+") + problem.prompt.count(" - ") == 3 for problem in problems)
+    assert [problem.prompt for problem in problems] == [problem.prompt for problem in load_problems(name)]
+    assert problems[0].answer == str(eval(problems[0].record["question"].split(":")[1].rstrip(" =.")))
+
+
+@pytest.mark.parametrize(
+    ("rows", "name", "message"),
+    [
+        ([{"text": "x"}], "data.jsonl", "none of the question columns question, problem.* it has text"),
+        ([{"question": " "}], "data.jsonl", "row 0 of .* has an empty question"),
+        ([{"messages": [{"role": "assistant", "content": "x"}]}], "data.jsonl", "no message but the assistant's"),
+        ([{"question": "x"}], "data.txt", r"must end in one of .jsonl, .json, .parquet, got '.txt'"),
+    ],
+)
+def test_bad_files(jsonl, rows, name, message):
+    with pytest.raises(ValueError, match=message):
+        load_problems(jsonl(*rows, name=name))
+
+
+@pytest.mark.parametrize("name", ["reasoning-gym:no_such_task", "reasoning-gym:chain_sum?no_such_setting=1"])
+def test_bad_tasks(name):
+    with pytest.raises(ValueError, match="reasoning-gym cannot make task"):
+        load_problems(name)

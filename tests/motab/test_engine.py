@@ -1,0 +1,217 @@
+"""The engine against plain forwards: what it decides, and that batch and block sizes change nothing."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import make_model
+
+import motab
+
+DELIMITER = ".\n\n"
+POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
+SETTINGS = {"max_new_tokens": 40, "batch_size": 3, "block_size": 4, "temperature": 0.0}
+
+
+def run(student, teacher, tokenizer, prompts, policy, **settings):
+    return list(motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **{**SETTINGS, **settings}))
+
+
+def generated(model, prompt, vocab_size, max_new_tokens=40):
+    """Greedy text by transformers' own generate; padding ids are kept out of it."""
+    ids = torch.tensor([prompt])
+    suppress = list(range(vocab_size, model.config.vocab_size)) or None
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        suppress_tokens=suppress,
+    )
+    return out[0, len(prompt) :].tolist()
+
+
+def logprobs(model, context, vocab_size):
+    with torch.no_grad():
+        return model(torch.tensor([context])).logits[0, :, :vocab_size].double().log_softmax(-1)
+
+
+def check_by_definition(trajectory, policy, teacher, tokenizer):
+    """Design section 2, recomputed from the finished trajectory alone."""
+    prompt, steps, size = trajectory.prompt_ids, trajectory.steps, len(tokenizer)
+    text = [
+        token
+        for token, author in zip(trajectory.token_ids, trajectory.author, strict=True)
+        if author in ("student", "flawed")
+    ]
+    table = logprobs(teacher, prompt + text, size)[len(prompt) - 1 :]
+    assert [step.start for step in steps] == [0, *(step.end for step in steps[:-1])]
+    values = []
+    for number, step in enumerate(steps):
+        tokens = text[step.start : step.end]
+        if number == trajectory.breach_step and step_lost_its_end(trajectory, tokenizer):
+            values.append(step.value)  # its end token is not in the target, so nothing here can tell its value
+            continue
+        assert DELIMITER in tokenizer.decode(tokens) or number == len(steps) - 1
+        assert DELIMITER not in tokenizer.decode(tokens[:-1])
+        values.append(math.exp(sum(float(table[step.start + i, t]) for i, t in enumerate(tokens)) / len(tokens)))
+        first = table[step.start]
+        assert step.value == pytest.approx(values[-1], rel=1e-4)
+        assert step.threshold == pytest.approx(
+            policy.epsilon0 * math.exp(policy.theta * float((first.exp() * first).sum())), rel=1e-4
+        )
+        assert step.accepted == (step.value >= step.threshold)
+    if trajectory.breach_step is None:
+        assert all(step.accepted for step in steps)
+        return
+    t = trajectory.breach_step
+    assert [step.accepted for step in steps] == [True] * t + [False]
+    drops = [values[k] - values[k - 1] for k in range(1, t + 1)]
+    assert trajectory.rollback_step == (1 + drops.index(min(drops)) if drops else 0)
+    keep = steps[trajectory.rollback_step].start
+    flawed = len(text) - keep
+    assert trajectory.author[: len(text)] == ["student"] * keep + ["flawed"] * flawed
+    own = [t for t, author in zip(trajectory.token_ids, trajectory.author, strict=True) if author == "teacher"]
+    budget = SETTINGS["max_new_tokens"] - keep
+    assert own == generated(teacher, prompt + text[:keep], size, budget)
+
+
+def step_lost_its_end(trajectory, tokenizer):
+    """Whether the breaching step ended with an end token, which a target leaves out when text follows."""
+    last = trajectory.steps[-1]
+    piece = trajectory.token_ids[last.start : last.end]
+    return last.end < SETTINGS["max_new_tokens"] and DELIMITER not in tokenizer.decode(piece)
+
+
+def test_boundary_zero_is_the_student(student, teacher, tokenizer, prompts):
+    policy = replace(POLICY, epsilon0=0.0)
+    for trajectory, prompt in zip(run(student, teacher, tokenizer, prompts, policy), prompts, strict=True):
+        assert trajectory.token_ids == generated(student, prompt, len(tokenizer))
+        assert set(trajectory.author) == {"student"}
+        assert trajectory.breach_step is None
+
+
+def test_boundary_two_is_the_teacher(student, teacher, tokenizer, prompts):
+    policy = replace(POLICY, epsilon0=2.0, theta=0.0, stitch=None)
+    for trajectory, prompt in zip(run(student, teacher, tokenizer, prompts, policy), prompts, strict=True):
+        assert trajectory.token_ids == generated(teacher, prompt, len(tokenizer))
+        assert (trajectory.breach_step, trajectory.rollback_step) == (0, 0)
+        assert trajectory.steps[0].discarded_ids
+
+
+def test_teacher_only_and_on_policy_alone(student, teacher, tokenizer, prompts):
+    for trajectory in run(None, teacher, tokenizer, prompts, motab.TeacherOnly()):
+        assert trajectory.token_ids == generated(teacher, trajectory.prompt_ids, teacher.config.vocab_size)
+        assert set(trajectory.author) == {"teacher"}
+    for trajectory in run(student, None, tokenizer, prompts, motab.OnPolicy()):
+        assert trajectory.token_ids == generated(student, trajectory.prompt_ids, len(tokenizer))
+    scored = run(student, teacher, tokenizer, prompts, motab.OnPolicy())
+    assert all(step.accepted and 0 <= step.value <= 1 for trajectory in scored for step in trajectory.steps)
+    assert sum(len(trajectory.steps) for trajectory in scored) > len(prompts)
+
+
+@pytest.mark.parametrize("epsilon0", [0.1, 0.2, 0.3, 0.5])
+def test_decisions_by_definition(student, teacher, tokenizer, prompts, epsilon0):
+    policy = replace(POLICY, epsilon0=epsilon0)
+    trajectories = run(student, teacher, tokenizer, prompts, policy)
+    for trajectory in trajectories:
+        check_by_definition(trajectory, policy, teacher, tokenizer)
+
+
+@pytest.mark.parametrize("policy", [POLICY, replace(POLICY, stitch=None), motab.OnPolicy()])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_p": 0.7}])
+def test_batch_and_block_change_nothing(student, teacher, tokenizer, prompts, policy, sampling):
+    one = run(student, teacher, tokenizer, prompts, policy, batch_size=1, block_size=1, **sampling)
+    for batch_size, block_size in ((3, 4), (7, 16), (16, 64)):
+        other = run(
+            student,
+            teacher,
+            tokenizer,
+            prompts,
+            policy,
+            batch_size=batch_size,
+            block_size=block_size,
+            **sampling,
+        )
+        for a, b in zip(one, other, strict=True):
+            assert (a.token_ids, a.author, a.text) == (b.token_ids, b.author, b.text)
+            assert (a.breach_step, a.rollback_step, a.finish_reason) == (
+                b.breach_step,
+                b.rollback_step,
+                b.finish_reason,
+            )
+            assert [(s.start, s.end, s.accepted) for s in a.steps] == [(s.start, s.end, s.accepted) for s in b.steps]
+
+
+@pytest.mark.parametrize("backtrack", ["td", "breach", "none"])
+@pytest.mark.parametrize("budget", [1, 2, 3, 17])
+def test_short_budgets(student, teacher, tokenizer, prompts, backtrack, budget):
+    policy = replace(POLICY, epsilon0=2.0, theta=0.0, backtrack=backtrack)
+    for trajectory in run(student, teacher, tokenizer, prompts, policy, max_new_tokens=budget, block_size=8):
+        assert trajectory.breach_step == 0
+        context = [a for a in trajectory.author if a in ("student", "teacher")]
+        assert len(context) <= budget
+        assert (trajectory.finish_reason == "eos") == (trajectory.token_ids[-1:] == [tokenizer.eos_token_id])
+        assert trajectory.finish_reason == "eos" or len(context) == budget
+        assert tokenizer.eos_token_id not in trajectory.token_ids[:-1]
+        assert "stitch" in trajectory.author
+        assert len(trajectory.author) == len(trajectory.token_ids)
+        assert all(len(column) == len(trajectory.token_ids) for column in trajectory.statistics.values())
+
+
+def test_trajectory_survives_json(student, teacher, tokenizer, prompts):
+    for trajectory in run(student, teacher, tokenizer, prompts, replace(POLICY, stitch=None)):
+        assert motab.Trajectory.from_json(trajectory.to_json()) == trajectory
+
+
+def test_caller_keeps_gradients(student, teacher, tokenizer, prompts):
+    trajectories = motab.synthesize(student, teacher, tokenizer, prompts, **SETTINGS)
+    next(trajectories)
+    assert torch.is_grad_enabled()
+
+
+def test_no_prompts(student, teacher, tokenizer):
+    assert run(student, teacher, tokenizer, [], POLICY) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompts": [[1], []]}, "prompt 1 is empty"),
+        ({"prompts": [[1] * 250]}, "prompt 0 has 250 tokens and max_new_tokens is 40.* at most 256"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"block_size": 0}, "block_size must be at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": -1.0}, r"temperature must be at least 0, got -1.0"),
+        ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
+        ({"student": None}, "MotabPolicy needs a student"),
+        ({"student": make_model(0, 7)}, "tokenizer has 12 tokens, but LlamaForCausalLM knows only 7"),
+        ({"teacher": None}, "MotabPolicy needs a teacher"),
+        ({"policy": motab.MotabPolicy(delimiter="z")}, "no sequence of this tokenizer's tokens spells .*'z'"),
+    ],
+)
+def test_bad_input(student, teacher, tokenizer, prompts, change, message):
+    arguments = {
+        "student": student,
+        "teacher": teacher,
+        "tokenizer": tokenizer,
+        "prompts": prompts,
+        "policy": POLICY,
+    }
+    with pytest.raises(ValueError, match=message):
+        run(**{**arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"backtrack": "far"}, "backtrack must be .* got 'far'"),
+        ({"max_interventions": 2}, "max_interventions must be 1 .* got 2"),
+        ({"stitch": " "}, "stitch must hold text"),
+        ({"epsilon0": -0.1}, "epsilon0"),
+    ],
+)
+def test_bad_policy(settings, message):
+    with pytest.raises(ValueError, match=message):
+        motab.MotabPolicy(**settings)

@@ -1,0 +1,53 @@
+"""The delimiter automaton against a plain search in the decoded text."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
+
+from motab.steps import DelimiterAutomaton, token_bytes
+
+
+@pytest.mark.parametrize("delimiter", [".\n\n", "\n\n", "a", "aba", "ab.\n"])
+def test_finds_what_a_search_finds(tokenizer, delimiter):
+    size = len(tokenizer) + 3
+    automaton = DelimiterAutomaton(tokenizer, delimiter, size, torch.device("cpu"))
+    ids = torch.randint(1, size, (20, 60), generator=torch.Generator().manual_seed(0))
+    state = torch.zeros(20, dtype=torch.long)
+    _, ends = automaton.scan(state, ids)
+    texts = token_bytes(tokenizer, size)
+    target = delimiter.encode()
+    for row, row_ends in zip(ids.tolist(), ends.tolist(), strict=True):
+        text = b""
+        for token, end in zip(row, row_ends, strict=True):
+            # 0xFF, in no delimiter, stands for a token without text, which ends what stood before it.
+            before, text = len(text), text + (texts[token] or b"\xff")
+            # Overlaps count: the delimiter is completed inside this token.
+            places = range(max(before - len(target) + 1, 0), len(text) - len(target) + 1)
+            assert end == any(text.startswith(target, place) for place in places)
+    assert ends.any()
+
+
+def test_blocks_continue_each_other(tokenizer):
+    automaton = DelimiterAutomaton(tokenizer, ".\n\n", len(tokenizer), torch.device("cpu"))
+    ids = torch.tensor([[1, 2, 2, 7, 3, 2]])  # ". \n \n a .\n \n"
+    state, ends = torch.zeros(1, dtype=torch.long), []
+    for token in ids.T:
+        states, end = automaton.scan(state, token[:, None])
+        state = states[:, -1]
+        ends.append(bool(end))
+    assert ends == [False, False, True, False, False, True]
+
+
+def test_special_token_ends_what_stood_before(tokenizer):
+    automaton = DelimiterAutomaton(tokenizer, ".\n\n", len(tokenizer), torch.device("cpu"))
+    _, ends = automaton.scan(torch.zeros(1, dtype=torch.long), torch.tensor([[1, 2, 0, 2]]))
+    assert not ends.any()
+
+
+def test_sentencepiece_bytes():
+    words = {"<unk>": 0, "\u2581the": 1, "<0x0A>": 2, "\u00e9": 3}
+    inner = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
+    inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert token_bytes(tokenizer, 5) == [b"", b" the", b"\n", "\u00e9".encode(), b""]
