@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from motab_kernels.reference.kv_cache import realign_
+from motab_kernels.reference import kv_cache as reference
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -23,6 +23,7 @@ def truncate_kv_cache_(
     *,
     tail: str = "keep",
     max_length: int | None = None,
+    backend: str | None = None,
 ) -> Tensor | None:
     """Roll a transformers cache back so that row i keeps its first ``new_lengths[i]`` tokens. In place.
 
@@ -44,6 +45,8 @@ def truncate_kv_cache_(
             a probability of zero; "zero" clears them, for 0 * NaN is NaN.
         max_length: for a ``RaggedKVCache``, a bound on ``new_lengths`` that the host knows. Give it when
             ``new_lengths`` is on a GPU: it is what ``cache.visible_length`` can shrink to.
+        backend: what moves the slots of a ``DynamicCache``: "triton" (all layers in one launch), "torch", or None to
+            choose by device.
 
     Returns:
         The attention mask (B, max(new_lengths)) of what the cache holds now, in the dtype of the one given, else
@@ -59,6 +62,8 @@ def truncate_kv_cache_(
     from motab_kernels.ragged_kv_cache import RaggedKVCache
 
     check_tail(tail)
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f'expected backend to be None, "triton" or "torch", got {backend!r}')
     if isinstance(cache, RaggedKVCache):
         if attention_mask is not None:
             raise ValueError("expected no attention_mask for a RaggedKVCache, which knows its lengths, got one")
@@ -77,29 +82,49 @@ def truncate_kv_cache_(
     lengths = lengths_tensor(new_lengths, batch_size, attention_mask.device)
     if isinstance(cache, StaticCache):
         return _truncate_static_(cache, lengths, attention_mask, slots, tail)
-    return _truncate_dynamic_(cache, lengths, attention_mask, slots, tail)
+    return _truncate_dynamic_(cache, lengths, attention_mask, slots, tail, backend)
 
 
-def _truncate_dynamic_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:
+def _truncate_dynamic_(
+    cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str, backend: str | None
+) -> Tensor:
     is_real = attention_mask != 0
     # The only place where the host waits for the device: the new width decides the shapes.
-    old, new = torch.stack([is_real.sum(-1), lengths]).tolist()
-    if any(kept > had for kept, had in zip(new, old, strict=True)):
+    has_gap = (is_real[:, :-1] & ~is_real[:, 1:]).any(-1)
+    old, new, gaps = torch.stack([is_real.sum(-1), lengths, has_gap.long()]).tolist()
+    if any(kept > had or kept < 0 for kept, had in zip(new, old, strict=True)):
         raise ValueError(f"expected new_lengths of at most the rows' tokens {old}, got {new}")
-    if bool((is_real[:, :-1] & ~is_real[:, 1:]).any()):
+    if any(gaps):
         raise ValueError("expected attention_mask with all padding on the left, got a row with padding after a token")
     width = max(new)
-    starts = [slots - had for had in old]
+    by_device: dict[torch.device, list[Tensor]] = {}
     for layer in cache.layers:
+        by_device.setdefault(layer.keys.device, []).extend((layer.keys, layer.values))
+    for storages in by_device.values():
         # Tensors born in inference mode can be written only there.
-        with torch.inference_mode(layer.keys.is_inference()):
-            for storage in (layer.keys, layer.values):
-                realign_(storage, starts, new, width, clear_padding=tail == "zero")
-            layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+        with torch.inference_mode(any(storage.is_inference() for storage in storages)):
+            _realign_(storages, [slots - had for had in old], new, width, tail == "zero", backend)
+    for layer in cache.layers:
+        layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = width
     kept = torch.arange(width, device=lengths.device) >= width - lengths[:, None]
     return kept.to(attention_mask.dtype)
+
+
+def _realign_(
+    storages: list[Tensor], starts: list[int], lengths: list[int], width: int, clear_padding: bool, backend: str | None
+) -> None:
+    device = storages[0].device
+    if backend is None:
+        backend = "triton" if device.type == "cuda" else "torch"
+    if backend == "torch":
+        for storage in storages:
+            reference.realign_(storage, starts, lengths, width, clear_padding=clear_padding)
+        return
+    from motab_kernels.gpu import kv_cache as gpu
+
+    gpu.realign_(storages, starts, lengths, width, clear_padding=clear_padding)
 
 
 def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:
@@ -138,6 +163,8 @@ def _refuse_inexact(cache: Any) -> None:
                 f"expected all {layer.cumulative_length} tokens, got {name}, whose window has let go of all but "
                 f"{layer.keys.shape[2]}: use a RaggedKVCache"
             )
+        if layer.keys.shape[2] != cache.layers[0].keys.shape[2]:
+            raise ValueError(f"expected layers of one length, got {name} with {layer.keys.shape[2]} slots")
 
 
 def check_tail(tail: str) -> None:

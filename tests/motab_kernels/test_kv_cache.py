@@ -1,5 +1,7 @@
 """`truncate_kv_cache_` on the caches of transformers: exact, or refused before anything changes."""
 
+import os
+
 import pytest
 import torch
 import transformers
@@ -9,6 +11,10 @@ from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttention
 import motab_kernels as mk
 
 VOCAB, BATCH = 61, 3
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+)
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
@@ -121,6 +127,57 @@ def test_keeping_everything_changes_nothing():
     for layer, (keys, values) in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.keys, keys)
         assert torch.equal(layer.values, values)
+
+
+@needs_triton
+@pytest.mark.parametrize("clear_padding", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize(
+    ("batch", "slots", "size", "padding"),
+    [
+        (3, 300, 5, 2),  # odd sizes, padded strides: narrow words, several blocks that overlap themselves
+        (1, 7, 64, 0),  # one row
+        (4, 150, 64, 16),  # whole 16-byte words
+    ],
+)
+def test_triton_equals_the_reference(batch, slots, size, padding, dtype, clear_padding):
+    from motab_kernels.gpu import kv_cache as gpu
+    from motab_kernels.reference import kv_cache as reference
+
+    generator = torch.Generator().manual_seed(batch * slots)
+    # Heads differ between storages; the surroundings of each view are sentinels, compared with the rest.
+    whole = [
+        torch.randint(-99, 99, (batch, 1 + index, slots + 3, size + padding), generator=generator).to(dtype)
+        for index in range(2)
+    ]
+    got = [storage.to(DEVICE) for storage in whole]
+    view = lambda storage: storage[:, :, 1 : slots + 1, :size]  # noqa: E731
+    lengths = torch.randint(0, slots // 3, (batch,), generator=generator).tolist()
+    lengths[-1] = max(1, lengths[-1])
+    if batch > 1:
+        lengths[1] = 0
+    # Row 0 moves right by less than a block, the last row does not move, the rest move left by any amount.
+    width = max(lengths) + 3
+    starts = torch.randint(width - min(lengths), slots - max(lengths) + 1, (batch,), generator=generator).tolist()
+    starts[0], starts[-1] = max(0, width - lengths[0] - 2), width - lengths[-1]
+    gpu.realign_([view(x) for x in got], starts, lengths, width, clear_padding=clear_padding)
+    for storage in whole:
+        reference.realign_(view(storage), starts, lengths, width, clear_padding=clear_padding)
+    for storage, expected in zip(got, whole, strict=True):
+        assert torch.equal(storage.cpu(), expected)
+
+
+@needs_triton
+def test_backends_agree_on_a_cache():
+    kept = torch.tensor([1, 3, 2])
+    caches = []
+    for backend in ("torch", "triton"):
+        torch.manual_seed(0)
+        caches.append(filled(DynamicCache()))
+        mk.truncate_kv_cache_(caches[-1], kept, backend=backend)
+    for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
 
 
 def mistral_config():
