@@ -133,38 +133,34 @@ def test_keeping_everything_changes_nothing():
 @pytest.mark.parametrize("clear_padding", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(
-    ("batch", "slots", "size", "padding"),
+    ("slots", "size", "padding"),
     [
-        (3, 300, 5, 2),  # odd sizes, padded strides: narrow words, several blocks that overlap themselves
-        (1, 7, 64, 0),  # one row
-        (4, 150, 64, 16),  # whole 16-byte words
+        (90, 5, 2),  # an odd size and padded strides: narrow words
+        (800, 64, 16),  # 16-byte words and, in every dtype, rows of several blocks
     ],
 )
+@pytest.mark.parametrize("batch", [1, 6])
 def test_triton_equals_the_reference(batch, slots, size, padding, dtype, clear_padding):
     from motab_kernels.gpu import kv_cache as gpu
     from motab_kernels.reference import kv_cache as reference
 
-    generator = torch.Generator().manual_seed(batch * slots)
-    # Heads differ between storages; the surroundings of each view are sentinels, compared with the rest.
-    whole = [
-        torch.randint(-99, 99, (batch, 1 + index, slots + 3, size + padding), generator=generator).to(dtype)
+    width = 2 * slots // 3
+    # Moves to the right and to the left that overlap themselves, one that does not, none, and nothing to keep.
+    rows = [(0, width - 5), (3, width), (slots - 9, 9), (1, 4), (7, width - 7), (slots, 0)][:batch]
+    starts, lengths = map(list, zip(*rows, strict=True))
+    generator = torch.Generator().manual_seed(slots)
+    # Heads differ between storages; what surrounds each view is compared too.
+    expected = [
+        torch.randint(-99, 99, (batch + 1, 1 + index, slots + 3, size + padding), generator=generator).to(dtype)
         for index in range(2)
     ]
-    got = [storage.to(DEVICE) for storage in whole]
-    view = lambda storage: storage[:, :, 1 : slots + 1, :size]  # noqa: E731
-    lengths = torch.randint(0, slots // 3, (batch,), generator=generator).tolist()
-    lengths[-1] = max(1, lengths[-1])
-    if batch > 1:
-        lengths[1] = 0
-    # Row 0 moves right by less than a block, the last row does not move, the rest move left by any amount.
-    width = max(lengths) + 3
-    starts = torch.randint(width - min(lengths), slots - max(lengths) + 1, (batch,), generator=generator).tolist()
-    starts[0], starts[-1] = max(0, width - lengths[0] - 2), width - lengths[-1]
-    gpu.realign_([view(x) for x in got], starts, lengths, width, clear_padding=clear_padding)
-    for storage in whole:
+    got = [storage.to(DEVICE, copy=True) for storage in expected]
+    view = lambda storage: storage[:batch, :, 1 : slots + 1, :size]  # noqa: E731
+    gpu.realign_([view(storage) for storage in got], starts, lengths, width, clear_padding=clear_padding)
+    for storage in expected:
         reference.realign_(view(storage), starts, lengths, width, clear_padding=clear_padding)
-    for storage, expected in zip(got, whole, strict=True):
-        assert torch.equal(storage.cpu(), expected)
+    for storage, reference_storage in zip(got, expected, strict=True):
+        assert torch.equal(storage.cpu(), reference_storage)
 
 
 @needs_triton
