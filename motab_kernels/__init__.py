@@ -10,6 +10,7 @@ from motab_kernels.boundary import (
     EntropyBoundary,
     FixedBoundary,
     MovingAverageBoundary,
+    boundary_workspace,
     fused_kl_boundary,
 )
 from motab_kernels.kv_cache import truncate_kv_cache_
@@ -24,6 +25,7 @@ __all__ = [
     "FixedBoundary",
     "MovingAverageBoundary",
     "RaggedKVCache",
+    "boundary_workspace",
     "fused_kl_boundary",
     "truncate_kv_cache_",
 ]

@@ -5,7 +5,9 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib.util
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,11 +32,13 @@ __all__ = [
     "EntropyBoundary",
     "FixedBoundary",
     "MovingAverageBoundary",
+    "boundary_workspace",
     "fused_kl_boundary",
 ]
 
-BACKENDS = ("torch",)
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BACKENDS = ("torch", "triton")
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # and float64, for "torch"
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class BoundaryOutput(NamedTuple):
@@ -68,6 +72,7 @@ def fused_kl_boundary(
     temperature: float | Tensor = 1.0,
     vocab_size: int | None = None,
     out: BoundaryOutput | None = None,
+    workspace: Tensor | None = None,
     backend: str | None = None,
 ) -> BoundaryOutput:
     """Divergences, entropies, log-probabilities and rank of written tokens, and whether their step strays.
@@ -95,8 +100,9 @@ def fused_kl_boundary(
     Not differentiable (see `divergence_loss`). Batch invariant: a row's numbers do not depend on other rows.
 
     Args:
-        student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16, float16 or float64,
-            which is then computed in float64. Any strides.
+        student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch"
+            also takes float64, and computes in it. Any strides; "triton" copies a tensor whose vocabulary is
+            not contiguous.
         teacher_logits: the same leading shape, (..., V_teacher). Only shared columns are read.
         token_ids: (B,) or (B, T) int64, in [0, V); -1 is padding: it counts for nothing, whatever its logits.
             Other values raise on the CPU; on a GPU, where looking would make the host wait, such a token has
@@ -107,8 +113,13 @@ def fused_kl_boundary(
         temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
             device.
         vocab_size: columns that count, at most. None: all that both sides have.
-        out: a `BoundaryOutput` to write into and return. None: new tensors.
-        backend: "torch", or None: the same.
+        out: a `BoundaryOutput` of contiguous tensors to write into and return. None: new tensors.
+        workspace: scratch memory of "triton", from `boundary_workspace`, that calls on one stream may share.
+            None: new memory. With `out`, `workspace` and `state` given a call allocates nothing, and it can
+                be
+            captured in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
+        backend: "triton" for kernels that read the logits once, "torch" for plain PyTorch. None: "triton" on
+            a GPU, where Triton is installed and the logits are not float64, else "torch".
 
     Returns:
         `BoundaryOutput` of tensors shaped like `token_ids`. Statistics are within 1e-5 of float64 on the same
@@ -139,8 +150,7 @@ def fused_kl_boundary(
     if state is None:
         state = boundary.new_state(B, device)
     _check_state(state, B, rule.window, device)
-    if backend not in (*BACKENDS, None):
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    backend = _choose_backend(backend, student_logits, teacher_logits)
     if out is None:
         out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
     _check_out(out, token_ids)
@@ -155,14 +165,34 @@ def fused_kl_boundary(
         None if rule.theta is None else _on_device("theta", rule.theta, B, device),
         [state.counters, state.scores, state.history],
         list(out),
+        workspace,
         rule.score,
         rule.top_k,
         V,
+        backend,
     )
     return out
 
 
-@torch.library.custom_op("motab_kernels::fused_kl_boundary", mutates_args=("state", "out"))
+def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: torch.device | str) -> Tensor:
+    """Scratch memory for `fused_kl_boundary` with backend "triton", for up to so many rows, tokens and
+    columns.
+
+    Equivalent to `torch.empty(n, dtype=torch.float32, device=device)`, where n is 10 for each position and
+    each split of the vocabulary. Its contents mean nothing between calls.
+
+    Raises:
+        ValueError: a size below 0, or Triton is not installed.
+    """
+    for name, value in (("batch_size", batch_size), ("tokens", tokens), ("vocab_size", vocab_size)):
+        check_count(name, value, minimum=0)
+    gpu = _import_gpu()
+    device = torch.device(device)
+    shape = gpu.workspace_shape(batch_size * tokens, vocab_size, gpu.settings_for(device))
+    return torch.empty(math.prod(shape), dtype=torch.float32, device=device)
+
+
+@torch.library.custom_op("motab_kernels::fused_kl_boundary", mutates_args=("state", "out", "workspace"))
 def fused_kl_boundary_op(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -173,9 +203,11 @@ def fused_kl_boundary_op(
     theta: Tensor | None,
     state: list[Tensor],
     out: list[Tensor],
+    workspace: Tensor | None,
     score: str,
     top_k: int,
     vocab_size: int,
+    backend: str,
 ) -> None:
     if token_ids.numel() == 0:
         return
@@ -185,17 +217,33 @@ def fused_kl_boundary_op(
     def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
         return x if token_ids.dim() == 2 else x.unsqueeze(1)
 
-    results = reference.fused_kl_boundary(
-        with_tokens(student_logits)[..., :vocab_size],
-        with_tokens(teacher_logits)[..., :vocab_size],
-        with_tokens(token_ids),
-        None if step_ends is None else with_tokens(step_ends),
-        temperature,
-        Rule(score, scale, theta, top_k, window=state[2].shape[1]),
-        BoundaryState.of(*state),
-    )
-    for target, result in zip(out, results, strict=True):
-        with_tokens(target).copy_(result)
+    student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
+    tokens, out = with_tokens(token_ids), [with_tokens(x) for x in out]
+    ends = None if step_ends is None else with_tokens(step_ends)
+    rule = Rule(score, scale, theta, top_k, window=state[2].shape[1])
+
+    if backend == "torch":
+        results = reference.fused_kl_boundary(
+            student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
+        )
+        for target, result in zip(out, results, strict=True):
+            target.copy_(result)
+        return
+
+    gpu = _import_gpu()
+    if student.device.type != "cuda" and not gpu.INTERPRETED:
+        raise ValueError(
+            f'backend: "triton" expected tensors on a GPU, got {student.device}; use "torch", or set '
+            "TRITON_INTERPRET=1 before triton is imported"
+        )
+    settings = gpu.settings_for(student.device)
+    shape = gpu.workspace_shape(tokens.numel(), vocab_size, settings)
+    if workspace is None:
+        workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
+    _check_workspace(workspace, math.prod(shape), student.device)
+    doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
+    logits = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
+    gpu.fused_kl_boundary(*logits, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
 
 
 @fused_kl_boundary_op.register_fake
@@ -203,9 +251,39 @@ def _(*args: object, **kwargs: object) -> None:
     """Everything is written in place."""
 
 
+def _choose_backend(backend: str | None, *logits: Tensor) -> str:
+    kernels_take = all(x.dtype in LOGIT_DTYPES for x in logits)
+    if backend is None:
+        return "triton" if HAS_TRITON and kernels_take and logits[0].device.type == "cuda" else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
+    if backend == "triton" and not kernels_take:
+        got = ", ".join(str(x.dtype) for x in logits)
+        kinds = "float32, bfloat16 or float16"
+        raise ValueError(f'backend: "triton" expected {kinds} logits, got {got}; use "torch"')
+    return backend
+
+
+def _import_gpu() -> Any:
+    """The Triton kernels, imported by the first call that runs them."""
+    if not HAS_TRITON:
+        raise ValueError("expected Triton to be installed; install it")
+    return importlib.import_module("motab_kernels.gpu.boundary")
+
+
+def _check_workspace(workspace: Tensor, numel: int, device: torch.device) -> None:
+    fits = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
+    if not fits or workspace.numel() < numel:
+        expected = f"at least {numel} contiguous float32 on {device}: see boundary_workspace"
+        got = f"{workspace.numel()} {workspace.dtype} on {workspace.device}"
+        raise ValueError(f"workspace: expected {expected}, got {got}")
+
+
 def _check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends: Tensor | None) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in LOGIT_DTYPES:
+        if logits.dtype not in (*LOGIT_DTYPES, torch.float64):
             raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
@@ -238,6 +316,8 @@ def _check_state(state: BoundaryState, B: int, window: int, device: torch.device
 def _check_out(out: BoundaryOutput, token_ids: Tensor) -> None:
     for name, dtype, x in zip(BoundaryOutput._fields, OUTPUT_DTYPES, out, strict=True):
         _check(f"out.{name}", x, token_ids.shape, dtype, token_ids.device)
+        if not x.is_contiguous():
+            raise ValueError(f"out.{name}: expected a contiguous tensor, got strides {x.stride()}")
 
 
 def _check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
