@@ -210,7 +210,7 @@ def test_nan_strays_at_the_end_of_its_step(column, lanes):
 
 def test_a_row_does_not_depend_on_its_batch(lanes):
     lanes(8)
-    student, teacher, tokens = random_inputs(3, 2, 1000, torch.bfloat16)
+    student, teacher, tokens = random_inputs(3, 2, 300, torch.bfloat16)
     whole = triton(student, teacher, tokens)
     for b in range(3):
         for i in range(2):
@@ -247,10 +247,10 @@ def test_padding_is_not_read():
 
 @pytest.mark.parametrize("name", BOUNDARIES)
 def test_decisions_are_the_reference_s_in_blocks(name, monkeypatch):
-    """Blocks of 9, 1 and 2 tokens, of which the kernel takes in 4 at a time."""
+    """Blocks of 5, 1 and 3 tokens, of which the kernel takes in 4 at a time."""
     monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(sums=4))
-    boundary, B, T = BOUNDARIES[name], 4, 12
-    student, teacher, tokens, step_ends = stepwise(B, T, seed=7)
+    boundary, B, T = BOUNDARIES[name], 4, 9
+    student, teacher, tokens, step_ends = stepwise(B, T, seed=3)
     tokens[torch.arange(T).expand(B, T) % 7 == 5] = -1
     state, expected_state = boundary.new_state(B, DEVICE), boundary.new_state(B)
     inputs = (student, teacher, tokens)
@@ -264,9 +264,10 @@ def test_decisions_are_the_reference_s_in_blocks(name, monkeypatch):
             state=state,
             step_ends=step_ends[:, start:stop],
         )
-        for start, stop in ((0, 9), (9, 10), (10, 12))
+        for start, stop in ((0, 5), (5, 6), (6, 9))
     ]
     out = mk.BoundaryOutput(*(torch.cat(x, 1) for x in zip(*blocks, strict=True)))
+    assert (expected_state.rollback_position > 0).any()  # or this would test little
     assert torch.equal(out.stray, expected.stray)
     assert torch.equal(state.counters.cpu(), expected_state.counters)
     torch.testing.assert_close(out.score, expected.score, rtol=1e-5, atol=1e-5)

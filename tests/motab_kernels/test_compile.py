@@ -1,0 +1,45 @@
+"""What the compilers make of the Triton kernels, by `benchmarks.static`; no GPU is needed.
+
+On an H100 at 3 TB/s a bfloat16 pair leaves about 38 issue slots: memory sets the pace only well below that.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+
+
+@pytest.fixture(scope="module")
+def reports():
+    """By (kernel, dtype, target). In a process of its own, because this one may have the interpreter on."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.static", "--json"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=root)
+    return {(r["kernel"], r["dtype"], r["target"]): r for r in json.loads(run.stdout)}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("kernel", "dtype"), [("partial", "fp32"), ("partial", "bf16"), ("decide", "bf16")])
+def test_registers(reports, kernel, dtype, target):
+    report = reports[kernel, dtype, target]
+    assert report["spilled"] == 0
+    assert 0 < report["registers"] <= 168  # three blocks of 128 threads a multiprocessor, at least
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize(("dtype", "loads"), [("fp32", 8), ("bf16", 4)])
+def test_main_loop(reports, dtype, loads, target):
+    """16 columns of both sides a lane: 128 bits at a time, and nothing that waits for another lane."""
+    report = reports["partial", dtype, target]
+    assert (report["wide_loads"], report["narrow_loads"]) == (loads, 0)
+    assert (report["barriers"], report["shuffles"]) == (0, 0)
+    assert 17 < report["instructions"] <= 28
+    assert 2 < report["special"] <= 2.6
