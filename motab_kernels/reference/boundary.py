@@ -22,7 +22,7 @@ from motab_kernels.boundary_state import BoundaryState as S
 from motab_kernels.boundary_state import Rule
 
 #: Logits of one side in work at a time: what stays in a core's cache, and a bound on the temporaries.
-CHUNK = 1 << 20
+CHUNK = 1 << 19
 
 
 class Statistics(NamedTuple):
@@ -44,11 +44,10 @@ def row_sums(x: Tensor) -> Tensor:
     return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
 
 
-def relative(logits: Tensor, tau: Tensor | None, dtype: torch.dtype) -> Tensor:
+def relative(logits: Tensor, tau: Tensor | None) -> Tensor:
     """(R, V) logits less their maximum, over the temperature."""
-    x = logits.to(dtype)
-    x = x - x.amax(-1, keepdim=True)
-    return x if tau is None else x.div_(tau[:, None].to(dtype))
+    x = logits - logits.amax(-1, keepdim=True)
+    return x if tau is None else x.div_(tau[:, None].to(x.dtype))
 
 
 def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | None) -> Statistics:
@@ -59,17 +58,24 @@ def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | No
     """
     V = student.shape[1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
-    lowest = torch.finfo(dtype).min
-    x_s, x_t = relative(student, tau, dtype), relative(teacher, tau, dtype)
+    student, teacher = student.to(dtype), teacher.to(dtype)
+    x_s, x_t = relative(student, tau), relative(teacher, tau)
     w_s, w_t = x_s.exp(), x_t.exp()
     z_s, z_t = row_sums(w_s), row_sums(w_t)
     log_z_s, log_z_t = z_s.log(), z_t.log()
 
-    student_entropy = log_z_s - row_sums(x_s.clamp_min(lowest).mul_(w_s)) / z_s
-    teacher_entropy = log_z_t - row_sums(x_t.clamp_min(lowest).mul_(w_t)) / z_t
+    # Where a logit is -inf, 0 * inf is to be 0. The host looks first, for two passes more over each product.
+    excludes = any(bool((x.amin(-1) == -torch.inf).any()) for x in (x_s, x_t))
+
+    def weighted_sum(w: Tensor, x: Tensor) -> Tensor:
+        product = w * x
+        return row_sums(product.masked_fill_(w == 0, 0) if excludes else product)
+
     gap, log_z_gap = x_t - x_s, log_z_t - log_z_s
-    forward_kl = row_sums((w_t * gap).masked_fill_(w_t == 0, 0)) / z_t - log_z_gap
-    reverse_kl = log_z_gap - row_sums((w_s * gap).masked_fill_(w_s == 0, 0)) / z_s
+    student_entropy = log_z_s - weighted_sum(w_s, x_s) / z_s
+    teacher_entropy = log_z_t - weighted_sum(w_t, x_t) / z_t
+    forward_kl = weighted_sum(w_t, gap) / z_t - log_z_gap
+    reverse_kl = log_z_gap - weighted_sum(w_s, gap) / z_s
     invalid = z_s.isnan() | z_t.isnan()
 
     column = token.clamp(0, V - 1)[:, None]
