@@ -345,7 +345,10 @@ def _on_device(name: str, value: float | Tensor, B: int, device: torch.device) -
     key = (float(value), device)
     if key not in _constants:
         with torch.inference_mode(False):
-            _constants[key] = torch.full((), value, dtype=torch.float64, device=device)
+            constant = torch.full((), value, dtype=torch.float64, device=device)
+        if type(constant) is not Tensor:  # a fake one, that would outlive its mode
+            return constant
+        _constants[key] = constant
     return _constants[key]
 
 

@@ -21,6 +21,7 @@ from boundary_cases import (
     stepwise,
     with_values,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import motab_kernels as mk
 from motab_kernels.boundary import fused_kl_boundary_op
@@ -308,6 +309,26 @@ def test_first_of_equal_falls():
     out = mk.fused_kl_boundary(torch.zeros_like(teacher), teacher, tokens, boundary=boundary, state=state)
     assert torch.equal(out.teacher_rank.long(), tokens)
     assert (state.breach_position.item(), state.rollback_position.item()) == (7, 1)
+
+
+def test_a_rise_may_be_the_smallest_fall():
+    """V rises from 0.2 to 0.5 while the threshold rises past it: with a single fall, t* is 1."""
+    threshold = torch.tensor(0.1)
+    boundary = mk.FixedBoundary(threshold)
+    state = mk.BoundaryState(1)
+    inputs = with_values([0.2, 0.5])
+    for i, limit in ((0, 0.1), (1, 0.9)):
+        threshold.fill_(limit)
+        mk.fused_kl_boundary(*(x[:, i : i + 1] for x in inputs), boundary=boundary, state=state)
+    assert (state.breach_position.item(), state.rollback_position.item()) == (2, 1)
+
+
+def test_a_fake_call_leaves_no_fake_constant():
+    inputs = random_inputs(1, 1, 8)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        mk.fused_kl_boundary(*inputs, boundary=mk.FixedBoundary(0.123456), temperature=0.654321)
+    out = mk.fused_kl_boundary(*inputs, boundary=mk.FixedBoundary(0.123456), temperature=0.654321)
+    assert out.threshold.item() == pytest.approx(0.123456)
 
 
 def test_a_breached_row_is_frozen_until_it_is_reset():

@@ -25,6 +25,7 @@ from boundary_cases import (
 )
 
 import motab_kernels as mk
+from motab_kernels.boundary import fused_kl_boundary_op
 
 pytest.importorskip("triton")
 
@@ -140,7 +141,7 @@ def test_maxima_that_rise_and_fall(lanes):
     teacher[0, 0] += ramp
     student[0, 1] -= ramp
     teacher[0, 2] += ramp.roll(300)
-    teacher[0, 3, [999, 700, 520, 521]] = 50.0
+    teacher[0, 3, [999, 700, 648, 520, 521]] = 50.0  # 520 and 648 are a lane's, in two tiles of a split
     out = triton(student, teacher, tokens)
     assert_matches_definition(out, student, teacher, tokens)
     assert out.teacher_argmax[0, 3] == 520
@@ -294,6 +295,31 @@ def test_first_of_equal_falls():
     boundary = mk.FixedBoundary(5, score="teacher_rank")
     triton(torch.zeros_like(teacher), teacher, tokens, boundary=boundary, state=state)
     assert (state.breach_position.item(), state.rollback_position.item()) == (7, 1)
+
+
+def test_a_rise_may_be_the_smallest_fall():
+    """V rises from 0.2 to 0.5 while the threshold rises past it: with a single fall, t* is 1."""
+    threshold = torch.tensor(0.1, device=DEVICE)
+    boundary = mk.FixedBoundary(threshold)
+    state = mk.BoundaryState(1, DEVICE)
+    student, teacher, tokens = with_values([0.2, 0.5])
+    for i, limit in ((0, 0.1), (1, 0.9)):
+        threshold.fill_(limit)
+        triton(
+            *(x[:, i : i + 1] for x in (student.float(), teacher.float(), tokens)),
+            boundary=boundary,
+            state=state,
+        )
+    assert (state.breach_position.item(), state.rollback_position.item()) == (2, 1)
+
+
+def test_opcheck():
+    student, teacher, tokens = map(on_device, random_inputs(1, 1, 40))
+    state = mk.BoundaryState(1, DEVICE)
+    scale = torch.tensor(0.2, dtype=torch.float64, device=DEVICE)
+    buffers = [state.counters, state.scores, state.history], list(on_device(poisoned_output((1, 1))))
+    arguments = (student, teacher, tokens, None, None, scale, scale, *buffers, poisoned_workspace(1, 1, 40))
+    torch.library.opcheck(fused_kl_boundary_op, (*arguments, "teacher_value", 0, 40, "triton"))
 
 
 def test_nothing_beside_the_outputs_is_written():
