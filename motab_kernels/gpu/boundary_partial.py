@@ -1,0 +1,175 @@
+"""First kernel of `fused_kl_boundary`: sums over a split of the vocabulary.
+
+B rows, T tokens, V shared vocabulary, S splits of it. With t, s the logits at a position, c = log2(e) /
+temperature and m_t, m_s the maxima of c t and c s, a split is summed up in
+
+    z_t = sum w_t      a_t = sum w_t x_t      g_t = sum w_t (x_t - x_s)      x_t = c t - m_t      w_t = 2^x_t
+    z_s = sum w_s      a_s = sum w_s x_s      g_s = sum w_s (x_t - x_s)      x_s = c s - m_s      w_s = 2^x_s
+
+from which, over log2(e),
+
+    entropy = log2 z - a / z
+    forward_kl = g_t / z_t - log2(z_t / z_s)
+    reverse_kl = log2(z_t / z_s) - g_s / z_s.
+
+When the maxima move by d_t = m_t - m_t' and d_s,   z' = f z,   a' = f (a + d z),   g' = f (g + (d_t - d_s) z)
+with f = 2^d: by this rule lanes take in a tile, splits their lanes, and rows their splits. x is one fused
+multiply-add, which rounds once: a constant added to all logits of a side does no harm. m need not be the
+maximum to the bit for that.
+
+Low-precision logits are read into float32, and everything is summed in float32.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, less itself it is 0
+
+# Rows of the workspace (positions, 10, S).
+TOP_T, Z_T, A_T, G_T, TOP_S, Z_S, A_S, G_S, RANK, ARGMAX = (tl.constexpr(i) for i in range(10))
+PARTIALS = tl.constexpr(10)
+
+
+@triton.jit
+def moved(f, total, shift, z):
+    """A sum of terms w * x after x has grown by `shift`. Nothing is left where f is 0, not even of inf."""
+    return tl.where(f != 0, f * (total + shift * z), 0.0)
+
+
+@triton.jit
+def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
+    """c = log2(e) / temperature."""
+    temperature = tl.full([], 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr).to(tl.float32)
+    return LOG2_E / temperature
+
+
+@triton.jit
+def _row_sum(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def _row_max(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def scaled(top, c):
+    """A maximum in units of log2, finite: -inf less itself would be NaN."""
+    return tl.maximum(top * c, LOWEST)
+
+
+@triton.jit
+def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best):
+    """Take a (GROUPS, LANES, VECTOR) tile into the lanes' sums. No value crosses a lane."""
+    tile_top = _row_max(t)
+    best = tl.where(tile_top > top_t, start, best)  # the tile with the lane's first maximum
+    new_top_t, new_top_s = tl.maximum(top_t, tile_top), tl.maximum(top_s, _row_max(s))
+    m_t, m_s = scaled(new_top_t, c), scaled(new_top_s, c)
+    d_t, d_s = scaled(top_t, c) - m_t, scaled(top_s, c) - m_s
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+    a_t, g_t, z_t = moved(f_t, a_t, d_t, z_t), moved(f_t, g_t, d_t - d_s, z_t), z_t * f_t
+    a_s, g_s, z_s = moved(f_s, a_s, d_s, z_s), moved(f_s, g_s, d_t - d_s, z_s), z_s * f_s
+
+    x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
+    w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
+    gap = x_t - x_s
+    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays.
+    z_t += _row_sum(w_t)
+    a_t += _row_sum(w_t * tl.where(w_t != 0, x_t, 0.0))
+    g_t += _row_sum(w_t * tl.where(w_t != 0, gap, 0.0))
+    z_s += _row_sum(w_s)
+    a_s += _row_sum(w_s * tl.where(w_s != 0, x_s, 0.0))
+    g_s += _row_sum(w_s * tl.where(w_s != 0, gap, 0.0))
+    rank += _row_sum((t > token_logit).to(tl.float32))  # whole numbers, exact up to 2^24
+    return new_top_t, z_t, a_t, g_t, new_top_s, z_s, a_s, g_s, rank, best
+
+
+@triton.jit
+def partial_kernel(
+    student_ptr,
+    teacher_ptr,
+    token_ptr,
+    temperature_ptr,
+    partial_ptr,
+    student_stride_b,
+    student_stride_t,
+    teacher_stride_b,
+    teacher_stride_t,
+    token_stride_b,
+    token_stride_t,
+    temperature_stride_b,
+    T,
+    V,
+    HAS_TEMPERATURE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Sum up split `program_id(1)` of position `program_id(0)`, the axis that may be long."""
+    position, split = tl.program_id(0), tl.program_id(1)
+    b, i = (position // T).to(tl.int64), (position % T).to(tl.int64)
+    token = tl.load(token_ptr + b * token_stride_b + i * token_stride_t)
+    if token == -1:
+        return  # padding: nobody will look at its sums
+    student_ptr += b * student_stride_b + i * student_stride_t
+    teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
+    known = (token >= 0) & (token < V)
+    token_logit = tl.load(teacher_ptr + token, mask=known, other=0.0).to(tl.float32)
+    # A constant that bfloat16 lacks: the compiler would else compare in bfloat16, at twice the instructions.
+    token_logit = tl.where(known, token_logit, LOWEST)
+    c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
+
+    TILE: tl.constexpr = GROUPS * LANES * VECTOR
+    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
+    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    z_t, a_t, g_t, z_s, a_s, g_s, rank = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    first = split * (TILES * TILE)
+    best = tl.zeros([LANES], tl.int32) + first
+
+    end = tl.minimum(first + TILES * TILE, V)
+    whole = first + (end - first) // TILE * TILE
+    for start in range(first, whole, TILE):
+        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
+        s = tl.load(student_ptr + start + columns).to(tl.float32)
+        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
+            t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best
+        )
+    if whole < end:  # the tail; what is not there has no probability
+        inside = whole + columns < end
+        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
+            t, s, whole, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best
+        )
+
+    row_t, row_s = tl.max(top_t, axis=0), tl.max(top_s, axis=0)
+    d_t, d_s = scaled(top_t, c) - scaled(row_t, c), scaled(top_s, c) - scaled(row_s, c)
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+
+    # The first maximum lies in the earliest of the tiles that have it: look there again, in the lanes that
+    # saw it.
+    tile = tl.min(tl.where(top_t == row_t, best, V), axis=0)
+    columns += tile
+    seen = ((top_t == row_t) & (best == tile))[None, :, None] & (columns < end)
+    t = tl.load(teacher_ptr + columns, mask=seen, other=-float("inf")).to(tl.float32)
+    argmax = tl.min(tl.min(tl.min(tl.where(seen & (t == row_t), columns, V), axis=2), axis=0), axis=0)
+
+    S = tl.num_programs(1)
+    partial_ptr += position.to(tl.int64) * PARTIALS * S + split
+    tl.store(partial_ptr + TOP_T * S, row_t)
+    tl.store(partial_ptr + Z_T * S, tl.sum(z_t * f_t, axis=0))
+    tl.store(partial_ptr + A_T * S, tl.sum(moved(f_t, a_t, d_t, z_t), axis=0))
+    tl.store(partial_ptr + G_T * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0))
+    tl.store(partial_ptr + TOP_S * S, row_s)
+    tl.store(partial_ptr + Z_S * S, tl.sum(z_s * f_s, axis=0))
+    tl.store(partial_ptr + A_S * S, tl.sum(moved(f_s, a_s, d_s, z_s), axis=0))
+    tl.store(partial_ptr + G_S * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0))
+    tl.store(partial_ptr + RANK * S, tl.sum(rank, axis=0))
+    tl.store(partial_ptr + ARGMAX * S, (argmax - first).to(tl.float32))  # within the split, exact
