@@ -12,6 +12,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from motab_kernels.boundary_checks import (
+    LOGIT_DTYPES,
+    check_out,
+    check_state,
+    check_tensors,
+    check_values,
+    check_workspace,
+)
 from motab_kernels.boundary_state import (
     SCORES,
     Boundary,
@@ -37,7 +45,6 @@ __all__ = [
 ]
 
 BACKENDS = ("torch", "triton")
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # and float64, for "torch"
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -136,7 +143,7 @@ def fused_kl_boundary(
         expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
         raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
     rule = boundary.rule
-    _check_tensors(student_logits, teacher_logits, token_ids, step_ends)
+    check_tensors(student_logits, teacher_logits, token_ids, step_ends)
     V = min(student_logits.shape[-1], teacher_logits.shape[-1])
     if vocab_size is not None:
         check_count("vocab_size", vocab_size)
@@ -149,11 +156,11 @@ def fused_kl_boundary(
     B, device = token_ids.shape[0], token_ids.device
     if state is None:
         state = boundary.new_state(B, device)
-    _check_state(state, B, rule.window, device)
+    check_state(state, B, rule.window, device)
     backend = _choose_backend(backend, student_logits, teacher_logits)
     if out is None:
         out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
-    _check_out(out, token_ids)
+    check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
 
     fused_kl_boundary_op(
         student_logits.detach(),
@@ -212,7 +219,7 @@ def fused_kl_boundary_op(
     if token_ids.numel() == 0:
         return
     if token_ids.device.type == "cpu":
-        _check_values(token_ids, temperature, vocab_size)
+        check_values(token_ids, temperature, vocab_size)
 
     def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
         return x if token_ids.dim() == 2 else x.unsqueeze(1)
@@ -240,7 +247,7 @@ def fused_kl_boundary_op(
     shape = gpu.workspace_shape(tokens.numel(), vocab_size, settings)
     if workspace is None:
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
-    _check_workspace(workspace, math.prod(shape), student.device)
+    check_workspace(workspace, math.prod(shape), student.device)
     doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
     logits = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
     gpu.fused_kl_boundary(*logits, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
@@ -271,62 +278,6 @@ def _import_gpu() -> Any:
     if not HAS_TRITON:
         raise ValueError("expected Triton to be installed; install it")
     return importlib.import_module("motab_kernels.gpu.boundary")
-
-
-def _check_workspace(workspace: Tensor, numel: int, device: torch.device) -> None:
-    fits = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
-    if not fits or workspace.numel() < numel:
-        expected = f"at least {numel} contiguous float32 on {device}: see boundary_workspace"
-        got = f"{workspace.numel()} {workspace.dtype} on {workspace.device}"
-        raise ValueError(f"workspace: expected {expected}, got {got}")
-
-
-def _check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends: Tensor | None) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in (*LOGIT_DTYPES, torch.float64):
-            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-        if logits.dim() not in (2, 3):
-            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
-    leading = student.shape[:-1]
-    if teacher.shape[:-1] != leading:
-        expected, got = (*leading, "V"), tuple(teacher.shape)
-        raise ValueError(f"teacher_logits: expected the student's leading shape, {expected}, got {got}")
-    _check("token_ids", token_ids, leading, torch.int64, student.device)
-    _check("teacher_logits", teacher, teacher.shape, teacher.dtype, student.device)
-    if step_ends is not None:
-        _check("step_ends", step_ends, leading, torch.bool, student.device)
-
-
-def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-    if x.shape != shape or x.dtype != dtype or x.device != device:
-        expected = f"{dtype} of shape {tuple(shape)} on {device}"
-        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
-        raise ValueError(f"{name}: expected {expected}, got {got}")
-
-
-def _check_state(state: BoundaryState, B: int, window: int, device: torch.device) -> None:
-    if not isinstance(state, BoundaryState):
-        raise ValueError(f"state: expected a BoundaryState, got {type(state).__name__}")
-    history = state.history
-    if history.shape != (B, window) or history.device != device:
-        expected = f"one for {B} rows with window {window} on {device}: boundary.new_state({B}, device)"
-        raise ValueError(f"state: expected {expected}, got {state!r}")
-
-
-def _check_out(out: BoundaryOutput, token_ids: Tensor) -> None:
-    for name, dtype, x in zip(BoundaryOutput._fields, OUTPUT_DTYPES, out, strict=True):
-        _check(f"out.{name}", x, token_ids.shape, dtype, token_ids.device)
-        if not x.is_contiguous():
-            raise ValueError(f"out.{name}: expected a contiguous tensor, got strides {x.stride()}")
-
-
-def _check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
-    """What can be looked at on the CPU alone."""
-    outside = (token_ids < -1) | (token_ids >= V)
-    if outside.any():
-        raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")
-    if temperature is not None and not (temperature > 0).all():
-        raise ValueError(f"temperature: expected values > 0, got {temperature.tolist()}")
 
 
 _constants: dict[tuple[float, torch.device], Tensor] = {}

@@ -1,0 +1,68 @@
+"""What `fused_kl_boundary` refuses, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from motab_kernels.boundary_state import BoundaryState
+
+LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # and float64, for the "torch" backend
+
+
+def check_workspace(workspace: Tensor, numel: int, device: torch.device) -> None:
+    fits = workspace.dtype == torch.float32 and workspace.device == device and workspace.is_contiguous()
+    if not fits or workspace.numel() < numel:
+        expected = f"at least {numel} contiguous float32 on {device}: see boundary_workspace"
+        got = f"{workspace.numel()} {workspace.dtype} on {workspace.device}"
+        raise ValueError(f"workspace: expected {expected}, got {got}")
+
+
+def check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends: Tensor | None) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in (*LOGIT_DTYPES, torch.float64):
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+    leading = student.shape[:-1]
+    if teacher.shape[:-1] != leading:
+        expected, got = (*leading, "V"), tuple(teacher.shape)
+        raise ValueError(f"teacher_logits: expected the student's leading shape, {expected}, got {got}")
+    _check("token_ids", token_ids, leading, torch.int64, student.device)
+    _check("teacher_logits", teacher, teacher.shape, teacher.dtype, student.device)
+    if step_ends is not None:
+        _check("step_ends", step_ends, leading, torch.bool, student.device)
+
+
+def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    if x.shape != shape or x.dtype != dtype or x.device != device:
+        expected = f"{dtype} of shape {tuple(shape)} on {device}"
+        got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        raise ValueError(f"{name}: expected {expected}, got {got}")
+
+
+def check_state(state: BoundaryState, B: int, window: int, device: torch.device) -> None:
+    if not isinstance(state, BoundaryState):
+        raise ValueError(f"state: expected a BoundaryState, got {type(state).__name__}")
+    history = state.history
+    if history.shape != (B, window) or history.device != device:
+        expected = f"one for {B} rows with window {window} on {device}: boundary.new_state({B}, device)"
+        raise ValueError(f"state: expected {expected}, got {state!r}")
+
+
+def check_out(out: Mapping[str, Tensor], dtypes: Sequence[torch.dtype], token_ids: Tensor) -> None:
+    for (name, x), dtype in zip(out.items(), dtypes, strict=True):
+        _check(f"out.{name}", x, token_ids.shape, dtype, token_ids.device)
+        if not x.is_contiguous():
+            raise ValueError(f"out.{name}: expected a contiguous tensor, got strides {x.stride()}")
+
+
+def check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
+    """What can be looked at on the CPU alone."""
+    outside = (token_ids < -1) | (token_ids >= V)
+    if outside.any():
+        raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")
+    if temperature is not None and not (temperature > 0).all():
+        raise ValueError(f"temperature: expected values > 0, got {temperature.tolist()}")
