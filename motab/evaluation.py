@@ -1,0 +1,117 @@
+"""Accuracy of a model on problems with verifiable answers: the mean over samples with its standard error."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from motab.data import Problem
+from motab.engine import synthesize
+from motab.policies import OnPolicy
+
+# The places where a text states its answer, best first; in each the last one counts.
+_STATED = (
+    re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
+    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
+    re.compile(r"answer is:?\s*(.+?)\.?\s*$", re.IGNORECASE | re.MULTILINE),
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well a model answers.
+
+    Attributes:
+        accuracy: share of right answers, the mean over problems of the mean over their samples.
+        standard_error: of `accuracy`, from the spread between problems.
+        overlong: share of answers that ran out of budget.
+        problems, samples: how many problems, and how many answers to each.
+        correct: for each problem its share of right answers.
+    """
+
+    accuracy: float
+    standard_error: float
+    overlong: float
+    problems: int
+    samples: int
+    correct: tuple[float, ...]
+
+    def __str__(self) -> str:
+        return f"{self.accuracy:.3f} ± {self.standard_error:.3f}"
+
+
+def stated_answer(text: str) -> str | None:
+    """The answer that a text states: its last ``\\boxed{}``, else ``<answer>``, else "answer is ..."; None without."""
+    for place in _STATED:
+        if found := place.findall(text):
+            return str(found[-1]).strip()
+    return None
+
+
+def is_correct(text: str, problem: Problem) -> bool:
+    """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
+
+    Raises:
+        ValueError: the problem has no answer to compare with.
+    """
+    if problem.answer is None:
+        raise ValueError("the dataset has no answer column, so that nothing can be verified; got a problem without one")
+    task = problem.record.get("metadata", {}).get("source_dataset") if "metadata" in problem.record else None
+    if task is not None:
+        import reasoning_gym
+
+        return bool(reasoning_gym.get_score_answer_fn(task)(stated_answer(text), problem.record) == 1.0)
+    import math_verify
+
+    gold = problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}"
+    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(text)))
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    problems: Sequence[Problem],
+    *,
+    samples: int = 1,
+    temperature: float = 0.0,
+    **settings: Any,
+) -> Evaluation:
+    """Let a model answer problems and verify the answers.
+
+    Args:
+        samples: answers to each problem.
+        settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
+
+    Raises:
+        ValueError: no problems, problems without answers, several samples of greedy (identical) answers.
+    """
+    if not problems:
+        raise ValueError("evaluate needs at least one problem, got none")
+    if samples < 1 or (samples > 1 and temperature == 0):
+        raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
+    prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(samples)]
+    right, overlong = [0.0] * len(problems), 0
+    texts = synthesize(model, None, tokenizer, prompts, policy=OnPolicy(), temperature=temperature, **settings)
+    for trajectory in texts:
+        place = trajectory.index // samples
+        right[place] += is_correct(trajectory.text, problems[place]) / samples
+        overlong += trajectory.finish_reason == "length"
+    mean = sum(right) / len(right)
+    spread = sum((share - mean) ** 2 for share in right) / max(len(right) - 1, 1)
+    return Evaluation(
+        mean, math.sqrt(spread / len(right)), overlong / len(prompts), len(problems), samples, tuple(right)
+    )
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str | list[dict[str, str]]:
+    """The prompt as `synthesize` wants it: messages where the tokenizer has a chat template, else the bare question."""
+    if tokenizer.chat_template is not None:
+        return problem.messages()
+    if isinstance(problem.prompt, str):
+        return problem.prompt
+    return "\n".join(message["content"] for message in problem.prompt)

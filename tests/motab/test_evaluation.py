@@ -1,0 +1,80 @@
+"""Verification of answers, and the figures made of it."""
+
+import math
+import re
+from types import SimpleNamespace
+
+import pytest
+
+from motab import evaluation
+from motab.data import Problem, load_problems
+from motab.evaluation import chat_prompt, evaluate, is_correct, stated_answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"First \boxed{1}, no: \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("<answer>\n7 </answer>", "7"),
+        ("The answer is 12.\nSo the answer is: -3.5.", "-3.5"),
+        (r"The answer is 4. \boxed{5}", "5"),
+        ("I do not know", None),
+    ],
+)
+def test_stated_answer(text, answer):
+    assert stated_answer(text) == answer
+
+
+def test_math_verify_and_the_tasks_own_verifier():
+    half = Problem("?", "1/2", {})
+    assert is_correct(r"so \boxed{0.5}", half)
+    assert is_correct(r"so \boxed{\frac{2}{4}}", half)
+    assert not is_correct(r"so \boxed{2}", half)
+    (problem,) = load_problems("reasoning-gym:chain_sum?size=1&seed=1")
+    assert is_correct(f"\\boxed{{{problem.answer}}}", problem)
+    assert not is_correct(f"\\boxed{{{problem.answer}1}}", problem)
+    assert not is_correct("nothing", problem)
+
+
+def test_figures(monkeypatch, student, tokenizer):
+    """Four problems, two samples each, with known outcomes."""
+    answers = ["1", "1", "1", "0", "0", "0", "1", "1"]
+
+    def fake(model, teacher, tokenizer, prompts, **settings):
+        for index, answer in enumerate(answers):
+            reason = "length" if index == 4 else "eos"
+            yield SimpleNamespace(index=index, text=f"\\boxed{{{answer}}}", finish_reason=reason)
+
+    monkeypatch.setattr(evaluation, "synthesize", fake)
+    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, samples=2, temperature=1.0)
+    assert result.correct == (1.0, 0.5, 0.0, 1.0)
+    assert result.accuracy == 0.625
+    deviations = [0.375, 0.125, 0.625, 0.375]
+    assert result.standard_error == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3 / 4))
+    assert result.overlong == 1 / 8
+    assert str(result) == "0.625 ± 0.239"
+
+
+def test_a_real_model_runs_out_of_budget(student, tokenizer):
+    problems = [Problem("ab.", "1", {}), Problem("c,a", "2", {})]
+    result = evaluate(student, tokenizer, problems, max_new_tokens=1)
+    assert (result.accuracy, result.overlong, result.problems) == (0.0, 1.0, 2)
+
+
+def test_prompt_without_a_template(tokenizer):
+    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+    assert chat_prompt(tokenizer, Problem(messages, None, {})) == "a\nb"
+    assert chat_prompt(tokenizer, Problem("c", None, {})) == "c"
+
+
+@pytest.mark.parametrize(
+    ("problems", "settings", "message"),
+    [
+        ([], {}, "at least one problem, got none"),
+        ([Problem("a", "1", {})], {"samples": 2}, "samples must be 1 at temperature 0.* got 2 at 0.0"),
+        ([Problem("a", None, {})], {"max_new_tokens": 2}, "no answer column"),
+    ],
+)
+def test_bad_input(student, tokenizer, problems, settings, message):
+    with pytest.raises(ValueError, match=re.compile(message)):
+        evaluate(student, tokenizer, problems, **settings)
