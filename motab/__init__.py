@@ -3,10 +3,13 @@
 from motab.engine import synthesize
 from motab.policies import MotabPolicy, OnPolicy, TeacherOnly
 from motab.synthesis import read_trajectories, synthesize_to_file
+from motab.trainer import MotabConfig, MotabTrainer
 from motab.trajectory import Step, Trajectory
 
 __all__ = [
+    "MotabConfig",
     "MotabPolicy",
+    "MotabTrainer",
     "OnPolicy",
     "Step",
     "TeacherOnly",

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Author = Literal["student", "flawed", "stitch", "teacher"]
+AUTHORS: tuple[Author, ...] = get_args(Author)
 STATISTICS = (
     "forward_kl",
     "reverse_kl",

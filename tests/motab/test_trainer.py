@@ -1,0 +1,113 @@
+"""Training on trajectories: what the loss sees, that it learns, that it resumes."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from transformers import TrainerCallback
+
+import motab
+from motab.trainer import TrajectoryDataset, collate
+
+
+def trajectory(index, prompt_ids, token_ids, author):
+    return motab.Trajectory(index, prompt_ids, token_ids, author, "", [], None, None, "eos")
+
+
+TRAJECTORIES = [
+    trajectory(0, [1, 2], [3, 4, 5, 6, 7], ["student", "flawed", "stitch", "teacher", "teacher"]),
+    trajectory(1, [8], [9, 0], ["student", "student"]),
+]
+
+
+def config(folder, **settings):
+    defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
+    return motab.MotabConfig(output_dir=str(folder), **{**defaults, **settings})
+
+
+def test_labels_and_padding():
+    batch = collate([TrajectoryDataset(TRAJECTORIES)[i] for i in (0, 1)])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, 3, 4, 5, 6, 7], [-100, 9, 0, -100, -100, -100, -100]]
+    ignoring = TrajectoryDataset(TRAJECTORIES, ["flawed", "stitch"])
+    assert ignoring[0]["labels"] == [-100, -100, 3, -100, -100, 6, 7]
+
+
+def test_loss_by_definition(tmp_path):
+    """Mean cross-entropy over the tokens of the targets, whatever the micro-batch."""
+    model = make_model(3)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for t in TRAJECTORIES:
+            ids = t.prompt_ids + t.token_ids
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for place in range(len(t.prompt_ids), len(ids)):
+                total -= float(logprobs[place - 1, ids[place]])
+                count += 1
+    for size, accumulation in ((2, 1), (1, 2)):
+        args = config(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            logging_steps=1,
+        )
+        trainer = motab.MotabTrainer(copy.deepcopy(model), args=args, train_dataset=TRAJECTORIES)
+        trainer.train()
+        logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert logged == pytest.approx(total / count, rel=1e-3)
+
+
+class StopAt(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_learns_and_resumes(tmp_path):
+    def train(folder, resume=None, stop=None):
+        settings = {"save_strategy": "steps", "save_steps": 10, "learning_rate": 1e-2, "num_train_epochs": 20}
+        args = config(folder, per_device_train_batch_size=1, seed=5, **settings)
+        model = make_model(4)
+        trainer = motab.MotabTrainer(model, args=args, train_dataset=TRAJECTORIES)
+        if stop:
+            trainer.add_callback(StopAt(stop))
+        trainer.train(resume_from_checkpoint=resume)
+        return model
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "cut", stop=20)
+    resumed = train(tmp_path / "cut", resume=str(tmp_path / "cut" / "checkpoint-20"))
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    ids = torch.tensor([TRAJECTORIES[0].prompt_ids + TRAJECTORIES[0].token_ids])
+    assert whole(ids).logits[0, 1:-1].argmax(-1).tolist() == TRAJECTORIES[0].token_ids
+
+
+def test_reads_the_file_of_a_synthesis(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
+    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=path)
+    assert len(trainer.train_dataset) == 2
+
+
+def test_the_papers_settings(tmp_path):
+    args = config(tmp_path)
+    assert (args.learning_rate, args.num_train_epochs) == (5e-5, 6.0)
+    assert args.lr_scheduler_type == "cosine_with_min_lr"
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"ignore_authors must be among student, flawed.* got me"):
+        config(tmp_path, ignore_authors=["me"])
+    with pytest.raises(ValueError, match="names every author"):
+        config(tmp_path, ignore_authors=["student", "flawed", "stitch", "teacher"])
+    with pytest.raises(ValueError, match="at least one trajectory, got none"):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=[])
+    with pytest.raises(ValueError, match="leave it out here"):
+        motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)
