@@ -84,7 +84,12 @@ def _rows(name: str, split: str) -> Any:
 
     path = Path(name)
     if not path.is_file():
-        return datasets.load_dataset(name, split=split)
+        try:
+            return datasets.load_dataset(name, split=split)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{name!r} is neither a file here nor a dataset that the hub gives with split {split!r}: {error}"
+            ) from error
     if path.suffix not in _READERS:
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
     return datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")

@@ -48,7 +48,8 @@ def synthesize_to_file(
     options: dict[str, Any] = {"policy": policy, "batch_size": batch_size, **settings}
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
     begun = {
-        "policy": {"name": type(policy).__name__, **asdict(policy)},
+        "policy": type(policy).__name__,
+        **asdict(policy),
         "prompts": len(prompts),
         "student": None if student is None else student.name_or_path,
         "teacher": None if teacher is None else teacher.name_or_path,

@@ -1,0 +1,191 @@
+"""The command line: motab synthesize | train | evaluate | verify | report | show | demo."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from rich.text import Text
+
+from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments, parse, require
+from motab.trajectory import Trajectory
+
+_STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
+
+
+@dataclass
+class FileArguments:
+    """motab verify | report | show: look at the trajectories of a synthesis."""
+
+    output_dir: str = "runs/synthesize"
+    index: int = 0
+
+
+def synthesize(arguments: list[str], console: Console) -> None:
+    """Write trajectories."""
+    from motab.data import load_problems
+    from motab.evaluation import chat_prompt
+    from motab.models import load_model, load_tokenizer
+    from motab.progress import watch
+    from motab.synthesis import synthesize_to_file
+
+    args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
+    names = {}
+    if args.policy != "teacher_only":
+        names["model_name_or_path"] = args.model_name_or_path
+    if args.policy != "on_policy" or args.teacher_model_name_or_path:
+        names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
+    require(dataset_name=args.dataset_name, **names)
+    policy = args.make_policy()
+    problems = load_problems(args.dataset_name, args.dataset_split)
+    tokenizer = load_tokenizer(*names.values())
+    student, teacher = (
+        load_model(names[name], args.dtype) if name in names else None
+        for name in ("model_name_or_path", "teacher_model_name_or_path")
+    )
+    prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
+    path = Path(args.output_dir) / "trajectories.jsonl"
+    found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
+    tokenizer.save_pretrained(args.output_dir)
+    for _ in watch(found, len(prompts), "synthesize", console):
+        pass
+    console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")
+
+
+def train(arguments: list[str], console: Console) -> None:
+    """Train on trajectories."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from motab.models import load_model, load_tokenizer
+    from motab.trainer import MotabConfig, MotabTrainer
+
+    args, config = parse((TrainArguments, MotabConfig), arguments, "train")
+    require(model_name_or_path=args.model_name_or_path, train_file=args.train_file)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, args.dtype)
+    trainer = MotabTrainer(model, args=config, train_dataset=args.train_file, processing_class=tokenizer)
+    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last)
+    trainer.save_model()
+    console.print(f"{config.output_dir}: the trained model")
+
+
+def evaluate(arguments: list[str], console: Console) -> None:
+    """Measure accuracy."""
+    from dataclasses import asdict
+
+    from motab.data import load_problems
+    from motab.evaluation import evaluate as measure
+    from motab.models import load_model, load_tokenizer
+
+    args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
+    require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
+    problems = load_problems(args.dataset_name, args.dataset_split)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    model = load_model(args.model_name_or_path, args.dtype)
+    result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
+    if args.output_file:
+        temporary = Path(args.output_file + ".tmp")
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
+        temporary.rename(args.output_file)
+    console.print(
+        f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
+        f"out of budget {result.overlong:.1%}"
+    )
+
+
+def verify(arguments: list[str], console: Console) -> None:
+    """Check that a file of trajectories is whole and consistent."""
+    _, trajectories = _trajectories(arguments, "verify")
+    for place, t in enumerate(trajectories):
+        problems = [
+            (t.index != place, f"has index {t.index}"),
+            (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
+            (any(s.accepted != (s.value >= s.threshold) for s in t.steps), "accepts a step below its boundary"),
+            ((t.breach_step is None) != all(s.accepted for s in t.steps), "and its steps disagree on a breach"),
+        ]
+        if found := [text for bad, text in problems if bad]:
+            raise ValueError(f"trajectory {place} {' and '.join(found)}")
+    console.print(f"{len(trajectories)} trajectories, whole and consistent")
+
+
+def report(arguments: list[str], console: Console) -> None:
+    """Draw a synthesis."""
+    from motab.models import load_tokenizer
+    from motab.report import write_report
+
+    args, trajectories = _trajectories(arguments, "report")
+    path = Path(args.output_dir) / "report.html"
+    write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
+    console.print(f"{path}: open it in a browser")
+
+
+def show(arguments: list[str], console: Console) -> None:
+    """Print one trajectory, coloured by author."""
+    from motab.models import load_tokenizer
+    from motab.report import segments
+
+    args, trajectories = _trajectories(arguments, "show")
+    if not 0 <= args.index < len(trajectories):
+        raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
+    trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
+    console.print(Text(tokenizer.decode(trajectory.prompt_ids), style="dim"))
+    for author, text in segments(trajectory, tokenizer.decode):
+        console.print(Text(text, style=_STYLES[author]), end="")
+    console.print()
+    for place, step in enumerate(trajectory.steps):
+        verdict = "accepted" if step.accepted else f"breach, rolled back to step {trajectory.rollback_step}"
+        console.print(f"step {place}: value {step.value:.3f}, boundary {step.threshold:.3f}, {verdict}")
+
+
+def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:
+    from motab.synthesis import read_trajectories
+
+    args: FileArguments = parse(FileArguments, arguments, command)
+    path = Path(args.output_dir) / "trajectories.jsonl"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; motab synthesize --output_dir {args.output_dir} makes it")
+    trajectories = read_trajectories(path)
+    if not trajectories:
+        raise ValueError(f"{path} holds no trajectory yet")
+    return args, trajectories
+
+
+def demo(arguments: list[str], console: Console) -> None:
+    """The whole method on the tiny pair."""
+    from motab.demo import DemoArguments, run
+
+    run(parse(DemoArguments, arguments, "demo"), console)
+
+
+COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
+    command.__name__: command for command in (synthesize, train, evaluate, verify, report, show, demo)
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 2 and one line on standard error for bad input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] not in COMMANDS:
+        lines = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
+        usage = "\n".join(["usage: motab COMMAND [--config FILE] [flags]; motab COMMAND --help", *lines])
+        asked = arguments[:1] in (["-h"], ["--help"])
+        print(usage, file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    transformers.utils.logging.disable_progress_bar()  # weights load in no time; the bars that matter are ours
+    try:
+        COMMANDS[arguments[0]](arguments[1:], Console())
+    except ValueError as error:
+        print(f"motab {arguments[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The settings of each command: dataclasses, filled from a YAML file and from flags that override it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+import yaml
+from transformers import HfArgumentParser
+
+from motab.policies import MotabPolicy, OnPolicy, Policy, TeacherOnly
+
+T = TypeVar("T")
+
+
+def _setting(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class GenerationArguments:
+    """How models write."""
+
+    max_new_tokens: int = _setting(1024, "Budget in tokens after the prompt.")
+    batch_size: int = _setting(8, "Trajectories in progress at a time.")
+    block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
+    temperature: float = _setting(0.6, "0 is greedy.")
+    top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
+    seed: int = _setting(0, "Of all sampling.")
+    dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+
+    def generation(self) -> dict[str, Any]:
+        """The keyword arguments of `motab.synthesize`."""
+        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class SynthesizeArguments(GenerationArguments):
+    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
+
+    model_name_or_path: str = _setting("", "The student.")
+    teacher_model_name_or_path: str = _setting("", "The teacher.")
+    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
+    dataset_split: str = _setting("train", "Of a hub dataset.")
+    output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
+    num_samples: int = _setting(1, "Trajectories a question.")
+    policy: Literal["motab", "on_policy", "teacher_only"] = _setting("motab", "Who writes and who watches.")
+    epsilon0: float = _setting(0.2, "Boundary at zero teacher entropy.")
+    theta: float = _setting(1.0, "How much the teacher's entropy relaxes the boundary.")
+    entropy_top_k: int | None = _setting(None, "Entropy of the renormalised top k; exact when not given.")
+    backtrack: Literal["td", "breach", "none"] = _setting("td", "Where the teacher starts after a breach.")
+    stitch: str = _setting("However,", "Phrase before the teacher's text; '' leaves the flawed steps out.")
+    delimiter: str = _setting(".\n\n", "Ends a step.")
+
+    def make_policy(self) -> Policy:
+        """The policy that these settings describe."""
+        if self.policy == "teacher_only":
+            return TeacherOnly()
+        if self.policy == "on_policy":
+            return OnPolicy(self.delimiter)
+        return MotabPolicy(
+            self.epsilon0, self.theta, self.entropy_top_k, self.backtrack, self.stitch or None, self.delimiter
+        )
+
+
+@dataclass
+class EvaluateArguments(GenerationArguments):
+    """motab evaluate: accuracy of a model on problems with answers."""
+
+    model_name_or_path: str = _setting("", "The model.")
+    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
+    dataset_split: str = _setting("test", "Of a hub dataset.")
+    num_samples: int = _setting(1, "Answers to each problem.")
+    output_file: str | None = _setting(None, "Write the figures to this JSON file as well.")
+
+
+@dataclass
+class TrainArguments:
+    """motab train: cross-entropy on the trajectories of a synthesis."""
+
+    model_name_or_path: str = _setting("", "The student.")
+    train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
+    dtype: str = _setting("float32", "Of the weights.")
+
+
+def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
+    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
+
+    Raises:
+        ValueError: a file that is not a mapping of known settings.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    parser = HfArgumentParser(kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False)
+    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
+    config = _config_file(arguments)
+    if config:
+        with open(config, encoding="utf-8") as file:
+            values = yaml.safe_load(file) or {}
+        known = {entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init}
+        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
+            what = ", ".join(unknown) if isinstance(values, dict) else type(values).__name__
+            raise ValueError(f"{config} must hold settings of motab {command}, got {what}; see motab {command} --help")
+        parser.set_defaults(**values)
+    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    filled = parsed[: len(kinds)]
+    return filled[0] if len(filled) == 1 else filled
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == "--config" and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def require(**settings: str) -> None:
+    """Refuse settings that have no default and were not given."""
+    if missing := [f"--{name}" for name, value in settings.items() if not value]:
+        raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")

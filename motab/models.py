@@ -1,0 +1,44 @@
+"""Loading models and the tokenizer that a student and its teacher share."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+    """A causal language model in evaluation mode, on the accelerator where there is one.
+
+    Raises:
+        ValueError: what is named is not a model.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name_or_path!r} is not a causal language model (expected a hub name or a folder with config.json and "
+            f"weights): {error}"
+        ) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return model.to(device).eval()
+
+
+def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first model, after a check that the others' are the same.
+
+    Raises:
+        ValueError: there is none, or the vocabularies differ.
+    """
+    try:
+        tokenizers = [AutoTokenizer.from_pretrained(name) for name in names_or_paths]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer found at {' or '.join(names_or_paths)}: {error}") from error
+    first = tokenizers[0]
+    for name, other in zip(names_or_paths[1:], tokenizers[1:], strict=True):
+        if first.get_vocab() != other.get_vocab():
+            token = min(set(first.get_vocab().items()) ^ set(other.get_vocab().items()))[0]
+            raise ValueError(
+                f"student and teacher must share one tokenizer, but {names_or_paths[0]!r} has {len(first)} tokens and "
+                f"{name!r} {len(other)}; {token!r}, for one, differs"
+            )
+    return first

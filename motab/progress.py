@@ -1,0 +1,36 @@
+"""A progress bar over trajectories, with what one wants to watch: tokens a second, breach rate, mean rollback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from motab.trajectory import Trajectory
+
+
+def watch(trajectories: Iterable[Trajectory], total: int, title: str, console: Console) -> Iterator[Trajectory]:
+    """The trajectories unchanged, with a bar on ``console`` while they come."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
+    began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, figures="")
+        for trajectory in trajectories:
+            done, tokens = done + 1, tokens + len(trajectory.token_ids)
+            if trajectory.breach_step is not None and trajectory.rollback_step is not None:
+                breaches += 1
+                rolled_back += trajectory.breach_step + 1 - trajectory.rollback_step
+            figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
+            if breaches:
+                figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"
+            progress.update(task, advance=1, figures=figures)
+            yield trajectory

@@ -1,0 +1,115 @@
+"""The commands on the tiny pair, from synthesis to report, and what they refuse."""
+
+import json
+import pathlib
+
+import pytest
+from transformers import AutoTokenizer
+
+import motab
+from motab.cli import main
+
+TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
+TASK = "reasoning-gym:chain_sum?size=6&seed=5&min_terms=4&max_terms=6&min_digits=2&max_digits=2"
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        f"model_name_or_path: {TINY / 'student'}\nteacher_model_name_or_path: {TINY / 'teacher'}\n"
+        f"dataset_name: {TASK}\nmax_new_tokens: 140\nbatch_size: 6\nepsilon0: 0.5\n"
+    )
+    return str(path)
+
+
+def test_from_synthesis_to_report(config, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["synthesize", "--config", config, "--output_dir", str(out), "--num_samples", "2"]) == 0
+    trajectories = motab.read_trajectories(out / "trajectories.jsonl")
+    assert [t.index for t in trajectories] == list(range(12))
+    assert trajectories[0].prompt_ids == trajectories[1].prompt_ids
+    assert any(t.breach_step is not None for t in trajectories)
+    assert all(r"\boxed{" in t.text for t in trajectories)
+    assert main(["verify", "--output_dir", str(out)]) == 0
+    assert "12 trajectories, whole and consistent" in capsys.readouterr().out
+
+    breached = next(t for t in trajectories if t.breach_step is not None)
+    assert main(["show", "--output_dir", str(out), "--index", str(breached.index)]) == 0
+    shown = capsys.readouterr().out
+    assert "However," in shown
+    assert f"breach, rolled back to step {breached.rollback_step}" in shown
+
+    assert main(["report", "--output_dir", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    assert page.count("<svg") == 2
+    assert '<span class="flawed">' in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    ).replace("https://matplotlib.org", "")
+
+    model = tmp_path / "model"
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(model)]
+    command += ["--train_file", str(out / "trajectories.jsonl"), "--num_train_epochs", "1", "--report_to", "none"]
+    assert main([*command, "--use_cpu", "--save_strategy", "no"]) == 0
+    figures = tmp_path / "figures.json"
+    command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
+    assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0
+    assert "mean over 1 samples of 6 problems" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["problems"] == 6
+
+
+def test_verify_finds_a_changed_file(config, tmp_path, capsys):
+    assert main(["synthesize", "--config", config, "--output_dir", str(tmp_path)]) == 0
+    path = tmp_path / "trajectories.jsonl"
+    trajectory = motab.read_trajectories(path)[0]
+    trajectory.author.pop()
+    path.write_text(trajectory.to_json() + "\n")
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert "trajectory 0 has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model_name_or_path", "."], "no tokenizer found at ."),
+        (["--dataset_name", ""], "give --dataset_name, as a flag or in the file"),
+        (["--epsilon0", "-1"], "epsilon0"),
+        (["--delimiter", ""], "the step delimiter must hold at least one character"),
+        (["--max_new_tokens", "100000"], "reads at most"),
+    ],
+)
+def test_refusals_leave_nothing(config, tmp_path, capsys, flags, message):
+    out = tmp_path / "run"
+    assert main(["synthesize", "--config", config, "--output_dir", str(out), *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_tokenizer_without_a_model(config, tmp_path, capsys):
+    AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path / "bare")
+    flags = ["--model_name_or_path", str(tmp_path / "bare"), "--output_dir", str(tmp_path / "run")]
+    assert main(["synthesize", "--config", config, *flags]) == 2
+    assert "bare' is not a causal language model" in capsys.readouterr().err
+
+
+def test_unknown_settings_and_commands(config, tmp_path, capsys):
+    path = tmp_path / "bad.yaml"
+    path.write_text("epsilon: 1\n")
+    assert main(["synthesize", "--config", str(path)]) == 2
+    assert "must hold settings of motab synthesize, got epsilon" in capsys.readouterr().err
+    assert main(["fly"]) == 2
+    assert "usage: motab COMMAND" in capsys.readouterr().err
+    assert main(["show", "--output_dir", str(tmp_path / "none")]) == 2
+    assert "does not exist; motab synthesize" in capsys.readouterr().err
+    assert main(["synthesize", "--epsilon", "1"]) == 2
+    assert "['--epsilon', '1']" in capsys.readouterr().err
+
+
+def test_tokenizers_that_differ(config, tmp_path, capsys, tokenizer, student):
+    tokenizer.save_pretrained(tmp_path / "other")
+    student.save_pretrained(tmp_path / "other")
+    flags = ["--model_name_or_path", str(tmp_path / "other"), "--output_dir", str(tmp_path / "run")]
+    assert main(["synthesize", "--config", config, *flags]) == 2
+    assert "must share one tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
