@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: test lint clean
+.PHONY: demo test lint clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -18,6 +18,9 @@ $(READY): pyproject.toml setup.py
 # The models are tiny: a second thread only spins, and on a busy machine it makes the tests many times slower.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+demo: $(READY)
+	$(BIN)/motab demo
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -37,6 +37,7 @@ class MotabConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
         self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
             raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
