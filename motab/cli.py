@@ -81,6 +81,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
 
     from motab.data import load_problems
     from motab.evaluation import evaluate as measure
+    from motab.files import write_whole
     from motab.models import load_model, load_tokenizer
 
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
@@ -90,10 +91,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     model = load_model(args.model_name_or_path, args.dtype)
     result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
     if args.output_file:
-        temporary = Path(args.output_file + ".tmp")
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(asdict(result)), encoding="utf-8")
-        temporary.rename(args.output_file)
+        write_whole(args.output_file, json.dumps(asdict(result)))
     console.print(
         f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
         f"out of budget {result.overlong:.1%}"

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from motab.data import Problem, load_problems
 from motab.evaluation import Evaluation, evaluate
+from motab.files import write_whole
 from motab.models import load_model, load_tokenizer
 from motab.policies import MotabPolicy, Policy, TeacherOnly
 from motab.progress import watch
@@ -73,7 +74,7 @@ def run(args: DemoArguments, console: Console) -> dict[str, Evaluation]:
     rows = [{"name": name, **asdict(result)} for name, result in results.items()]
     synthesis = figures(written["motab"])
     metrics = {"arguments": asdict(args), "synthesis": synthesis, "evaluation": rows}
-    _save(folder / "metrics.json", metrics)
+    write_whole(folder / "metrics.json", json.dumps(metrics, indent=1))
     write_report(folder / "report.html", written["motab"], tokenizer.decode, title="motab demo", rows=rows)
     console.print(_table(results))
     console.print(
@@ -139,12 +140,6 @@ def _evaluate(
         result = evaluate(load_model(path), tokenizer, problems, **GENERATION)
     console.print(f"evaluate ({name}): accuracy {result}")
     return result
-
-
-def _save(path: Path, metrics: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    temporary.rename(path)
 
 
 def _table(results: dict[str, Evaluation]) -> Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from motab.files import write_whole
 from motab.trajectory import Trajectory
 
 SHOWN = 6
@@ -68,7 +69,6 @@ def write_report(
         decode: token ids to text, for instance the tokenizer's ``decode``.
         rows: evaluations to show: ``name``, ``accuracy``, ``standard_error``, ``overlong``.
     """
-    path = Path(path)
     breached = [t for t in trajectories if t.breach_step is not None]
     # The breaches with the longest history tell most; those without one fill up.
     chosen = sorted(breached, key=lambda t: -len(t.steps))[:SHOWN] or list(trajectories[:SHOWN])
@@ -84,10 +84,7 @@ def write_report(
         accuracy=_svg(draw_accuracy(rows)) if rows else "",
         examples=[(t, segments(t, decode)) for t in chosen],
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.rename(path)
+    write_whole(path, page)
 
 
 def draw_steps(trajectories: Sequence[Trajectory]) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import Prompt, synthesize
+from motab.files import write_whole
 from motab.policies import MotabPolicy, Policy
 from motab.trajectory import Trajectory
 
@@ -109,7 +110,4 @@ def _same_run(path: Path, begun: dict[str, Any]) -> None:
                 + "); give another path, or remove it to start anew"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside.with_name(beside.name + ".tmp")
-    temporary.write_text(json.dumps(begun, indent=1), encoding="utf-8")
-    temporary.rename(beside)
+    write_whole(beside, json.dumps(begun, indent=1))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from motab_kernels.kv_cache import check_tail, lengths_tensor
+from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 
 __all__ = ["RaggedKVCache"]
 
