@@ -5,15 +5,14 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-import importlib.util
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from motab_kernels.backend import choose_backend, triton_kernels
 from motab_kernels.boundary_checks import (
-    LOGIT_DTYPES,
     check_out,
     check_state,
     check_tensors,
@@ -43,9 +42,6 @@ __all__ = [
     "boundary_workspace",
     "fused_kl_boundary",
 ]
-
-BACKENDS = ("torch", "triton")
-HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 class BoundaryOutput(NamedTuple):
@@ -157,7 +153,7 @@ def fused_kl_boundary(
     if state is None:
         state = boundary.new_state(B, device)
     check_state(state, B, rule.window, device)
-    backend = _choose_backend(backend, student_logits, teacher_logits)
+    backend = choose_backend(backend, student_logits, teacher_logits)
     if out is None:
         out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
     check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
@@ -193,7 +189,7 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
     """
     for name, value in (("batch_size", batch_size), ("tokens", tokens), ("vocab_size", vocab_size)):
         check_count(name, value, minimum=0)
-    gpu = _import_gpu()
+    gpu = triton_kernels("boundary")
     device = torch.device(device)
     shape = gpu.workspace_shape(batch_size * tokens, vocab_size, gpu.settings_for(device))
     return torch.empty(math.prod(shape), dtype=torch.float32, device=device)
@@ -237,12 +233,7 @@ def fused_kl_boundary_op(
             target.copy_(result)
         return
 
-    gpu = _import_gpu()
-    if student.device.type != "cuda" and not gpu.INTERPRETED:
-        raise ValueError(
-            f'backend: "triton" expected tensors on a GPU, got {student.device}; use "torch", or set '
-            "TRITON_INTERPRET=1 before triton is imported"
-        )
+    gpu = triton_kernels("boundary", student.device)
     settings = gpu.settings_for(student.device)
     shape = gpu.workspace_shape(tokens.numel(), vocab_size, settings)
     if workspace is None:
@@ -256,28 +247,6 @@ def fused_kl_boundary_op(
 @fused_kl_boundary_op.register_fake
 def _(*args: object, **kwargs: object) -> None:
     """Everything is written in place."""
-
-
-def _choose_backend(backend: str | None, *logits: Tensor) -> str:
-    kernels_take = all(x.dtype in LOGIT_DTYPES for x in logits)
-    if backend is None:
-        return "triton" if HAS_TRITON and kernels_take and logits[0].device.type == "cuda" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "triton" and not HAS_TRITON:
-        raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
-    if backend == "triton" and not kernels_take:
-        got = ", ".join(str(x.dtype) for x in logits)
-        kinds = "float32, bfloat16 or float16"
-        raise ValueError(f'backend: "triton" expected {kinds} logits, got {got}; use "torch"')
-    return backend
-
-
-def _import_gpu() -> Any:
-    """The Triton kernels, imported by the first call that runs them."""
-    if not HAS_TRITON:
-        raise ValueError("expected Triton to be installed; install it")
-    return importlib.import_module("motab_kernels.gpu.boundary")
 
 
 _constants: dict[tuple[float, torch.device], Tensor] = {}

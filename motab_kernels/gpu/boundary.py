@@ -33,10 +33,6 @@ DEFAULT = Settings()
 SETTINGS: dict[tuple[int, int] | str, Settings] = {"hip": Settings(lanes=256, tiles=2)}
 
 
-#: The kernels take CPU tensors: TRITON_INTERPRET=1 was set when triton was imported.
-INTERPRETED = not isinstance(partial_kernel, triton.JITFunction)
-
-
 def settings_for(device: torch.device) -> Settings:
     if device.type != "cuda":
         return DEFAULT

@@ -7,7 +7,6 @@ choose the lanes: few for the many paths of a small vocabulary, many for a large
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from boundary_cases import (
@@ -35,21 +34,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # NaN, inf and what comes of them are what much of this is about; the interpreter's numpy warns of each.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(autouse=True)
-def fused_multiply_add(monkeypatch):
-    """The interpreter rounds a multiply-add twice, a GPU once; in float64 the product is exact."""
-    if not gpu.INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def fma(self, x, y, z):
-        with np.errstate(all="ignore"):
-            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
-            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
 
 
 @pytest.fixture

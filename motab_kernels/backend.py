@@ -1,0 +1,45 @@
+"""Which implementation of an op runs: the one place where that is decided."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("torch", "triton")
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
+
+
+def choose_backend(backend: str | None, *logits: Tensor) -> str:
+    """The backend that was asked for, or by device: "triton" on a GPU where the kernels can run, else "torch"."""
+    kernels_take = all(x.dtype in KERNEL_DTYPES for x in logits)
+    device = logits[0].device
+    if backend is None:
+        return "triton" if HAS_TRITON and kernels_take and device.type == "cuda" else "torch"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    if backend == "triton" and not HAS_TRITON:
+        raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
+    if backend == "triton" and not kernels_take:
+        got = ", ".join(str(x.dtype) for x in logits)
+        kinds = "float32, bfloat16 or float16"
+        raise ValueError(f'backend: "triton" expected {kinds} logits, got {got}; use "torch"')
+    return backend
+
+
+def triton_kernels(op: str, device: torch.device | None = None) -> ModuleType:
+    """`motab_kernels.gpu.<op>`, imported by the first call that runs it on tensors of `device`."""
+    if not HAS_TRITON:
+        raise ValueError("expected Triton to be installed; install it")
+    from motab_kernels.gpu import INTERPRETED
+
+    if device is not None and device.type != "cuda" and not INTERPRETED:
+        raise ValueError(
+            f'backend: "triton" expected tensors on a GPU, got {device}; use "torch", or set '
+            "TRITON_INTERPRET=1 before triton is imported"
+        )
+    return importlib.import_module(f"motab_kernels.gpu.{op}")
