@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 VALIDATION_SEED = 1_000_000
 BATCH, PEAK_LR, WARMUP = 32, 2e-3, 50
-TEACHER_CYCLES = ((1000, 2e-3), (1200, 2e-3))  # steps and peak rate: cosines, each to zero
+TEACHER_CYCLES = ((1000, 2e-3), (1200, 2e-3), (1200, 1e-3))  # steps and peak rate: cosines, each to zero
 STUDENT_STEPS = 3000
 STOP_ACCURACY, STOP_EVERY = 0.5, 50  # the student stops at the first check where greedy accuracy reaches this
 GAIN_PROMPTS, GAIN_BATCH = 5120, 64  # --gain_lr: fresh solutions by the teacher, one epoch
