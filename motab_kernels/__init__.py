@@ -13,6 +13,7 @@ from motab_kernels.boundary import (
     boundary_workspace,
     fused_kl_boundary,
 )
+from motab_kernels.divergence import divergence_loss
 from motab_kernels.kv_cache import truncate_kv_cache_
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ __all__ = [
     "MovingAverageBoundary",
     "RaggedKVCache",
     "boundary_workspace",
+    "divergence_loss",
     "fused_kl_boundary",
     "truncate_kv_cache_",
 ]

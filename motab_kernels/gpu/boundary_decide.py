@@ -7,23 +7,8 @@ B rows, T tokens, V shared vocabulary, S splits of it. The sums and their rule a
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.boundary_partial import (
-    A_S,
-    A_T,
-    ARGMAX,
-    G_S,
-    G_T,
-    LOWEST,
-    PARTIALS,
-    RANK,
-    TOP_S,
-    TOP_T,
-    Z_S,
-    Z_T,
-    inverse_temperature,
-    moved,
-    scaled,
-)
+from motab_kernels.gpu.boundary_partial import A_S, A_T, ARGMAX, G_S, G_T, PARTIALS, RANK, TOP_S, TOP_T, Z_S, Z_T
+from motab_kernels.gpu.online_softmax import LN_2, LOWEST, inverse_temperature, moved, scaled
 
 
 @triton.jit
@@ -83,7 +68,6 @@ def decide_kernel(
     T_BLOCK: tl.constexpr,
 ):
     """Combine the splits of row `program_id(0)`, T_BLOCK positions at a time, and walk them in order."""
-    LN_2: tl.constexpr = 0.6931471805599453
     b = tl.program_id(0).to(tl.int64)
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
     scale = tl.load(scale_ptr + b * scale_stride_b).to(tl.float64)
@@ -142,19 +126,19 @@ def decide_kernel(
         nan = float("nan")
         valid = (z_t > 0) & (z_s > 0)
         log_z_t, log_z_s = tl.log2(z_t), tl.log2(z_s)
-        forward_kl = LN_2 * (g_t / z_t - (log_z_t - log_z_s))
-        reverse_kl = LN_2 * ((log_z_t - log_z_s) - g_s / z_s)
+        forward_kl = (g_t / z_t - (log_z_t - log_z_s)) * LN_2
+        reverse_kl = ((log_z_t - log_z_s) - g_s / z_s) * LN_2
         forward_kl = tl.where(valid, tl.where(forward_kl < 0, 0.0, forward_kl), nan)
         reverse_kl = tl.where(valid, tl.where(reverse_kl < 0, 0.0, reverse_kl), nan)
-        teacher_entropy = tl.where(valid, LN_2 * (log_z_t - a_t / z_t), nan)
-        student_entropy = tl.where(valid, LN_2 * (log_z_s - a_s / z_s), nan)
+        teacher_entropy = tl.where(valid, (log_z_t - a_t / z_t) * LN_2, nan)
+        student_entropy = tl.where(valid, (log_z_s - a_s / z_s) * LN_2, nan)
 
         t_offsets = b * teacher_stride_b + i_64 * teacher_stride_t + token
         s_offsets = b * student_stride_b + i_64 * student_stride_t + token
         t = tl.load(teacher_ptr + t_offsets, mask=known, other=0.0).to(tl.float32)
         s = tl.load(student_ptr + s_offsets, mask=known, other=0.0).to(tl.float32)
-        teacher_logprob = tl.where(valid & known, LN_2 * (tl.fma(t, c, -m_t) - log_z_t), nan)
-        student_logprob = tl.where(valid & known, LN_2 * (tl.fma(s, c, -m_s) - log_z_s), nan)
+        teacher_logprob = tl.where(valid & known, (tl.fma(t, c, -m_t) - log_z_t) * LN_2, nan)
+        student_logprob = tl.where(valid & known, (tl.fma(s, c, -m_s) - log_z_s) * LN_2, nan)
 
         rank = tl.sum(tl.load(partials + RANK * S, mask=there, other=0.0), axis=1)
         column = tl.load(partials + ARGMAX * S, mask=there, other=0.0).to(tl.int32) + split * SPLIT

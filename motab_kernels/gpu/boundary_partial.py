@@ -23,8 +23,7 @@ Low-precision logits are read into float32, and everything is summed in float32.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, less itself it is 0
+from motab_kernels.gpu.online_softmax import LOWEST, inverse_temperature, moved, scaled, tile_max, tile_sum
 
 # Rows of the workspace (positions, 10, S).
 TOP_T, Z_T, A_T, G_T, TOP_S, Z_S, A_S, G_S, RANK, ARGMAX = (tl.constexpr(i) for i in range(10))
@@ -32,42 +31,11 @@ PARTIALS = tl.constexpr(10)
 
 
 @triton.jit
-def moved(f, total, shift, z):
-    """A sum of terms w * x after x has grown by `shift`. Nothing is left where f is 0, not even of inf."""
-    return tl.where(f != 0, f * (total + shift * z), 0.0)
-
-
-@triton.jit
-def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
-    """c = log2(e) / temperature."""
-    temperature = tl.full([], 1.0, tl.float32)
-    if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr).to(tl.float32)
-    return LOG2_E / temperature
-
-
-@triton.jit
-def _row_sum(x):
-    return tl.sum(tl.sum(x, axis=2), axis=0)
-
-
-@triton.jit
-def _row_max(x):
-    return tl.max(tl.max(x, axis=2), axis=0)
-
-
-@triton.jit
-def scaled(top, c):
-    """A maximum in units of log2, finite: -inf less itself would be NaN."""
-    return tl.maximum(top * c, LOWEST)
-
-
-@triton.jit
 def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best):
     """Take a (GROUPS, LANES, VECTOR) tile into the lanes' sums. No value crosses a lane."""
-    tile_top = _row_max(t)
+    tile_top = tile_max(t)
     best = tl.where(tile_top > top_t, start, best)  # the tile with the lane's first maximum
-    new_top_t, new_top_s = tl.maximum(top_t, tile_top), tl.maximum(top_s, _row_max(s))
+    new_top_t, new_top_s = tl.maximum(top_t, tile_top), tl.maximum(top_s, tile_max(s))
     m_t, m_s = scaled(new_top_t, c), scaled(new_top_s, c)
     d_t, d_s = scaled(top_t, c) - m_t, scaled(top_s, c) - m_s
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
@@ -78,13 +46,13 @@ def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s
     w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
     gap = x_t - x_s
     # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays.
-    z_t += _row_sum(w_t)
-    a_t += _row_sum(w_t * tl.where(w_t != 0, x_t, 0.0))
-    g_t += _row_sum(w_t * tl.where(w_t != 0, gap, 0.0))
-    z_s += _row_sum(w_s)
-    a_s += _row_sum(w_s * tl.where(w_s != 0, x_s, 0.0))
-    g_s += _row_sum(w_s * tl.where(w_s != 0, gap, 0.0))
-    rank += _row_sum((t > token_logit).to(tl.float32))  # whole numbers, exact up to 2^24
+    z_t += tile_sum(w_t)
+    a_t += tile_sum(w_t * tl.where(w_t != 0, x_t, 0.0))
+    g_t += tile_sum(w_t * tl.where(w_t != 0, gap, 0.0))
+    z_s += tile_sum(w_s)
+    a_s += tile_sum(w_s * tl.where(w_s != 0, x_s, 0.0))
+    g_s += tile_sum(w_s * tl.where(w_s != 0, gap, 0.0))
+    rank += tile_sum((t > token_logit).to(tl.float32))  # whole numbers, exact up to 2^24
     return new_top_t, z_t, a_t, g_t, new_top_s, z_s, a_s, g_s, rank, best
 
 

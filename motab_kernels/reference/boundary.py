@@ -20,9 +20,7 @@ from torch import Tensor
 
 from motab_kernels.boundary_state import BoundaryState as S
 from motab_kernels.boundary_state import Rule
-
-#: Logits of one side in work at a time: what stays in a core's cache, and a bound on the temporaries.
-CHUNK = 1 << 19
+from motab_kernels.reference.rows import CHUNK, relative, row_sums
 
 
 class Statistics(NamedTuple):
@@ -36,18 +34,6 @@ class Statistics(NamedTuple):
     teacher_entropy: Tensor
     teacher_rank: Tensor
     teacher_argmax: Tensor
-
-
-def row_sums(x: Tensor) -> Tensor:
-    """Sum (R, V) over V. A lone row is summed twice: torch splits a sum with a single output among its
-    threads, and the row's value would then depend on the size of its batch."""
-    return x.expand(2, -1).sum(-1)[:1] if x.shape[0] == 1 else x.sum(-1)
-
-
-def relative(logits: Tensor, tau: Tensor | None) -> Tensor:
-    """(R, V) logits less their maximum, over the temperature."""
-    x = logits - logits.amax(-1, keepdim=True)
-    return x if tau is None else x.div_(tau[:, None].to(x.dtype))
 
 
 def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | None) -> Statistics:

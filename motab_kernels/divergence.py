@@ -1,0 +1,238 @@
+"""`divergence_loss`: how far a student's distributions are from a teacher's, with its gradient, from the logits alone.
+
+B rows, T tokens, V shared vocabulary, R = B * T positions.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
+from motab_kernels.reference import divergence as reference
+
+__all__ = ["divergence_loss"]
+
+ONE_READ = ("forward_kl", "reverse_kl")  # the others need the normalisers first, and read the logits again
+
+
+def divergence_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    inplace_backward: bool = False,
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """A divergence between teacher and student, differentiable by the student's logits.
+
+    Equivalent, with `V = min(V_student, V_teacher, vocab_size)`, to::
+
+        q = (student_logits[..., :V].float() / temperature).softmax(-1)
+        p = (teacher_logits[..., :V].float() / temperature).softmax(-1)
+        kl = lambda a, b: (a * (a.log() - b.log())).sum(-1)
+        loss = {
+            "forward_kl": kl(p, q),
+            "reverse_kl": kl(q, p),
+            "jsd": beta * kl(p, m) + (1 - beta) * kl(q, m),      # m = beta * p + (1 - beta) * q
+            "skew_forward_kl": kl(p, alpha * p + (1 - alpha) * q),
+            "skew_reverse_kl": kl(q, (1 - alpha) * p + alpha * q),
+            "tvd": 0.5 * (p - q).abs().sum(-1),
+        }[divergence]
+
+    where 0 log 0 is 0: a column at -inf has no probability. jsd with beta 0 is forward_kl, with beta 1 reverse_kl, as
+    in TRL. The loss is not multiplied by the square of the temperature.
+
+    No tensor of the size of the logits is made but the gradient: the forward pass saves 24 bytes a position beyond
+    its inputs, from which the backward pass computes again. forward_kl and reverse_kl read the logits once, the
+    others twice, for they need the normalisers first; the backward pass reads them once.
+
+    Args:
+        student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
+            float64, and computes in it. Any strides; "triton" copies a tensor whose vocabulary is not contiguous.
+        teacher_logits: the same leading shape, (..., V_teacher); without gradient.
+        divergence: "forward_kl" | "reverse_kl" | "jsd" | "skew_forward_kl" | "skew_reverse_kl" | "tvd".
+        beta: of jsd, 0 to 1.
+        alpha: of the skew kinds, at least 0 and below 1; DistiLLM takes 0.1.
+        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the device.
+        mask: bool, the leading shape. Where False a position counts for nothing, whatever its logits: its loss and
+            its gradient are 0. None: all count.
+        weights: floating-point, the leading shape; multiplies the positions' losses. Without gradient.
+        reduction: "none" (each position's, in the leading shape), "sum", "mean" (the sum over the number of positions
+            in the mask) or "batchmean" (the sum over B).
+        num_items: what "mean" and "batchmean" divide by instead: with gradient accumulation, the positions of all
+            micro-batches together, so that the loss does not change with how a batch is cut.
+        vocab_size: columns that count, at most. None: all that both sides have. Others are padding, with no
+            probability and a gradient of 0.
+        inplace_backward: write the gradient over `student_logits`, whose values are lost then: for logits that nobody
+            reads again, as those of a language-model head. Needs no memory at all. Not with `torch.compile`, which
+            decides that itself and takes no notice.
+        check_finite: raise where the gradient is not finite. The host waits for the device.
+        backend: "triton", "torch" (plain PyTorch, some positions at a time), or None: "triton" on a GPU, where Triton
+            is installed and the logits are not float64, else "torch".
+
+    Returns:
+        float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where
+        nothing counts. A position with NaN or +inf among the shared logits of a side, or with no finite one, has
+        a loss of NaN. Where only one side excludes a column, forward_kl or reverse_kl may be inf; the gradient
+        of an infinite reverse_kl is infinite too. A column at -inf has a gradient of 0.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher that asks for a gradient, an unknown
+            divergence, reduction or backend; in the backward pass, with `check_finite`, a gradient that is not finite.
+
+    Source: forward KL, Hinton et al. 2015 (arXiv 1503.02531); jsd, GKD (arXiv 2306.13649, equation 1); skew KL,
+    DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).
+    """
+    kind, lam = resolve(divergence, beta, alpha)
+    V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
+    tau = on_device(temperature, student_logits.shape[0], student_logits.device)
+    divide = divisor(reduction, num_items, mask, student_logits)
+    backend = choose_backend(backend, student_logits, teacher_logits)
+    loss, _ = divergence_op(
+        student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend
+    )
+    if weights is not None:
+        weights = weights.detach().to(loss.dtype)
+        loss = torch.where((weights == 0) | (loss == 0), 0.0, loss * weights)  # 0 * inf is nothing
+    return loss if reduction == "none" else loss.sum() / divide
+
+
+@torch.library.custom_op("motab_kernels::divergence", mutates_args=())
+def divergence_op(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    tau: Tensor | None,
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    inplace_backward: bool,
+    check_finite: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """The loss in the leading shape, and what the backward pass needs beside its inputs, (R, 6)."""
+    student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
+    loss, saved = _empty_results(student_logits, teacher_logits)
+    if loss.numel() == 0:
+        return loss, saved
+    keep = None if mask is None else mask.reshape(-1).contiguous()  # an expanded one has strides of 0
+    found, saved = divergence_forward(_kernels(backend, student.device), student, teacher, tau, keep, kind, lam)
+    return found.view(loss.shape), saved
+
+
+@divergence_op.register_fake
+def _(student_logits: Tensor, teacher_logits: Tensor, *args: object) -> tuple[Tensor, Tensor]:
+    return _empty_results(student_logits, teacher_logits)
+
+
+def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+    is_double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
+    dtype = torch.float64 if is_double else torch.float32
+    loss = student_logits.new_empty(student_logits.shape[:-1], dtype=dtype)
+    return loss, student_logits.new_empty((loss.numel(), 6), dtype=dtype)
+
+
+def divergence_forward(
+    kernels: Any, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, lam: float
+) -> tuple[Tensor, Tensor]:
+    """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits that hold the whole vocabulary."""
+    sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
+    loss, saved = kernels.finish(sums, tau, keep, kind, student.shape[1])
+    if kind not in ONE_READ:
+        loss, centre = kernels.divergence_terms(student, teacher, tau, keep, saved, kind, lam).sum(-1).unbind(-1)
+        loss = torch.where(loss < 0, 0.0, loss)  # rounding
+        saved[:, 5] = centre
+    return loss, saved
+
+
+@torch.library.custom_op("motab_kernels::divergence_backward", mutates_args=())
+def divergence_backward_op(
+    grad_loss: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    tau: Tensor | None,
+    saved: Tensor,
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    backend: str,
+) -> Tensor:
+    out = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+    write_gradient(grad_loss, student_logits, teacher_logits, mask, tau, saved, kind, lam, vocab_size, backend, out)
+    return out
+
+
+@divergence_backward_op.register_fake
+def _(grad_loss: Tensor, student_logits: Tensor, *args: object) -> Tensor:
+    return torch.empty_like(student_logits, memory_format=torch.contiguous_format)
+
+
+def write_gradient(
+    grad_loss: Tensor,
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    mask: Tensor | None,
+    tau: Tensor | None,
+    saved: Tensor,
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    backend: str,
+    out: Tensor,
+) -> None:
+    """Write the gradient by the student's logits to `out`, which has their shape and may be they."""
+    if grad_loss.numel() == 0:
+        return
+    scale = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
+    student, teacher, target = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits, out))
+    kernels = _kernels(backend, student.device)
+    kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
+    with_tokens(out)[..., vocab_size:] = 0
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    student, teacher, mask, tau, *options = inputs
+    ctx.save_for_backward(student, teacher, mask, tau, output[1])
+    ctx.options = options
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    student, teacher, mask, tau, saved = ctx.saved_tensors
+    kind, lam, vocab_size, inplace, check_finite, backend = ctx.options
+    arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, backend)
+    if inplace and student.stride(-1) == 1 and not torch.compiler.is_compiling():
+        gradient = student.detach()
+        write_gradient(*arguments, gradient)
+    else:
+        gradient = divergence_backward_op(*arguments)
+    if check_finite:
+        check_finite_gradient(gradient)
+    return (gradient, *(None,) * 9)
+
+
+divergence_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def with_tokens(x: Tensor) -> Tensor:
+    """(B, V) is T = 1."""
+    return x if x.dim() == 3 else x.unsqueeze(1)
+
+
+def _kernels(backend: str, device: torch.device) -> ModuleType:
+    return reference if backend == "torch" else triton_kernels("divergence", device)

@@ -1,0 +1,115 @@
+"""What `divergence_loss` refuses, before anything is computed, and what its settings mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from motab_kernels.backend import KERNEL_DTYPES
+from motab_kernels.boundary_state import check_count, check_parameter
+
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+REDUCTIONS = ("none", "sum", "mean", "batchmean")
+
+
+def resolve(divergence: str, beta: float, alpha: float) -> tuple[str, float]:
+    """The kind that runs and lam, the teacher's share in its mixture; the limits of a mixture are KLs."""
+    if divergence not in DIVERGENCES:
+        raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected 0 to 1, got {beta}")
+    if not 0 <= alpha < 1:
+        raise ValueError(f"alpha: expected at least 0 and below 1, got {alpha}")
+    if divergence == "jsd" and beta in (0, 1):
+        return ("reverse_kl" if beta else "forward_kl"), 0.0
+    if divergence.startswith("skew") and alpha == 0:
+        return divergence.removeprefix("skew_"), 0.0
+    return divergence, float({"jsd": beta, "skew_forward_kl": alpha, "skew_reverse_kl": 1 - alpha}.get(divergence, 0))
+
+
+def check_tensors(
+    student: Tensor, teacher: Tensor, mask: Tensor | None, weights: Tensor | None, vocab_size: int | None
+) -> int:
+    """The number of columns that count."""
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in (*KERNEL_DTYPES, torch.float64):
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+    leading, device = student.shape[:-1], student.device
+    if teacher.shape[:-1] != leading or teacher.device != device:
+        expected = f"the student's leading shape, {(*leading, 'V')}, on {device}"
+        raise ValueError(f"teacher_logits: expected {expected}, got {tuple(teacher.shape)} on {teacher.device}")
+    check_no_gradient("teacher_logits", teacher)
+    check_position_tensors(mask, weights, leading, device)
+    V = min(student.shape[-1], teacher.shape[-1])
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size)
+        V = min(V, vocab_size)
+    if V == 0:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise ValueError(f"student_logits, teacher_logits: expected a shared vocabulary, got {shapes}")
+    return V
+
+
+def check_no_gradient(name: str, x: Tensor | None) -> None:
+    if x is not None and x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected a tensor without gradient, for none flows to the teacher, got requires_grad=True: run "
+            "the teacher under torch.no_grad(), or detach"
+        )
+
+
+def check_position_tensors(
+    mask: Tensor | None, weights: Tensor | None, leading: torch.Size, device: torch.device
+) -> None:
+    for name, x, kind in (("mask", mask, "bool"), ("weights", weights, "floating-point")):
+        if x is None:
+            continue
+        fits = x.dtype == torch.bool if name == "mask" else x.dtype.is_floating_point
+        if x.shape != leading or not fits or x.device != device:
+            expected = f"{kind} of shape {tuple(leading)} on {device}"
+            raise ValueError(f"{name}: expected {expected}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}")
+
+
+def on_device(temperature: float | Tensor, B: int, device: torch.device) -> Tensor | None:
+    """The temperature as a float32 (or float64) tensor, None for 1."""
+    check_parameter("temperature", temperature, minimum=0, strict=True)
+    if not isinstance(temperature, Tensor):
+        return None if temperature == 1.0 else torch.full((), temperature, dtype=torch.float64, device=device)
+    if temperature.device != device or temperature.shape not in ((), (B,)):
+        got = f"shape {tuple(temperature.shape)} on {temperature.device}"
+        raise ValueError(f"temperature: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+    return temperature.detach()
+
+
+def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None, student: Tensor) -> int | Tensor:
+    """What the sum of the losses is divided by; at least 1, so that the loss of nothing is 0."""
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items is not None:
+        if reduction in ("none", "sum"):
+            raise ValueError(f'num_items: expected None with reduction "{reduction}", which does not divide')
+        if isinstance(num_items, Tensor):
+            if num_items.dim():
+                raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
+            return num_items.to(student.device)
+        if not num_items > 0:
+            raise ValueError(f"num_items: expected a number > 0, got {num_items}")
+        return num_items
+    if reduction == "batchmean":
+        return max(1, student.shape[0])
+    if reduction == "mean":
+        return max(1, student.shape[:-1].numel()) if mask is None else mask.sum().clamp_min(1)
+    return 1
+
+
+def check_finite_gradient(gradient: Tensor) -> None:
+    finite = gradient.flatten(0, -2).isfinite().all(-1)
+    if not finite.all():
+        first = int((~finite).nonzero()[0])
+        count = int((~finite).sum())
+        raise ValueError(
+            f"expected a finite gradient, got {count} of {len(finite)} positions with NaN or inf, the first {first} "
+            "(counted over the flattened leading shape): look at its logits, or mask it"
+        )

@@ -1,0 +1,165 @@
+"""`divergence_loss` on Triton. One launch reads the logits, one combines its sums; the kinds that need the normalisers
+first read the logits once more; the backward pass reads them once and writes the gradient.
+
+B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. No atomics, no wait of the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
+from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
+
+
+class Settings(NamedTuple):
+    """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles."""
+
+    lanes: int = 128  # one a thread
+    per_lane: int = 16
+    tiles: int = 16
+    num_warps: int = 4
+    rows: int = 16  # that one program of `finish` combines
+
+
+DEFAULT = Settings()
+HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
+
+
+def settings_for(device: torch.device) -> Settings:
+    return HIP if device.type == "cuda" and torch.version.hip else DEFAULT
+
+
+def splits(V: int, settings: Settings) -> int:
+    """They follow from V alone, so that a row's sums do not change with its batch."""
+    return triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
+
+
+def _on(device: torch.device) -> Any:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: Settings) -> dict[str, Any]:
+    """What the kernels over the vocabulary share. An absent tensor's pointer is never read."""
+    vector = 16 // max(student.element_size(), teacher.element_size())  # 128 bits
+    return {
+        "student_ptr": student,
+        "teacher_ptr": teacher,
+        "temperature_ptr": student if tau is None else tau,
+        "student_stride_b": student.stride(0),
+        "student_stride_t": student.stride(1),
+        "teacher_stride_b": teacher.stride(0),
+        "teacher_stride_t": teacher.stride(1),
+        "temperature_stride_b": 0 if tau is None or tau.dim() == 0 else tau.stride(0),
+        "T": student.shape[1],
+        "V": student.shape[2],
+        "HAS_TEMPERATURE": tau is not None,
+        "GROUPS": settings.per_lane // vector,
+        "LANES": settings.lanes,
+        "VECTOR": vector,
+        "TILES": settings.tiles,
+        "num_warps": settings.num_warps,
+    }
+
+
+def _contiguous_vocabulary(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
+    """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept, and those that the kind does not
+    need, hold anything."""
+    student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
+    settings = settings_for(student.device)
+    B, T, V = student.shape
+    sums = torch.empty((B * T, 6, splits(V, settings)), dtype=torch.float32, device=student.device)
+    with _on(student.device):
+        sums_kernel[(B * T, sums.shape[2])](
+            **_arguments(student, teacher, tau, settings),
+            keep_ptr=student if keep is None else keep,
+            sums_ptr=sums,
+            HAS_KEEP=keep is not None,
+            FORWARD=kind == "forward_kl",
+            REVERSE=kind == "reverse_kl",
+        )
+    return sums
+
+
+def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
+    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
+    R, _, S = sums.shape
+    loss = torch.empty(R, dtype=torch.float32, device=sums.device)
+    saved = torch.empty((R, 6), dtype=torch.float32, device=sums.device)
+    rows = settings_for(sums.device).rows
+    with _on(sums.device):
+        finish_kernel[(triton.cdiv(R, rows),)](
+            sums_ptr=sums,
+            keep_ptr=sums if keep is None else keep,
+            temperature_ptr=sums if tau is None else tau,
+            loss_ptr=loss,
+            saved_ptr=saved,
+            temperature_stride_b=0 if tau is None or tau.dim() == 0 else tau.stride(0),
+            T=T,
+            R=R,
+            S=S,
+            HAS_KEEP=keep is not None,
+            HAS_TEMPERATURE=tau is not None,
+            FORWARD=kind == "forward_kl",
+            ROWS=rows,
+            S_BLOCK=triton.next_power_of_2(S),
+        )
+    return loss, saved
+
+
+def divergence_terms(
+    student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
+) -> Tensor:
+    """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
+    student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
+    settings = settings_for(student.device)
+    B, T, V = student.shape
+    terms = torch.empty((B * T, 2, splits(V, settings)), dtype=torch.float32, device=student.device)
+    with _on(student.device):
+        terms_kernel[(B * T, terms.shape[2])](
+            **_arguments(student, teacher, tau, settings),
+            keep_ptr=student if keep is None else keep,
+            saved_ptr=saved,
+            terms_ptr=terms,
+            lam=lam,
+            KIND=kind,
+            HAS_KEEP=keep is not None,
+        )
+    return terms
+
+
+def divergence_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor | None,
+    saved: Tensor,
+    scale: Tensor,
+    kind: str,
+    lam: float,
+    out: Tensor,
+) -> None:
+    """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits; 0 where the
+    position's scale (R,) is 0."""
+    student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
+    settings = settings_for(student.device)
+    B, T, V = student.shape
+    with _on(student.device):
+        gradient_kernel[(B * T, splits(V, settings))](
+            **_arguments(student, teacher, tau, settings),
+            saved_ptr=saved,
+            scale_ptr=scale,
+            out_ptr=out,
+            out_stride_b=out.stride(0),
+            out_stride_t=out.stride(1),
+            lam=lam,
+            KIND=kind,
+        )

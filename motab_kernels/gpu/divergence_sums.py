@@ -1,0 +1,164 @@
+"""First kernels of `divergence_loss`: sums over a split of the vocabulary, and what follows from all of them.
+
+B rows, T tokens, V shared vocabulary, S splits of it. The sums are those of `motab_kernels.divergence_sums`, but for
+x in units of log2 while they are summed; they are stored in nats. Everything is summed in float32.
+"""
+
+import triton
+import triton.language as tl
+
+from motab_kernels.gpu.online_softmax import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    inverse_temperature,
+    moved,
+    scaled,
+    tile_max,
+    tile_sum,
+)
+
+# Rows of the sums (positions, 6, S).
+TOP_T, Z_T, G_T, TOP_S, Z_S, G_S = (tl.constexpr(i) for i in range(6))
+
+
+@triton.jit
+def _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
+    """Take a (GROUPS, LANES, VECTOR) tile into the lanes' sums. No value crosses a lane."""
+    new_top_t, new_top_s = tl.maximum(top_t, tile_max(t)), tl.maximum(top_s, tile_max(s))
+    m_t, m_s = scaled(new_top_t, c), scaled(new_top_s, c)
+    d_t, d_s = scaled(top_t, c) - m_t, scaled(top_s, c) - m_s
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+    x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
+    w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
+    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays.
+    if FORWARD:
+        g_t = moved(f_t, g_t, d_t - d_s, z_t) + tile_sum(w_t * tl.where(w_t != 0, x_t - x_s, 0.0))
+    if REVERSE:
+        g_s = moved(f_s, g_s, d_t - d_s, z_s) + tile_sum(w_s * tl.where(w_s != 0, x_t - x_s, 0.0))
+    z_t, z_s = z_t * f_t + tile_sum(w_t), z_s * f_s + tile_sum(w_s)
+    return new_top_t, z_t, g_t, new_top_s, z_s, g_s
+
+
+@triton.jit
+def sums_kernel(
+    student_ptr,
+    teacher_ptr,
+    keep_ptr,
+    temperature_ptr,
+    sums_ptr,
+    student_stride_b,
+    student_stride_t,
+    teacher_stride_b,
+    teacher_stride_t,
+    temperature_stride_b,
+    T,
+    V,
+    HAS_KEEP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    FORWARD: tl.constexpr,
+    REVERSE: tl.constexpr,
+    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
+    VECTOR: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Sum up split `program_id(1)` of position `program_id(0)`, the axis that may be long."""
+    position, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    if HAS_KEEP:
+        if tl.load(keep_ptr + position) == 0:
+            return  # nobody will look at its sums
+    b, i = position // T, position % T
+    student_ptr += b * student_stride_b + i * student_stride_t
+    teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
+    c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
+
+    TILE: tl.constexpr = GROUPS * LANES * VECTOR
+    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
+    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    z_t, g_t, z_s, g_s = zeros, zeros, zeros, zeros
+    first = split * (TILES * TILE)
+    end = tl.minimum(first + TILES * TILE, V)
+    whole = first + (end - first) // TILE * TILE
+    for start in range(first, whole, TILE):
+        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
+        s = tl.load(student_ptr + start + columns).to(tl.float32)
+        top_t, z_t, g_t, top_s, z_s, g_s = _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD, REVERSE)
+    if whole < end:  # the tail; what is not there has no probability
+        inside = whole + columns < end
+        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        top_t, z_t, g_t, top_s, z_s, g_s = _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD, REVERSE)
+
+    row_t, row_s = tl.max(top_t, axis=0), tl.max(top_s, axis=0)
+    d_t, d_s = scaled(top_t, c) - scaled(row_t, c), scaled(top_s, c) - scaled(row_s, c)
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+    S = tl.num_programs(1)
+    sums_ptr += position * 6 * S + split
+    tl.store(sums_ptr + TOP_T * S, row_t)
+    tl.store(sums_ptr + Z_T * S, tl.sum(z_t * f_t, axis=0))
+    tl.store(sums_ptr + G_T * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0) * LN_2)
+    tl.store(sums_ptr + TOP_S * S, row_s)
+    tl.store(sums_ptr + Z_S * S, tl.sum(z_s * f_s, axis=0))
+    tl.store(sums_ptr + G_S * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0) * LN_2)
+
+
+@triton.jit
+def finish_kernel(
+    sums_ptr,
+    keep_ptr,
+    temperature_ptr,
+    loss_ptr,
+    saved_ptr,
+    temperature_stride_b,
+    T,
+    R,
+    S,
+    HAS_KEEP: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    FORWARD: tl.constexpr,
+    ROWS: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+):
+    """`motab_kernels.divergence_sums.finish` of ROWS positions."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < R
+    keep = inside
+    if HAS_KEEP:
+        keep = inside & (tl.load(keep_ptr + row, mask=inside, other=0) != 0)
+    temperature = tl.full([ROWS], 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr + row // T * temperature_stride_b, mask=inside, other=1.0).to(tl.float32)
+    c = (tl.full([ROWS], LOG2_E, tl.float32) / temperature)[:, None]
+    split = tl.arange(0, S_BLOCK)[None, :]
+    there = keep[:, None] & (split < S)
+    sums = sums_ptr + row[:, None] * (6 * S) + split
+    top_t = tl.load(sums + TOP_T * S, mask=there, other=LOWEST)
+    top_s = tl.load(sums + TOP_S * S, mask=there, other=LOWEST)
+    row_t, row_s = tl.max(top_t, axis=1), tl.max(top_s, axis=1)
+    d_t, d_s = scaled(top_t, c) - scaled(row_t[:, None], c), scaled(top_s, c) - scaled(row_s[:, None], c)
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+    part_z_t = tl.load(sums + Z_T * S, mask=there, other=0.0)
+    part_z_s = tl.load(sums + Z_S * S, mask=there, other=0.0)
+    z_t, z_s = tl.sum(part_z_t * f_t, axis=1), tl.sum(part_z_s * f_s, axis=1)
+    # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    valid = (z_t > 0) & (z_s > 0)
+    log_ratio = tl.where(valid, tl.log2(z_t / z_s) * LN_2, float("nan"))
+    shift = (d_t - d_s) * LN_2
+    if FORWARD:
+        g_t = tl.load(sums + G_T * S, mask=there, other=0.0)
+        loss = tl.sum(moved(f_t, g_t, shift, part_z_t), axis=1) / z_t - log_ratio
+    else:
+        g_s = tl.load(sums + G_S * S, mask=there, other=0.0)
+        loss = log_ratio - tl.sum(moved(f_s, g_s, shift, part_z_s), axis=1) / z_s
+    loss = tl.where(loss < 0, 0.0, loss)
+    tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=inside)
+    saved_ptr += row * 6  # in the order of `motab_kernels.divergence_sums`
+    tl.store(saved_ptr, row_t, mask=inside)
+    tl.store(saved_ptr + 1, row_s, mask=inside)
+    tl.store(saved_ptr + 2, 1 / z_t, mask=inside)
+    tl.store(saved_ptr + 3, 1 / z_s, mask=inside)
+    tl.store(saved_ptr + 4, log_ratio, mask=inside)
+    tl.store(saved_ptr + 5, loss, mask=inside)

@@ -1,0 +1,42 @@
+"""The pieces of a pass over the vocabulary that keeps running maxima, a lane at a time.
+
+Logits are worked on in units of log2, scaled by c = log2(e) / temperature, for the hardware's exponential is 2^x.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, less itself it is 0
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def moved(f, total, shift, z):
+    """A sum of terms w * x after x has grown by `shift`. Nothing is left where f is 0, not even of inf."""
+    return tl.where(f != 0, f * (total + shift * z), 0.0)
+
+
+@triton.jit
+def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
+    """c = log2(e) / temperature."""
+    temperature = tl.full([], 1.0, tl.float32)
+    if HAS_TEMPERATURE:
+        temperature = tl.load(temperature_ptr).to(tl.float32)
+    return LOG2_E / temperature
+
+
+@triton.jit
+def tile_sum(x):
+    return tl.sum(tl.sum(x, axis=2), axis=0)
+
+
+@triton.jit
+def tile_max(x):
+    return tl.max(tl.max(x, axis=2), axis=0)
+
+
+@triton.jit
+def scaled(top, c):
+    """A maximum in units of log2, finite: -inf less itself would be NaN."""
+    return tl.maximum(top * c, LOWEST)

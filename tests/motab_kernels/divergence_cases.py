@@ -1,0 +1,62 @@
+"""The definition that the divergence losses are tested against, and the inputs, for every backend."""
+
+import pytest
+import torch
+
+#: Each kind with its default parameters, and a mixture that leans the other way.
+KINDS = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "jsd": {"beta": 0.5},
+    "jsd leaning": {"beta": 0.1},
+    "skew_forward_kl": {"alpha": 0.1},
+    "skew_reverse_kl": {"alpha": 0.3},
+    "tvd": {},
+}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def options(kind):
+    return {"divergence": kind.split()[0], **KINDS[kind]}
+
+
+def definition(student, teacher, kind, tau=1.0):
+    """(R, V) logits without -inf to each row's divergence (R,), in float64, differentiable."""
+    divergence, parameters = kind.split()[0], KINDS[kind]
+    q, p = (student.double() / tau).softmax(-1), (teacher.double() / tau).softmax(-1)
+
+    def kl(a, b):
+        return (a * (a.log() - b.log())).sum(-1)
+
+    if divergence == "forward_kl":
+        return kl(p, q)
+    if divergence == "reverse_kl":
+        return kl(q, p)
+    if divergence == "jsd":
+        beta = parameters["beta"]
+        m = beta * p + (1 - beta) * q
+        return beta * kl(p, m) + (1 - beta) * kl(q, m)
+    if divergence == "skew_forward_kl":
+        return kl(p, parameters["alpha"] * p + (1 - parameters["alpha"]) * q)
+    if divergence == "skew_reverse_kl":
+        return kl(q, (1 - parameters["alpha"]) * p + parameters["alpha"] * q)
+    return 0.5 * (p - q).abs().sum(-1)
+
+
+def expected(student, teacher, kind, tau=1.0):
+    """Each row's divergence and the gradient of their sum, in float64."""
+    student = student.double().detach().requires_grad_()
+    losses = definition(student, teacher, kind, tau)
+    return losses.detach(), torch.autograd.grad(losses.sum(), student)[0]
+
+
+def logits(*shape, dtype=torch.float32, seed=0, scale=3.0, noise=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    teacher = torch.randn(*shape, generator=generator) * scale
+    student = teacher + noise * torch.randn(*shape, generator=generator)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def relative_error(x, y):
+    """Of a whole gradient, by its norm."""
+    return ((x.double() - y).norm() / y.norm()).item()
