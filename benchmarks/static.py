@@ -5,7 +5,9 @@
 Each kernel is compiled ahead of time for each target. Columns: registers a thread; bytes spilled; and of the
 main loop, the longest in the machine code, per column of one position (a pair of a student's and a teacher's
 logit): instructions, special-function instructions; then how often, in one turn, it loads 128 bits, loads
-fewer, waits at a barrier or passes a value between lanes. To be run without TRITON_INTERPRET.
+fewer, waits at a barrier or passes a value between lanes. Then, *predicted* and not measured, for each device the time
+to issue the loop's instructions and that of its special functions, over the time of its bytes. To be run without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from motab_kernels.gpu import boundary
+from motab_kernels.gpu import boundary, divergence
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -42,6 +44,26 @@ WIDE_LOAD = re.compile(r"LDG\.E(\.\w+)*\.128|(buffer|global)_load_dwordx4")
 LOAD = re.compile(r"LDG|(buffer|global)_load")
 BARRIER = re.compile(r"BAR\.|s_barrier")
 SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
+
+
+class Device(NamedTuple):
+    """What a prediction needs, from the makers' data sheets."""
+
+    target: str
+    units: int  # multiprocessors, compute units
+    clock: float  # GHz
+    lanes: int  # that a unit issues to in a clock
+    special: int  # special functions of a unit in a clock
+    bandwidth: float  # TB/s, nine tenths of the data sheet's
+
+
+DEVICES = {
+    "A100": Device("sm_80", 108, 1.41, 128, 16, 1.8),
+    "H100": Device("sm_90", 132, 1.7, 128, 16, 3.0),
+    "H200": Device("sm_90", 132, 1.7, 128, 16, 4.3),
+    "B200": Device("sm_100", 148, 1.85, 128, 16, 7.2),
+    "MI300X": Device("gfx942", 304, 2.1, 64, 16, 4.8),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +110,23 @@ def lines_of(binary: Any, target: str) -> list[str]:
 
 
 def main_loop(lines: list[str]) -> list[str]:
-    """The longest stretch between a label and a branch back to it."""
-    labels = {line[:-1]: i for i, line in enumerate(lines) if line.endswith(":")}
+    """The longest stretch between a branch back and where it goes to: a label, or an address of NVIDIA's, whose
+    instructions have 16 bytes each."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = len(code)
+        else:
+            code.append(line)
     loop: list[str] = []
-    for i, line in enumerate(lines):
-        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(\.?LBB\w+)", line)
-        start = labels.get(branch[1], i) if branch else i
+    for i, line in enumerate(code):
+        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.?LBB\w+)|0x([0-9a-f]+))", line)
+        if not branch:
+            continue
+        start = labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16
         if i - start > len(loop):
-            loop = [line for line in lines[start : i + 1] if not line.endswith(":")]
+            loop = code[start : i + 1]
     return loop
 
 
@@ -115,23 +146,21 @@ def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:
     return tuple(int(match[1]) if match else 0 for match in found)  # type: ignore[return-value]
 
 
-def partial_report(dtype: str, target: str) -> Report:
-    """The pass over the vocabulary: every output, with a temperature."""
-    settings = boundary.DEFAULT
-    if target.startswith("gfx"):
-        settings = boundary.SETTINGS["hip"]
+def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, constants: dict[str, Any]) -> Report:
+    """A pass over the vocabulary, whose logits are `dtype` and contiguous, with a temperature."""
     vector = 16 // BYTES[dtype]
-    types = {"student_ptr": f"*{dtype}", "teacher_ptr": f"*{dtype}", "token_ptr": "*i64"}
-    types |= {"temperature_ptr": "*fp32", "partial_ptr": "*fp32"}
-    aligned = ("student_stride_b", "student_stride_t", "teacher_stride_b", "teacher_stride_t", "V")
-    constants = {
+    of_logits = ("student_ptr", "teacher_ptr", "out_ptr")
+    types = {n: f"*{dtype}" if n in of_logits else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
+    types |= {"token_ptr": "*i64", "keep_ptr": "*i1", "lam": "fp32"}
+    aligned = tuple(n for n in kernel.arg_names if re.match(r"(student|teacher|out)_stride_|V$", n))
+    constants = constants | {
         "HAS_TEMPERATURE": True,
         "GROUPS": settings.per_lane // vector,
         "LANES": settings.lanes,
         "VECTOR": vector,
         "TILES": settings.tiles,
     }
-    binary = compiled(boundary.partial_kernel, target, types, constants, settings.num_warps, aligned)
+    binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
     loop = main_loop(lines_of(binary, target))
     threads = settings.num_warps * TARGETS[target].warp_size
     pairs = settings.lanes * settings.per_lane / threads
@@ -140,7 +169,7 @@ def partial_report(dtype: str, target: str) -> Report:
         return sum(1 for line in loop if pattern.search(line))
 
     return Report(
-        "partial",
+        name,
         dtype,
         target,
         *registers_and_spills(binary, target),
@@ -151,6 +180,26 @@ def partial_report(dtype: str, target: str) -> Report:
         barriers=count(BARRIER),
         shuffles=count(SHUFFLE),
     )
+
+
+def partial_report(dtype: str, target: str) -> Report:
+    """The boundary's pass, with every output."""
+    settings = boundary.SETTINGS["hip"] if target.startswith("gfx") else boundary.DEFAULT
+    return loop_report(boundary.partial_kernel, "partial", dtype, target, settings, {})
+
+
+def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
+    """Both passes of the forward direction, and the gradient, of each kind that has one of its own."""
+    settings = divergence.HIP if target.startswith("gfx") else divergence.DEFAULT
+    for name in ("forward_kl", "reverse_kl", "normalisers"):
+        constants = {"HAS_KEEP": True, "FORWARD": name == "forward_kl", "REVERSE": name == "reverse_kl"}
+        yield loop_report(divergence.sums_kernel, f"sums {name}", dtype, target, settings, constants)
+    for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        constants = {"HAS_KEEP": True, "KIND": kind}
+        yield loop_report(divergence.terms_kernel, f"terms {kind}", dtype, target, settings, constants)
+    for kind in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        name = f"gradient {kind}"
+        yield loop_report(divergence.gradient_kernel, name, dtype, target, settings, {"KIND": kind})
 
 
 def decide_report(target: str) -> Report:
@@ -178,10 +227,21 @@ def decide_report(target: str) -> Report:
     return Report("decide", "bf16", target, *registers_and_spills(binary, target))
 
 
+def predicted(report: Report, name: str) -> str:
+    """Issue and special-function time of the main loop over the time of its bytes; memory sets the pace below 1."""
+    device = DEVICES[name]
+    if report.target != device.target or not report.instructions:
+        return ""
+    bytes_a_pair = BYTES[report.dtype] * (3 if report.kernel.startswith("gradient") else 2)
+    pairs = device.bandwidth * 1e3 / bytes_a_pair / (device.units * device.clock)  # a clock and unit, kept up with
+    return f"{report.instructions * pairs / device.lanes:.2f}, {report.special * pairs / device.special:.2f}"
+
+
 def reports() -> Iterator[Report]:
     for target in TARGETS:
         for dtype in BYTES:
             yield partial_report(dtype, target)
+            yield from divergence_reports(dtype, target)
         yield decide_report(target)
 
 
@@ -190,10 +250,11 @@ def main() -> None:
         print(json.dumps([dataclasses.asdict(report) for report in reports()]))
         return
     names = [field.name for field in dataclasses.fields(Report)]
-    print(" ".join(f"{name:>12}" for name in names))
+    print("| " + " | ".join([*names, *(f"{name} issue, special" for name in DEVICES)]) + " |")
+    print("| " + " | ".join(["---"] * (len(names) + len(DEVICES))) + " |")
     for report in reports():
-        cells = dataclasses.astuple(report)
-        print(" ".join(f"{x:12.2f}" if isinstance(x, float) else f"{x:>12}" for x in cells), flush=True)
+        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in dataclasses.astuple(report)]
+        print("| " + " | ".join(cells + [predicted(report, name) for name in DEVICES]) + " |", flush=True)
 
 
 if __name__ == "__main__":

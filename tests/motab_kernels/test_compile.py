@@ -36,10 +36,31 @@ def test_registers(reports, kernel, dtype, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("dtype", "loads"), [("fp32", 8), ("bf16", 4)])
-def test_main_loop(reports, dtype, loads, target):
+def test_passes_over_the_vocabulary(reports, dtype, loads, target):
     """16 columns of both sides a lane: 128 bits at a time, and nothing that waits for another lane."""
-    report = reports["partial", dtype, target]
-    assert (report["wide_loads"], report["narrow_loads"]) == (loads, 0)
-    assert (report["barriers"], report["shuffles"]) == (0, 0)
-    assert 17 < report["instructions"] <= 28
-    assert 2 < report["special"] <= 2.6
+    passes = [r for r in reports.values() if (r["dtype"], r["target"]) == (dtype, target) and r["kernel"] != "decide"]
+    assert len(passes) == 14
+    for report in passes:
+        assert report["spilled"] == 0, report
+        assert 0 < report["registers"] <= 168, report
+        assert (report["wide_loads"], report["narrow_loads"]) == (loads, 0), report
+        assert (report["barriers"], report["shuffles"]) == (0, 0), report
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("kernel", "most"),
+    [
+        ("partial", 28),
+        ("sums forward_kl", 18),
+        ("sums reverse_kl", 18),
+        ("sums normalisers", 14),
+        ("gradient forward_kl", 31),
+        ("gradient reverse_kl", 31),
+    ],
+)
+def test_memory_sets_the_pace(reports, kernel, most, dtype, target):
+    report = reports[kernel, dtype, target]
+    assert most / 3 < report["instructions"] <= most
+    assert 2 <= report["special"] <= 2.6
