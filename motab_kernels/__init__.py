@@ -15,6 +15,7 @@ from motab_kernels.boundary import (
 )
 from motab_kernels.divergence import divergence_loss
 from motab_kernels.kv_cache import truncate_kv_cache_
+from motab_kernels.linear_divergence import fused_linear_divergence
 
 if TYPE_CHECKING:
     from motab_kernels.ragged_kv_cache import RaggedKVCache
@@ -29,6 +30,7 @@ __all__ = [
     "boundary_workspace",
     "divergence_loss",
     "fused_kl_boundary",
+    "fused_linear_divergence",
     "truncate_kv_cache_",
 ]
 

@@ -130,7 +130,7 @@ def divergence_op(
     if loss.numel() == 0:
         return loss, saved
     keep = None if mask is None else mask.reshape(-1).contiguous()  # an expanded one has strides of 0
-    found, saved = divergence_forward(_kernels(backend, student.device), student, teacher, tau, keep, kind, lam)
+    found, saved = divergence_forward(kernels_of(backend, student.device), student, teacher, tau, keep, kind, lam)
     return found.view(loss.shape), saved
 
 
@@ -200,7 +200,7 @@ def write_gradient(
         return
     scale = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
     student, teacher, target = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits, out))
-    kernels = _kernels(backend, student.device)
+    kernels = kernels_of(backend, student.device)
     kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
     with_tokens(out)[..., vocab_size:] = 0
 
@@ -234,5 +234,6 @@ def with_tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unsqueeze(1)
 
 
-def _kernels(backend: str, device: torch.device) -> ModuleType:
+def kernels_of(backend: str, device: torch.device) -> ModuleType:
+    """The module that has the op's primitives: sums, finish, terms and gradient."""
     return reference if backend == "torch" else triton_kernels("divergence", device)

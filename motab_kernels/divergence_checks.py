@@ -104,10 +104,43 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
     return 1
 
 
-def check_finite_gradient(gradient: Tensor) -> None:
+def check_heads(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    softcaps: tuple[float | None, float | None],
+    mask: Tensor | None,
+    weights: Tensor | None,
+) -> None:
+    """Hidden states, weight and bias of both sides, and what goes with the positions."""
+    for side, (hidden, weight, bias), softcap in zip(("student", "teacher"), (student, teacher), softcaps, strict=True):
+        if hidden.dtype not in (*KERNEL_DTYPES, torch.float64):
+            raise ValueError(f"{side}_hidden: expected float32, bfloat16, float16 or float64, got {hidden.dtype}")
+        if hidden.dim() not in (2, 3):
+            raise ValueError(f"{side}_hidden: expected shape (B, H) or (B, T, H), got {tuple(hidden.shape)}")
+        expected = f"{hidden.dtype} of shape (V, {hidden.shape[-1]}) on {hidden.device}, as its hidden states"
+        got = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+        if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
+            raise ValueError(f"{side}_weight: expected {expected}, got {got}")
+        if weight.dtype != hidden.dtype or weight.device != hidden.device:
+            raise ValueError(f"{side}_weight: expected {expected}, got {got}")
+        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
+            expected = f"{weight.dtype} of shape ({weight.shape[0]},)"
+            raise ValueError(f"{side}_bias: expected {expected}, got {bias.dtype} of shape {tuple(bias.shape)}")
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"{side}_softcap: expected None or a number > 0, got {softcap}")
+    leading, device = student[0].shape[:-1], student[0].device
+    if teacher[0].shape[:-1] != leading or teacher[0].device != device:
+        expected = f"the student's leading shape, {(*leading, 'H')}, on {device}"
+        raise ValueError(f"teacher_hidden: expected {expected}, got {tuple(teacher[0].shape)} on {teacher[0].device}")
+    # Not the teacher's weight: a head's parameters ask for gradients wherever nobody froze them.
+    check_no_gradient("teacher_hidden", teacher[0])
+    check_position_tensors(mask, weights, leading, device)
+
+
+def check_finite_gradient(gradient: Tensor, first_position: int = 0) -> None:
     finite = gradient.flatten(0, -2).isfinite().all(-1)
     if not finite.all():
-        first = int((~finite).nonzero()[0])
+        first = first_position + int((~finite).nonzero()[0])
         count = int((~finite).sum())
         raise ValueError(
             f"expected a finite gradient, got {count} of {len(finite)} positions with NaN or inf, the first {first} "

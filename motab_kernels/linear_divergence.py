@@ -1,0 +1,301 @@
+"""`fused_linear_divergence`: a divergence from hidden states and language-model heads; no model's logits ever exist.
+
+N positions, H and H_t hidden sizes, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from motab_kernels.backend import choose_backend
+from motab_kernels.boundary_state import check_count
+from motab_kernels.divergence import divergence_forward, kernels_of
+from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
+
+__all__ = ["fused_linear_divergence"]
+
+#: Bytes of logits in work at a time, of both sides together.
+BUDGET = 1 << 30
+
+
+def fused_linear_divergence(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    *,
+    student_bias: Tensor | None = None,
+    teacher_bias: Tensor | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    divergence: str = "forward_kl",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    weights: Tensor | None = None,
+    reduction: str = "mean",
+    num_items: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_size: int | None = None,
+    check_finite: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """`divergence_loss` of two language-model heads, differentiable by the student's hidden states, weight and bias.
+
+    Equivalent to::
+
+        def logits(hidden, weight, bias, scale, softcap):
+            x = scale * torch.nn.functional.linear(hidden, weight, bias)
+            return x if softcap is None else softcap * torch.tanh(x / softcap)
+
+        divergence_loss(logits(student_hidden, ...), logits(teacher_hidden, ...), divergence=divergence, ...)
+
+    but over `chunk_size` positions at a time, whose logits are overwritten by their gradient, then by the next
+    chunk's. A loss that is reduced to a number computes its gradients in the forward pass, so that each matrix
+    product is done once; "none" computes the logits again in the backward pass, which alone knows what the
+    positions' losses are worth. Matrix products accumulate in float32 (float64 for float64); the weight's gradient is
+    summed over the chunks in the weight's own dtype.
+
+    Args:
+        student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight.
+        student_weight, teacher_weight: (V_student, H) and (V_teacher, H). Without `requires_grad` no gradient of it is
+            computed (a frozen head). May be tied to an embedding.
+        student_bias, teacher_bias: (V_student,) and (V_teacher,).
+        student_logit_scale, teacher_logit_scale: multiply the logits.
+        student_softcap, teacher_softcap: > 0, as Gemma 2 caps its logits; after the scale.
+        chunk_size: positions whose logits exist at a time. None: as many as fit into 1 GiB, both sides together,
+            whatever the vocabulary. All that is needed beyond inputs and gradients.
+        divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
+            see `divergence_loss`.
+
+    Returns:
+        As `divergence_loss`.
+
+    Raises:
+        ValueError: what does not fit, as in `divergence_loss`; hidden states or a bias that do not fit their weight.
+
+    Source: the losses are those of `divergence_loss`; gradients within the forward pass, as in Liger Kernel's fused
+    linear cross-entropy (arXiv 2410.10989).
+    """
+    kind, lam = resolve(divergence, beta, alpha)
+    heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    check_heads(*heads, (student_softcap, teacher_softcap), mask, weights)
+    leading = student_hidden.shape[:-1]
+    N = leading.numel()
+    V = min(student_weight.shape[0], teacher_weight.shape[0])
+    if vocab_size is not None:
+        check_count("vocab_size", vocab_size)
+        V = min(V, vocab_size)
+    backend = choose_backend(backend, student_hidden, teacher_hidden)
+    tau = on_device(temperature, leading[0], student_hidden.device)
+    if tau is not None and tau.dim():
+        tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
+    worth = None if weights is None else weights.detach().reshape(-1)
+    keep = None if mask is None else mask.reshape(-1).contiguous()
+    if chunk_size is None:
+        sides = student_weight.shape[0] * (1 if student_softcap is None else 2) + teacher_weight.shape[0]
+        chunk_size = max(1, BUDGET // (sides * student_hidden.element_size()))
+    check_count("chunk_size", chunk_size)
+
+    tensors = (student_hidden.reshape(N, student_hidden.shape[-1]), student_weight, student_bias)
+    bias = None if teacher_bias is None else teacher_bias.detach()
+    others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), teacher_weight.detach(), bias)
+    scales = [student_logit_scale, teacher_logit_scale, student_softcap or 0.0, teacher_softcap or 0.0]
+    options = (scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend)
+    if reduction == "none":
+        divisor(reduction, num_items, mask, student_hidden)
+        loss = rows_op(*tensors, *others, keep, tau, *options)
+        if worth is not None:
+            loss = torch.where((worth == 0) | (loss == 0), 0.0, loss * worth.to(loss.dtype))
+        return loss.view(leading)
+    scale = torch.ones(N, dtype=loss_dtype(student_hidden), device=student_hidden.device)
+    if worth is not None:
+        scale = scale * worth
+    scale = scale / divisor(reduction, num_items, mask, student_hidden)
+    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[0]]
+    return total_op(*tensors, *others, keep, tau, scale, needs, *options)[0]
+
+
+def loss_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """Logits (n, V); a softcap of 0 is none."""
+    x = F.linear(hidden, weight, bias)
+    if scale != 1.0:
+        x *= scale
+    return x.div_(softcap).tanh_().mul_(softcap) if softcap else x
+
+
+@torch.library.custom_op("motab_kernels::linear_divergence_rows", mutates_args=())
+def rows_op(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    keep: Tensor | None,
+    tau: Tensor | None,
+    scales: list[float],
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    chunk_size: int,
+    check_finite: bool,
+    backend: str,
+) -> Tensor:
+    """Each position's loss, (N,)."""
+    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
+    for part, _, _, rows, _ in _chunks(student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, backend):
+        loss[part] = rows
+    return loss
+
+
+@rows_op.register_fake
+def _(student_hidden: Tensor, *args: object) -> Tensor:
+    return student_hidden.new_empty(student_hidden.shape[0], dtype=loss_dtype(student_hidden))
+
+
+@torch.library.custom_op("motab_kernels::linear_divergence", mutates_args=())
+def total_op(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    student_bias: Tensor | None,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor | None,
+    keep: Tensor | None,
+    tau: Tensor | None,
+    scale: Tensor,
+    needs: list[bool],
+    scales: list[float],
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    chunk_size: int,
+    check_finite: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """sum of scale * loss, and its gradients by hidden, weight and bias, each empty where it is not needed."""
+    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    total, *gradients = _empty_results(student_hidden, student_weight, needs)
+    total.zero_()
+    grad_hidden, grad_weight, grad_bias = (x.zero_() for x in gradients)
+    kernels = kernels_of(backend, student_hidden.device)
+    for part, s, t, rows, saved in _chunks(
+        student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, backend
+    ):
+        worth = scale[part].to(rows.dtype)
+        total += torch.where((worth == 0) | (rows == 0), 0.0, rows * worth).sum()
+        if not any(needs):
+            continue
+        if keep is not None:
+            worth = worth.masked_fill(~keep[part], 0)
+        # The gradient goes over the logits, but for a softcap's, whose own derivative needs them once more.
+        out = torch.empty_like(s) if scales[2] else s
+        shared = (x[:, None, :vocab_size] for x in (s, t))
+        kernels.divergence_gradient(
+            *shared, _of(tau, part), saved, worth.contiguous(), kind, lam, out[:, None, :vocab_size]
+        )
+        out[:, vocab_size:] = 0
+        if check_finite:
+            check_finite_gradient(out, part.start)
+        if scales[2]:
+            out *= 1 - (s / scales[2]).square_()
+        if scales[0] != 1.0:
+            out *= scales[0]
+        if needs[0]:
+            torch.mm(out, student_weight, out=grad_hidden[part])
+        if needs[1]:
+            grad_weight.addmm_(out.T, student_hidden[part])
+        if needs[2]:
+            grad_bias += out.sum(0, dtype=total.dtype)
+    return total, grad_hidden, grad_weight, grad_bias
+
+
+@total_op.register_fake
+def _(student_hidden: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    return _empty_results(student_hidden, student_weight, args[7])
+
+
+def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = loss_dtype(hidden)
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(hidden.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        hidden.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+    )
+
+
+def _of(tau: Tensor | None, part: slice) -> Tensor | None:
+    return tau if tau is None or tau.dim() == 0 else tau[part]
+
+
+def _chunks(
+    student: tuple[Tensor, Tensor, Tensor | None],
+    teacher: tuple[Tensor, Tensor, Tensor | None],
+    keep: Tensor | None,
+    tau: Tensor | None,
+    scales: list[float],
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    chunk_size: int,
+    backend: str,
+) -> Any:
+    """Some positions at a time: which, both sides' logits (n, V), the losses and what a gradient needs beside."""
+    kernels = kernels_of(backend, student[0].device)
+    for start in range(0, len(student[0]), chunk_size):
+        part = slice(start, start + chunk_size)
+        s = head(student[0][part], *student[1:], scales[0], scales[2])
+        t = head(teacher[0][part], *teacher[1:], scales[1], scales[3])
+        shared_s, shared_t = s[:, None, :vocab_size], t[:, None, :vocab_size]  # (B, T, V) with T = 1
+        mask = None if keep is None else keep[part]
+        loss, saved = divergence_forward(kernels, shared_s, shared_t, _of(tau, part), mask, kind, lam)
+        yield part, s, t, loss, saved
+
+
+def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs, ctx.bias_dtype = inputs[9], inputs[1].dtype
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def scaled(x: Tensor) -> Tensor:
+        # In place, for a weight's gradient is large; a second backward pass raises then, as its tensors have changed.
+        return x * upstream.to(x.dtype) if torch.compiler.is_compiling() else x.mul_(upstream.to(x.dtype))
+
+    gradients = [scaled(x) if needed else None for x, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
+    if gradients[2] is not None:
+        gradients[2] = gradients[2].to(ctx.bias_dtype)
+    return (*gradients, *(None,) * 14)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:8])
+    ctx.options = inputs[8:]
+
+
+def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    _, *gradients = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
+    gradients = [x if needed else None for x, needed in zip(gradients, needs, strict=True)]
+    if gradients[2] is not None:
+        gradients[2] = gradients[2].to(ctx.saved_tensors[2].dtype)
+    return (*gradients, *(None,) * 12)
+
+
+total_op.register_autograd(_backward_total, setup_context=_setup_total)
+rows_op.register_autograd(_backward_rows, setup_context=_setup_rows)

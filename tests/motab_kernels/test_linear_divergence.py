@@ -1,0 +1,255 @@
+"""`fused_linear_divergence` against `divergence_loss` of materialised logits, and against float64."""
+
+import pytest
+import torch
+from divergence_cases import every_kind, options, relative_error
+
+import motab_kernels as mk
+from motab_kernels.backend import HAS_TRITON
+from motab_kernels.linear_divergence import rows_op, total_op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", *(["triton"] if HAS_TRITON else [])]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    if request.param == "triton":
+        from motab_kernels.gpu import divergence as gpu
+
+        monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=8, tiles=2, rows=4))
+    return request.param
+
+
+def heads(N=7, H=12, H_teacher=20, V=100, V_teacher=110, dtype=torch.float64, seed=0):
+    """Hidden states, weight and bias of both sides; logits a few nats wide."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student = random(N, H), random(V, H) * 0.6, random(V) * 0.3
+    teacher = random(N, H_teacher), random(V_teacher, H_teacher) * 0.5, random(V_teacher) * 0.3
+    return [x.to(dtype).to(DEVICE) for x in student], [x.to(dtype).to(DEVICE) for x in teacher]
+
+
+def fused(student, teacher, **keywords):
+    leaves = [x.clone().requires_grad_() for x in student]
+    loss = mk.fused_linear_divergence(
+        *leaves[:2], *teacher[:2], student_bias=leaves[2], teacher_bias=teacher[2], **keywords
+    )
+    return loss, leaves
+
+
+def materialised(student, teacher, scales=(1.0, 1.0), softcaps=(None, None), **keywords):
+    """The equivalent expression, in float64."""
+    leaves = [x.double().requires_grad_() for x in student]
+    logits = []
+    for (hidden, weight, bias), scale, cap in zip(
+        (leaves, [x.double() for x in teacher]), scales, softcaps, strict=True
+    ):
+        x = scale * (hidden @ weight.T + bias)
+        logits.append(x if cap is None else cap * torch.tanh(x / cap))
+    return mk.divergence_loss(*logits, **keywords, backend="torch"), leaves
+
+
+def assert_same(found, expected, upstream=None, rtol=1e-5, atol=1e-6):
+    (loss, leaves), (expected_loss, expected_leaves) = found, expected
+    torch.testing.assert_close(loss.double(), expected_loss, rtol=rtol, atol=atol)
+    loss.backward(None if upstream is None else upstream.to(loss.dtype))
+    expected_loss.backward(upstream)
+    for x, y in zip(leaves, expected_leaves, strict=True):
+        torch.testing.assert_close(x.grad.double(), y.grad, rtol=rtol, atol=atol)
+
+
+@every_kind
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("chunk_size", [3, None])
+def test_definition(backend, kind, reduction, chunk_size):
+    """Chunks with a remainder, and one chunk; vocabularies of different size."""
+    student, teacher = heads(dtype=torch.float32)
+    settings = options(kind) | {"reduction": reduction}
+    upstream = torch.linspace(-1, 2, 7, dtype=torch.float64, device=DEVICE) if reduction == "none" else None
+    found = fused(student, teacher, **settings, chunk_size=chunk_size, backend=backend)
+    assert_same(found, materialised(student, teacher, **settings), upstream)
+
+
+@every_kind
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_options_together(backend, kind, reduction):
+    student, teacher = heads(N=8, dtype=torch.float32, seed=1)
+    student[0], teacher[0] = student[0].view(2, 4, -1), teacher[0].view(2, 4, -1)
+    mask = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]], device=DEVICE).bool()
+    weights = torch.rand(2, 4, generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    shared = options(kind) | {
+        "mask": mask,
+        "weights": weights,
+        "temperature": torch.tensor([0.7, 1.9], device=DEVICE),
+        "vocab_size": 90,
+        "reduction": reduction,
+    }
+    caps = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.2, "student_softcap": 3.0, "teacher_softcap": 5.0}
+    found = fused(student, teacher, **shared, **caps, chunk_size=3, backend=backend)
+    expected = materialised(student, teacher, (0.7, 1.2), (3.0, 5.0), **shared)
+    upstream = torch.randn(2, 4, dtype=torch.float64, device=DEVICE) if reduction == "none" else None
+    assert_same(found, expected, upstream)
+
+
+def test_upstream_and_accumulation():
+    """A loss that is scaled before the backward pass, and gradients that add to what is there."""
+    student, teacher = heads()
+    loss, leaves = fused(student, teacher, chunk_size=4)
+    (3 * loss).backward()
+    expected_loss, expected_leaves = materialised(student, teacher)
+    expected_loss.backward()
+    for x, y in zip(leaves, expected_leaves, strict=True):
+        torch.testing.assert_close(x.grad, 3 * y.grad)
+
+
+def test_no_second_backward_pass_in_silence():
+    loss, _ = fused(*heads())
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_asks_for_no_gradient_gets_none(frozen, reduction):
+    student, teacher = heads()
+    leaves = [x.clone().requires_grad_(i != frozen) for i, x in enumerate(student)]
+    teacher[1].requires_grad_()  # a head that nobody froze
+    loss = mk.fused_linear_divergence(*leaves[:2], *teacher[:2], student_bias=leaves[2], reduction=reduction)
+    loss.sum().backward()
+    assert [x.grad is None for x in leaves] == [i == frozen for i in range(3)]
+    assert teacher[1].grad is None
+
+
+def test_tied_weight():
+    """A head that is the embedding too: both gradients add up."""
+    student, teacher = heads()
+    tokens = torch.arange(7, device=DEVICE)
+    grads = []
+    for call in ("fused", "materialised"):
+        weight = student[1].clone().requires_grad_()
+        hidden = torch.tanh(weight[tokens])
+        if call == "fused":
+            loss = mk.fused_linear_divergence(hidden, weight, *teacher[:2], chunk_size=2)
+        else:
+            loss = mk.divergence_loss(hidden @ weight.T, teacher[0] @ teacher[1].T)
+        loss.backward()
+        grads.append(weight.grad)
+    torch.testing.assert_close(*grads)
+
+
+@every_kind
+def test_low_precision_is_no_worse_than_eager(kind):
+    """Eager: the same expression in bfloat16, with the softmax in float32."""
+    student, teacher = heads(N=64, H=64, H_teacher=64, V=1000, V_teacher=1000, dtype=torch.bfloat16, seed=3)
+    student[1], teacher[1] = student[1] / 2, teacher[1] / 2
+    materialised_loss, exact = materialised(student, teacher, **options(kind))
+    materialised_loss.backward()
+    leaves = [x.clone().requires_grad_() for x in student]
+    eager_logits = leaves[0] @ leaves[1].T + leaves[2], teacher[0] @ teacher[1].T + teacher[2]
+    mk.divergence_loss(*eager_logits, **options(kind), backend="torch").backward()
+    loss, ours = fused(student, teacher, **options(kind), chunk_size=8)
+    loss.backward()
+    for mine, eager, true in zip(ours, leaves, exact, strict=True):
+        assert mine.grad.dtype == torch.bfloat16
+        assert relative_error(mine.grad, true.grad) < 1.1 * relative_error(eager.grad, true.grad) + 2e-3
+
+
+@every_kind
+def test_gradcheck(kind):
+    """Of "none": a reduced loss spends its gradients in the first of the many backward passes."""
+    student, teacher = heads(N=3, H=4, H_teacher=5, V=6, V_teacher=6)
+
+    def loss(hidden, weight, bias):
+        return mk.fused_linear_divergence(
+            hidden, weight, *teacher[:2], student_bias=bias, **options(kind), reduction="none", chunk_size=2
+        )
+
+    assert torch.autograd.gradcheck(loss, [x.clone().requires_grad_() for x in student])
+
+
+def test_registered():
+    student, teacher = heads(N=4, V=9, V_teacher=9)
+    leaves = [x.requires_grad_() for x in student]
+    shared = ([1.0, 1.0, 0.0, 0.0], "jsd", 0.5, 9, 3, False, "torch")
+    mask, tau = torch.tensor([True, False, True, True]), torch.tensor(1.5)
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(rows_op, (*leaves, *teacher, mask, tau, *shared), test_utils=tests)
+    scale = torch.ones(4, dtype=torch.float64)
+    torch.library.opcheck(total_op, (*leaves, *teacher, mask, tau, scale, [True] * 3, *shared), test_utils=tests)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_in_one_graph(reduction):
+    student, teacher = heads()
+
+    def loss(hidden, weight):
+        return mk.fused_linear_divergence(hidden * 2, weight, *teacher[:2], reduction=reduction, chunk_size=3).sum()
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in student[:2]]
+        value = call(*leaves)
+        value.backward()
+        results.append([value.detach(), *(x.grad for x in leaves)])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_nothing_counts(reduction):
+    student, teacher = heads()
+    student[0][:] = torch.nan
+    mask = torch.zeros(7, dtype=torch.bool, device=DEVICE)
+    loss, leaves = fused(student, teacher, mask=mask, reduction=reduction)
+    loss.sum().backward()
+    assert (loss == 0).all()
+    assert (leaves[0].grad == 0).all()
+    assert (leaves[2].grad == 0).all()
+
+
+def test_empty_batch():
+    student, teacher = heads(N=0)
+    loss, leaves = fused(student, teacher)
+    loss.backward()
+    assert loss == 0
+    assert (leaves[1].grad == 0).all()
+
+
+def test_check_finite():
+    student, teacher = heads()
+    teacher[0][5, 0] = torch.inf
+    with pytest.raises(ValueError, match="1 of 3 positions with NaN or inf, the first 5"):
+        fused(student, teacher, check_finite=True, chunk_size=3)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"student_weight": torch.ones(9, 5)}, r"student_weight: expected .*\(V, 4\).*got torch.float32 .*\(9, 5\)"),
+        ({"student_weight": torch.ones(9, 4).double()}, r"student_weight: expected torch.float32.*got torch.float64"),
+        ({"teacher_hidden": torch.ones(2, 4)}, r"teacher_hidden: expected .*\(3, 'H'\), on cpu, got \(2, 4\)"),
+        ({"student_bias": torch.ones(4)}, r"student_bias: expected torch.float32 of shape \(9,\), got .*\(4,\)"),
+        ({"student_softcap": 0.0}, "student_softcap: expected None or a number > 0, got 0.0"),
+        ({"chunk_size": 0}, "chunk_size: expected an integer >= 1, got 0"),
+        ({"mask": torch.ones(3)}, r"mask: expected bool of shape \(3,\)"),
+        ({"divergence": "mse"}, "divergence: expected one of"),
+        (
+            {"teacher_hidden": torch.ones(3, 4, requires_grad=True)},
+            "teacher_hidden: expected a tensor without gradient",
+        ),
+    ],
+)
+def test_bad_input(change, message):
+    given = {"student_hidden": torch.ones(3, 4), "student_weight": torch.ones(9, 4)}
+    given |= {"teacher_hidden": torch.ones(3, 4), "teacher_weight": torch.ones(9, 4)} | change
+    names = ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")
+    tensors = [given.pop(name) for name in names]
+    with pytest.raises(ValueError, match=message):
+        mk.fused_linear_divergence(*tensors, **given)
