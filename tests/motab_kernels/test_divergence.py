@@ -13,6 +13,7 @@ from divergence_cases import KINDS, definition, every_kind, expected, logits, op
 import motab_kernels as mk
 from motab_kernels.backend import HAS_TRITON
 from motab_kernels.divergence import divergence_backward_op, divergence_op
+from motab_kernels.reference import divergence as reference
 
 INF, NAN = math.inf, math.nan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -403,3 +404,21 @@ def test_bad_input(change, message):
     arguments = {"student_logits": student, "teacher_logits": teacher} | change
     with pytest.raises(ValueError, match=message):
         mk.divergence_loss(arguments.pop("student_logits"), arguments.pop("teacher_logits"), **arguments)
+
+
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_sums_of_slices_merge_to_those_of_the_whole(kind):
+    """Slices that hold no finite logit, of either side or of both, among them."""
+    student, teacher = logits(3, 1, 60, dtype=torch.float64, seed=19)
+    student[0, :, :20] = teacher[0, :, :20] = -INF
+    teacher[1, :, 20:40] = -INF
+    student[2, :, 40:] = teacher[2, :, 40:] = -INF
+    tau = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    arguments = (tau, None, kind)
+    parts = [
+        reference.divergence_sums(student[..., i : i + 20], teacher[..., i : i + 20], *arguments) for i in (0, 20, 40)
+    ]
+    merged = reference.finish(torch.cat(parts, -1), *arguments, 1)
+    whole = reference.finish(reference.divergence_sums(student, teacher, *arguments), *arguments, 1)
+    torch.testing.assert_close(merged, whole)
+    assert not merged[0].isnan().any()
