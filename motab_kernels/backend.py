@@ -2,33 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import warnings
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("torch", "triton")
+from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
+
+BACKENDS = ("torch", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
 
 
-def choose_backend(backend: str | None, *logits: Tensor) -> str:
-    """The backend that was asked for, or by device: "triton" on a GPU where the kernels can run, else "torch"."""
+def choose_backend(backend: str | None, *logits: Tensor, has_cpp: bool = False) -> str:
+    """The backend that was asked for, or by device: the kernels where they can run, else "torch".
+
+    `has_cpp`: the op has a C++ kernel.
+    """
     kernels_take = all(x.dtype in KERNEL_DTYPES for x in logits)
     device = logits[0].device
     if backend is None:
-        return "triton" if HAS_TRITON and kernels_take and device.type == "cuda" else "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+        if kernels_take and device.type == "cuda" and HAS_TRITON:
+            return "triton"
+        if kernels_take and device.type == "cpu" and has_cpp:
+            if HAS_LIBRARY:
+                return "cpu"
+            if not torch.compiler.is_compiling():
+                warn_once()
+        return "torch"
+    if backend not in BACKENDS or (backend == "cpu" and not has_cpp):
+        expected = [name for name in BACKENDS if name != "cpu" or has_cpp]
+        raise ValueError(f"backend: expected one of {', '.join(expected)} or None, got {backend!r}")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
-    if backend == "triton" and not kernels_take:
+    if backend == "cpu":
+        kernels()
+        if device.type != "cpu":
+            raise ValueError(f'backend: "cpu" expected tensors on the CPU, got {device}; use "triton" or "torch"')
+    if backend != "torch" and not kernels_take:
         got = ", ".join(str(x.dtype) for x in logits)
         kinds = "float32, bfloat16 or float16"
-        raise ValueError(f'backend: "triton" expected {kinds} logits, got {got}; use "torch"')
+        raise ValueError(f'backend: "{backend}" expected {kinds} logits, got {got}; use "torch"')
     return backend
+
+
+@functools.cache
+def warn_once() -> None:
+    """Say, the first time that it matters, that the C++ kernels are missing, and how to get them."""
+    warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=4)
 
 
 def triton_kernels(op: str, device: torch.device | None = None) -> ModuleType:

@@ -30,6 +30,7 @@ from motab_kernels.boundary_state import (
     check_count,
     check_parameter,
 )
+from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
 
 __all__ = [
@@ -104,8 +105,8 @@ def fused_kl_boundary(
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch"
-            also takes float64, and computes in it. Any strides; "triton" copies a tensor whose vocabulary is
-            not contiguous.
+            also takes float64, and computes in it. Any strides; the kernels copy a tensor whose vocabulary
+            is not contiguous.
         teacher_logits: the same leading shape, (..., V_teacher). Only shared columns are read.
         token_ids: (B,) or (B, T) int64, in [0, V); -1 is padding: it counts for nothing, whatever its logits.
             Other values raise on the CPU; on a GPU, where looking would make the host wait, such a token has
@@ -121,8 +122,9 @@ def fused_kl_boundary(
             None: new memory. With `out`, `workspace` and `state` given a call allocates nothing, and it can
                 be
             captured in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
-        backend: "triton" for kernels that read the logits once, "torch" for plain PyTorch. None: "triton" on
-            a GPU, where Triton is installed and the logits are not float64, else "torch".
+        backend: "triton" (on a GPU) and "cpu" (C++) are kernels that read the logits once, "torch" is plain
+            PyTorch. None: the kernels of the device where they are installed and the logits are not float64,
+            else "torch".
 
     Returns:
         `BoundaryOutput` of tensors shaped like `token_ids`. Statistics are within 1e-5 of float64 on the same
@@ -153,7 +155,7 @@ def fused_kl_boundary(
     if state is None:
         state = boundary.new_state(B, device)
     check_state(state, B, rule.window, device)
-    backend = choose_backend(backend, student_logits, teacher_logits)
+    backend = choose_backend(backend, student_logits, teacher_logits, has_cpp=True)
     if out is None:
         out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
     check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
@@ -233,15 +235,21 @@ def fused_kl_boundary_op(
             target.copy_(result)
         return
 
+    doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
+    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    if backend == "cpu":
+        cpu.fused_kl_boundary(
+            student, teacher, tokens, ends, temperature, doubt, rule, (state[0], state[1], state[2]), out
+        )
+        return
+
     gpu = triton_kernels("boundary", student.device)
     settings = gpu.settings_for(student.device)
     shape = gpu.workspace_shape(tokens.numel(), vocab_size, settings)
     if workspace is None:
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
     check_workspace(workspace, math.prod(shape), student.device)
-    doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
-    logits = [x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher)]
-    gpu.fused_kl_boundary(*logits, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
+    gpu.fused_kl_boundary(student, teacher, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
 
 
 @fused_kl_boundary_op.register_fake

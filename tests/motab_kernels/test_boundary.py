@@ -24,7 +24,24 @@ from boundary_cases import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY, KERNEL_DTYPES
 from motab_kernels.boundary import fused_kl_boundary_op
+
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
+
+
+@pytest.fixture(autouse=True, params=["torch", pytest.param("cpu", marks=needs_library)])
+def backend(request, monkeypatch):
+    """What a call runs on that asks for no backend; float64 is for "torch" alone."""
+    op = mk.fused_kl_boundary
+
+    def on_backend(*arguments, **options):
+        if all(getattr(x, "dtype", None) in KERNEL_DTYPES for x in arguments[:2]) and arguments:
+            options.setdefault("backend", request.param)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(mk, "fused_kl_boundary", on_backend)
+    return request.param
 
 
 # Odd, small, a power of two's neighbour, and two real vocabularies; the last is the largest of the field.
@@ -468,8 +485,8 @@ def op_arguments():
     return (student, teacher, tokens, tokens > 25, one, one, one, tensors, list(poisoned_output((2, 3))))
 
 
-def test_opcheck():
-    torch.library.opcheck(fused_kl_boundary_op, (*op_arguments(), None, "teacher_value", 3, 50, "torch"))
+def test_opcheck(backend):
+    torch.library.opcheck(fused_kl_boundary_op, (*op_arguments(), None, "teacher_value", 3, 50, backend))
 
 
 @pytest.mark.parametrize("boundary", [mk.EntropyBoundary(0.5, 0.01), mk.MovingAverageBoundary(1.1, 2)])

@@ -1,0 +1,68 @@
+"""`fused_kl_boundary` in C++: one call, on torch's number of threads. B rows, T tokens, V shared vocabulary."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from motab_kernels.boundary_state import SCORES, Rule
+from motab_kernels.cpu.library import kernels
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NUM_ARGUMENTS = 44  # of 8 bytes each: `BoundaryCall` in boundary.cpp
+Arguments = ctypes.c_int64 * NUM_ARGUMENTS
+
+
+def _logits(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), KINDS[x.dtype], x.stride(0), x.stride(1)
+
+
+def _strided(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+
+
+def _parameter(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() else 0, x.dtype == torch.float64)
+
+
+def fused_kl_boundary(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    token_ids: Tensor,
+    step_ends: Tensor | None,
+    temperature: Tensor | None,
+    doubt: Tensor | None,
+    rule: Rule,
+    state: tuple[Tensor, Tensor, Tensor],
+    out: list[Tensor],
+) -> None:
+    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors.
+
+    `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
+    """
+
+    # Parameters are float32 or float64 to the kernel.
+    def widened(x: float | Tensor | None) -> Tensor | None:
+        if x is None or (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
+            return x
+        return torch.as_tensor(x, dtype=torch.float64)
+
+    parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
+    arguments = Arguments(
+        *student_logits.shape,
+        torch.get_num_threads(),
+        *_logits(student_logits),
+        *_logits(teacher_logits),
+        *_strided(token_ids),
+        *_strided(step_ends),
+        *(number for x in parameters for number in _parameter(x)),
+        0 if doubt is None else doubt.data_ptr(),
+        SCORES.index(rule.score),
+        rule.window,
+        *(x.data_ptr() for x in state),
+        *(x.data_ptr() for x in out),
+    )
+    if kernels().motab_fused_kl_boundary(arguments):
+        raise MemoryError("fused_kl_boundary: no memory for its partial sums")

@@ -1,0 +1,54 @@
+// One source for several instruction sets. A file of vector code that defines KERNELS as its own name and includes this
+// one is compiled once a level, in a namespace of its own; the level is chosen when an op is called.
+//
+// The functions carry their target themselves: compiler flags for a whole file would let it into inline functions of the
+// standard library, which the linker may then share with code that runs anywhere.
+
+#include "level.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+
+#define LEVEL avx512
+#define LANES 16
+#define KERNEL static inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define KERNEL_MEMBER inline __attribute__((always_inline, target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#define ENTRY static __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#include KERNELS
+#undef LEVEL
+#undef LANES
+#undef KERNEL
+#undef KERNEL_MEMBER
+#undef ENTRY
+
+#define LEVEL avx2
+#define LANES 8
+#define KERNEL static inline __attribute__((always_inline, target("avx2,fma")))
+#define KERNEL_MEMBER inline __attribute__((always_inline, target("avx2,fma")))
+#define ENTRY static __attribute__((target("avx2,fma")))
+#include KERNELS
+#undef LEVEL
+#undef LANES
+#undef KERNEL
+#undef KERNEL_MEMBER
+#undef ENTRY
+
+// `name` of the level in force.
+#define AT_LEVEL(name)                                               \
+    (motab::level() == motab::AVX512 ? motab::avx512::name           \
+     : motab::level() == motab::AVX2 ? motab::avx2::name             \
+                                     : motab::baseline::name)
+#else
+#define AT_LEVEL(name) motab::baseline::name
+#endif
+
+#define LEVEL baseline
+#define LANES 4  // SSE2 and NEON have 128 bits
+#define KERNEL static inline __attribute__((always_inline))
+#define KERNEL_MEMBER inline __attribute__((always_inline))
+#define ENTRY static
+#include KERNELS
+#undef LEVEL
+#undef LANES
+#undef KERNEL
+#undef KERNEL_MEMBER
+#undef ENTRY
