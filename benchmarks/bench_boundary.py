@@ -17,7 +17,7 @@ import motab_kernels as mk
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 151936
 # Inputs are rotated so that a GPU does not find them in its 50 MB of cache; on the CPU they exceed it anyway.
-POSITIONS = (1, 8, 64, 512) if DEVICE == "cuda" else (1, 16)
+POSITIONS = (1, 8, 64, 512) if DEVICE == "cuda" else (1, 64)
 ROTATE = 4 if DEVICE == "cuda" else 1
 NAMES = mk.BoundaryOutput._fields[:6]
 
