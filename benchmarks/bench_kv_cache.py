@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import motab_kernels as mk
+from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 B, S, L, H, D = 8, 512, 4, 2, 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,7 +44,7 @@ def input_ids():
 
 @torch.no_grad()
 def filled(model, cache, input_ids):
-    model(input_ids, past_key_values=cache, use_cache=True)
+    model(input_ids, **{CACHE_ARGUMENT: cache}, use_cache=True)
     return cache
 
 
@@ -75,7 +76,7 @@ def prefill_again(model, cache, input_ids, kept):
         ids[row, width - length :], mask[row, width - length :] = input_ids[row, :length], 1
     fresh = DynamicCache(config=model.config)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    model(ids, attention_mask=mask, position_ids=positions, past_key_values=fresh, logits_to_keep=1)
+    model(ids, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: fresh}, logits_to_keep=1)
     return fresh
 
 

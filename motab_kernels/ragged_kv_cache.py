@@ -8,12 +8,17 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 
-__all__ = ["RaggedKVCache"]
+__all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
+
+#: What a model's forward pass and `generate` call the cache: transformers 5.24 renamed it, and warns of the old name.
+CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 class _Step(NamedTuple):
@@ -148,10 +153,10 @@ class RaggedKVCache(Cache):
                 None: all rows in order, which saves a copy of the visible keys and values.
 
         Returns:
-            ``past_key_values`` (this cache), ``position_ids`` (b, q), ``use_cache`` and ``attention_mask``: (b, 1, q,
-            visible slots) for the model's attention (bool for "sdpa", additive for "eager"), or a dict of two such
-            for a model that mixes full and sliding layers. They serve one forward pass, before any truncation. After
-            it every one of the rows holds q more tokens, padding included.
+            ``cache`` (this one; ``past_key_values`` before transformers 5.24), ``position_ids`` (b, q), ``use_cache``
+            and ``attention_mask``: (b, 1, q, visible slots) for the model's attention (bool for "sdpa", additive for
+            "eager"), or a dict of two such for a model that mixes full and sliding layers. They serve one forward
+            pass, before any truncation. After it every one of the rows holds q more tokens, padding included.
 
         Raises:
             ValueError: a wrong argument, tokens that would not fit, or an attention that reads no such mask.
@@ -166,7 +171,7 @@ class RaggedKVCache(Cache):
         mixed = len(set(self.layer_types)) > 1
         self._step = step
         return {
-            "past_key_values": self,
+            CACHE_ARGUMENT: self,
             "position_ids": step.slots,
             "attention_mask": masks if mixed else masks[self.layer_types[0]],
             "use_cache": True,

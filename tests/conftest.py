@@ -3,14 +3,46 @@
 import os
 import warnings
 
+import numpy as np
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from motab_kernels.backend import HAS_LIBRARY, warn_once
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON, warn_once
 
 if not HAS_LIBRARY:  # warned of once a process: here, where no test fails of it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warn_once()
+
+
+@pytest.fixture(autouse=True)
+def round_as_a_gpu_does(monkeypatch):
+    """The interpreter rounds a multiply-add twice, a GPU once: in float64 the product is exact. And it cuts float32 to
+    bfloat16, which a GPU rounds."""
+    if not HAS_TRITON:
+        return
+    from motab_kernels.gpu import INTERPRETED
+
+    if not INTERPRETED:
+        return
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fma(self, x, y, z):
+        with np.errstate(all="ignore"):
+            exact = x.data.astype(np.float64) * y.data.astype(np.float64) + z.data.astype(np.float64)
+            return TensorHandle(exact.astype(z.data.dtype), z.dtype.scalar)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fma", fma)
+    truncate = InterpreterBuilder.create_fp_trunc
+
+    def fp_trunc(self, source, target_type):
+        if (source.dtype.scalar, target_type.scalar) != (tl.float32, tl.bfloat16):
+            return truncate(self, source, target_type)
+        rounded = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.int16).numpy()
+        return TensorHandle(rounded.view(np.uint16), tl.bfloat16)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", fp_trunc)

@@ -31,25 +31,23 @@ for _ in motab.synthesize_to_file(sys.argv[1], student, teacher, tokenizer, here
 PROMPTS = [[1 + (7 * i + j) % 11 for j in range(1 + i % 6)] for i in range(90)]
 
 
-def run(path, kill_after=None):
-    """Run to the end, or kill the process after so many seconds of work; how long it worked."""
+def run(path, kill_at=None):
+    """Run to the end, or kill the process as soon as the file holds so many bytes."""
     command = [sys.executable, "-c", RUN, str(path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, env=environment) as process:
         process.stdout.readline()
-        began = time.monotonic()
-        if kill_after is not None:
-            time.sleep(kill_after)
+        if kill_at is not None:
+            while not (path.exists() and path.stat().st_size >= kill_at) and process.poll() is None:
+                time.sleep(0.001)
             process.send_signal(signal.SIGKILL)
-        assert process.wait() == (0 if kill_after is None else -signal.SIGKILL)
-        return time.monotonic() - began
+        assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
 
 
 def test_killed_and_restarted(tmp_path):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    length = run(whole)
-    run(killed, kill_after=random.uniform(0.2, 0.5) * length)
-    assert killed.exists()
+    run(whole)
+    run(killed, kill_at=random.uniform(0.01, 0.6) * whole.stat().st_size)
     assert killed.read_bytes() != whole.read_bytes()
     run(killed)
     assert killed.read_bytes() == whole.read_bytes()

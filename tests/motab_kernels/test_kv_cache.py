@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer, QuantizedLayer
 
 import motab_kernels as mk
+from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB, BATCH = 61, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,7 +53,7 @@ def feed(model, cache, rows, mask, new_ids):
     mask = torch.cat([mask, torch.ones_like(new_ids)], 1)
     count = new_ids.shape[1]
     positions = (mask.cumsum(-1) - 1)[:, -count:]
-    logits = model(new_ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    logits = model(new_ids, attention_mask=mask, position_ids=positions, **{CACHE_ARGUMENT: cache}).logits
     rows = [row + new for row, new in zip(rows, new_ids.tolist(), strict=True)]
     for row, got in zip(rows, logits, strict=True):
         fresh = model(torch.tensor([row]), use_cache=False).logits[0, -count:]
@@ -67,7 +68,7 @@ def test_dynamic_cache_equals_a_fresh_pass(model, kept, tail):
     ids, mask = left_padded(rows)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), **{CACHE_ARGUMENT: cache})
     rows, mask = feed(model, cache, rows, mask, torch.randint(3, VOCAB, (BATCH, 3)))
 
     mask = mk.truncate_kv_cache_(cache, torch.tensor(kept, dtype=torch.int32), mask, tail=tail)
@@ -86,7 +87,7 @@ def test_static_cache_equals_a_fresh_pass(model, tail):
     rows = torch.randint(3, VOCAB, (BATCH, 6)).tolist()
     cache = StaticCache(config=model.config, max_cache_len=16)
     with torch.no_grad():
-        model(torch.tensor(rows), past_key_values=cache)
+        model(torch.tensor(rows), **{CACHE_ARGUMENT: cache})
     mask = mk.truncate_kv_cache_(cache, 4, tail=tail)
     assert torch.equal(mask, torch.ones(BATCH, 4, dtype=torch.int64))
     assert bool((cache.layers[0].keys[:, :, 4:6] == 0).all()) == (tail == "zero")
@@ -97,7 +98,7 @@ def test_nan_in_the_dead_tail_is_cleared(model):
     rows = torch.randint(3, VOCAB, (BATCH, 6)).tolist()
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.tensor(rows), past_key_values=cache)
+        model(torch.tensor(rows), **{CACHE_ARGUMENT: cache})
     kept = [2, 6, 0]
     for layer in cache.layers:
         for row, length in enumerate(kept):

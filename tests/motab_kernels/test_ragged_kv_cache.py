@@ -9,6 +9,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import motab_kernels as mk
+from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB = 61
 SIZES = dict(
@@ -170,13 +171,13 @@ def test_generate_writes_what_it_writes_with_a_dynamic_cache(model):
     options = dict(attention_mask=torch.ones_like(prompt), max_new_tokens=9, min_new_tokens=9, do_sample=False)
     expected = model.generate(prompt, **options)
     cache = ragged_cache(model)
-    assert torch.equal(model.generate(prompt, past_key_values=cache, **options), expected)
+    assert torch.equal(model.generate(prompt, **{CACHE_ARGUMENT: cache}, **options), expected)
     assert cache.get_seq_length() == 14
     assert cache.get_max_length() == 64
 
     cache.crop(-5)  # a uniform rollback may be followed by a plain pass too
     with torch.no_grad():
-        logits = model(input_ids=expected[:, 9:12], past_key_values=cache).logits[:, -1]
+        logits = model(input_ids=expected[:, 9:12], **{CACHE_ARGUMENT: cache}).logits[:, -1]
         fresh = model(input_ids=expected[:, :12], use_cache=False).logits[:, -1]
     torch.testing.assert_close(logits, fresh, rtol=0, atol=1e-10)
 
@@ -207,7 +208,7 @@ def test_a_plain_pass_over_ragged_rows_is_refused(llama):
     book = Book(llama, ragged_cache(llama))
     book.append([7, 3, 9])
     with pytest.raises(ValueError, match="prepare"):
-        llama(input_ids=torch.ones(BATCH, 1, dtype=torch.long), past_key_values=book.cache)
+        llama(input_ids=torch.ones(BATCH, 1, dtype=torch.long), **{CACHE_ARGUMENT: book.cache})
 
 
 @pytest.mark.parametrize(
