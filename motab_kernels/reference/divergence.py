@@ -54,8 +54,10 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
         # Finite, for a slice may lack finite logits where its row does not.
         top_s, top_t = (x.amax(-1).clamp_min(torch.finfo(x.dtype).min) for x in (s, t))
         x_s, x_t = (s - top_s[:, None]) / tau_r, (t - top_t[:, None]) / tau_r
-        w_s, w_t, gap = x_s.exp(), x_t.exp(), x_t - x_s
-        sums = (top_t, row_sums(w_t), row_sums(product(w_t, gap)), top_s, row_sums(w_s), row_sums(product(w_s, gap)))
+        w_s, w_t = x_s.exp(), x_t.exp()
+        g_t = row_sums(product(w_t, x_t - x_s)) if kind == "forward_kl" else torch.zeros_like(top_t)
+        g_s = row_sums(product(w_s, x_t - x_s)) if kind == "reverse_kl" else torch.zeros_like(top_s)
+        sums = (top_t, row_sums(w_t), g_t, top_s, row_sums(w_s), g_s)
         parts.append(torch.stack(sums, -1))
     return torch.cat(parts)[..., None]
 
