@@ -59,6 +59,8 @@ def check_by_definition(trajectory, policy, teacher, tokenizer):
         assert DELIMITER not in tokenizer.decode(tokens[:-1])
         values.append(math.exp(sum(float(table[step.start + i, t]) for i, t in enumerate(tokens)) / len(tokens)))
         first = table[step.start]
+        if policy.entropy_top_k is not None:
+            first = first.topk(policy.entropy_top_k).values.log_softmax(-1)
         assert step.value == pytest.approx(values[-1], rel=1e-4)
         assert step.threshold == pytest.approx(
             policy.epsilon0 * math.exp(policy.theta * float((first.exp() * first).sum())), rel=1e-4
@@ -113,9 +115,10 @@ def test_teacher_only_and_on_policy_alone(student, teacher, tokenizer, prompts):
     assert sum(len(trajectory.steps) for trajectory in scored) > len(prompts)
 
 
+@pytest.mark.parametrize("entropy_top_k", [None, 3])
 @pytest.mark.parametrize("epsilon0", [0.1, 0.2, 0.3, 0.5])
-def test_decisions_by_definition(student, teacher, tokenizer, prompts, epsilon0):
-    policy = replace(POLICY, epsilon0=epsilon0)
+def test_decisions_by_definition(student, teacher, tokenizer, prompts, epsilon0, entropy_top_k):
+    policy = replace(POLICY, epsilon0=epsilon0, entropy_top_k=entropy_top_k)
     trajectories = run(student, teacher, tokenizer, prompts, policy)
     for trajectory in trajectories:
         check_by_definition(trajectory, policy, teacher, tokenizer)
