@@ -1,0 +1,123 @@
+"""A divergence of two language-model heads, with gradients for hidden states and weight: ours beside the peers.
+
+    OMP_NUM_THREADS=2 pytest benchmarks/bench_linear_divergence.py
+
+N positions, hidden size H, vocabulary V, JSD with beta 0.5. Each gradient is compared with eager's before it is timed.
+`products` is the time of four matrix products of the size alone: both sides' logits, and the two gradients. The peak,
+on a GPU, is the allocator's, beyond inputs and gradients of the run before.
+"""
+
+import functools
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+import motab_kernels as mk
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (256, 256, 32768, torch.float32)
+
+
+def eager(hidden, weight, teacher_hidden, teacher_weight):
+    log_q = F.linear(hidden, weight).float().log_softmax(-1)
+    log_p = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
+    log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
+    rows = (log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)
+    return rows.mean() / 2
+
+
+def ours(*tensors):
+    return mk.fused_linear_divergence(*tensors, divergence="jsd")
+
+
+@functools.cache
+def compiled():
+    return torch.compile(eager, dynamic=False)
+
+
+def trl():
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(hidden, weight, teacher_hidden, teacher_weight):
+        mask = torch.ones(1, hidden.shape[0], device=DEVICE)
+        return _chunked_divergence_loss(hidden[None], teacher_hidden[None], weight, teacher_weight, mask, beta=0.5)[0]
+
+    return loss
+
+
+def liger():
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=DEVICE == "cuda")
+
+    def loss(hidden, weight, teacher_hidden, teacher_weight):
+        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=DEVICE)
+        return jsd(hidden, weight, teacher_hidden, teacher_weight, labels)
+
+    return loss
+
+
+def products(hidden, weight, teacher_hidden, teacher_weight):
+    logits = F.linear(hidden.detach(), weight.detach())
+    F.linear(teacher_hidden, teacher_weight)
+    logits @ weight.detach()
+    logits.T @ hidden.detach()
+
+
+PROVIDERS = {"ours": lambda: ours, "eager": lambda: eager, "torch.compile": compiled, "trl": trl, "liger": liger}
+
+
+@functools.cache
+def inputs():
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def random(*shape, scale):
+        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(DTYPE)
+
+    student = random(N, H, scale=1.0), random(V, H, scale=3 / H**0.5)
+    teacher = random(N, H, scale=1.0), random(V, H, scale=3 / H**0.5)
+    return *(x.requires_grad_() for x in student), *teacher
+
+
+def gradients(call):
+    leaves = inputs()
+    for x in leaves[:2]:
+        x.grad = None
+    loss = call(*leaves)
+    loss.backward()
+    return loss.detach(), leaves[0].grad, leaves[1].grad
+
+
+@functools.cache
+def expected():
+    return gradients(eager)
+
+
+@pytest.mark.filterwarnings("ignore")  # the peers' and the compiler's own
+@pytest.mark.parametrize("provider", [*PROVIDERS, "products"])
+def test_linear_divergence(benchmark, provider):
+    package = {"trl": "trl", "liger": "liger_kernel"}.get(provider)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    benchmark.group = f"JSD of {N} x {H} x {V}, {DTYPE}"
+    if provider == "products":
+        benchmark.pedantic(products, args=inputs(), rounds=5, warmup_rounds=1)
+        return
+    call = PROVIDERS[provider]()
+    for name, x, y in zip(("loss", "hidden", "weight"), gradients(call), expected(), strict=True):
+        error = (x.double() - y.double()).norm() / y.double().norm()
+        assert error < 2e-2, f"{name}: {error}"
+
+    def run():
+        gradients(call)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        benchmark.extra_info["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
