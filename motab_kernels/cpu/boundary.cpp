@@ -9,23 +9,17 @@
 #include <memory>
 #include <new>
 
+#include "arguments.h"
 #include "boundary_walk.h"
+#include "splits.h"
 #include "threads.h"
 
 namespace motab {
 
-constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: unlike -inf, less itself it is 0
-constexpr int64_t SPLIT = 4096;                               // columns that one thread sums
-constexpr int64_t BLOCK = 1024;                               // columns that are checked together, and stay in L1
-constexpr float ROOM = 40;                                    // e^40 times any vocabulary is far below float32's end
-
-enum Kind : int64_t { FLOAT32, BFLOAT16, FLOAT16 };  // of logits
-
-// Sums over a split, relative to m_t and m_s: see boundary_split.h.
+// Sums over a split, relative to the maxima m_t and m_s: see boundary_split.h.
 struct Partial {
     float m_t, z_t, a_t, g_t, m_s, z_s, a_s, g_s;
-    float top;          // largest teacher logit
-    int32_t top_block;  // first column of the block that has it first
+    int32_t top_block;  // first column of the block that has m_t first
     int32_t above;      // teacher logits above the token's
 };
 
@@ -36,29 +30,7 @@ struct Partial {
 
 namespace motab {
 
-// A parameter of the rows: float32 or float64, one for all where stride is 0; absent where data is null.
-struct Parameter {
-    const void* data;
-    int64_t stride, is_double;
-
-    double operator[](int64_t row) const {
-        const int64_t i = row * stride;
-        return is_double ? static_cast<const double*>(data)[i] : double(static_cast<const float*>(data)[i]);
-    }
-};
-
-// Logits (B, T, V), contiguous in V.
-struct Logits {
-    const char* data;
-    int64_t kind, stride_b, stride_t;
-
-    int64_t bytes() const { return kind == FLOAT32 ? 4 : 2; }
-    const char* at(int64_t b, int64_t i, int64_t column) const {
-        return data + (b * stride_b + i * stride_t + column) * bytes();
-    }
-};
-
-// The arguments; every member has 8 bytes, in the order of `cpu/boundary.py`.
+// The arguments, in the order of `cpu/boundary.py`.
 struct BoundaryCall {
     int64_t B, T, V, threads;
     Logits student, teacher;
@@ -79,26 +51,17 @@ struct BoundaryCall {
     bool* stray;
 
     int64_t token(int64_t b, int64_t i) const { return tokens[b * token_stride_b + i * token_stride_t]; }
-    float inverse_temperature(int64_t b) const { return temperature.data ? float(1 / temperature[b]) : 1.0f; }
 };
 
-using SumSplit = void (*)(const void*, const void*, int64_t, float, float, Partial&);
-
-static SumSplit sum_split_for(const BoundaryCall& call) { return AT_LEVEL(sum_split_for)(call.student.kind, call.teacher.kind); }
-
-static float logit(const Logits& logits, int64_t b, int64_t i, int64_t column) {
-    return baseline::logit(logits.kind, logits.at(b, i, column));
-}
-
 static void sum_splits(const BoundaryCall& call, int64_t splits, int64_t begin, int64_t end, Partial* partials) {
-    const SumSplit sum_split = sum_split_for(call);
+    const auto sum_split = AT_LEVEL(sum_split);
     for (int64_t item = begin; item < end; ++item) {
         const int64_t position = item / splits, first = item % splits * SPLIT;
         const int64_t b = position / call.T, i = position % call.T, token = call.token(b, i);
         if (token == -1) continue;  // padding: nobody will look at its sums
         sum_split(
-            call.student.at(b, i, first), call.teacher.at(b, i, first), std::min(SPLIT, call.V - first),
-            logit(call.teacher, b, i, token), call.inverse_temperature(b), partials[item]);
+            call.student.type, call.student.at(b, i, first), call.teacher.type, call.teacher.at(b, i, first),
+            std::min(SPLIT, call.V - first), call.teacher.logit(b, i, token), call.temperature.inverse(b), partials[item]);
     }
 }
 
@@ -107,13 +70,13 @@ static double moved(double f, double total, double d, double z) { return f != 0 
 
 // Combine the splits of a position in order.
 static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const Partial* parts, int64_t splits, int64_t& argmax) {
-    const double inverse = call.inverse_temperature(b);
+    const double inverse = call.temperature.inverse(b);
     double m_t = LOWEST, m_s = LOWEST, z_t = 0, a_t = 0, g_t = 0, z_s = 0, a_s = 0, g_s = 0;
     const Partial* best = parts;
     int64_t above = 0;
     for (const Partial* part = parts; part < parts + splits; ++part) {
         m_t = std::max(m_t, double(part->m_t)), m_s = std::max(m_s, double(part->m_s));
-        if (part->top > best->top) best = part;
+        if (part->m_t > best->m_t) best = part;
         above += part->above;
     }
     for (const Partial* part = parts; part < parts + splits; ++part) {
@@ -129,15 +92,15 @@ static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const 
     if (!(z_t > 0 && z_s > 0)) return {none, none, none, none, none, none, -1};
 
     argmax = (best - parts) * SPLIT + best->top_block;
-    while (logit(call.teacher, b, i, argmax) != best->top) ++argmax;
+    while (call.teacher.logit(b, i, argmax) != best->m_t) ++argmax;
     const double log_z_t = std::log(z_t), log_z_s = std::log(z_s), log_z_gap = log_z_t - log_z_s;
     const int64_t token = call.token(b, i);
     const double forward = g_t / z_t - log_z_gap, reverse = log_z_gap - g_s / z_s;
     return {
         float(forward < 0 ? 0 : forward),
         float(reverse < 0 ? 0 : reverse),
-        float((logit(call.student, b, i, token) - m_s) * inverse - log_z_s),
-        float((logit(call.teacher, b, i, token) - m_t) * inverse - log_z_t),
+        float((call.student.logit(b, i, token) - m_s) * inverse - log_z_s),
+        float((call.teacher.logit(b, i, token) - m_t) * inverse - log_z_t),
         float(log_z_s - a_s / z_s),
         float(log_z_t - a_t / z_t),
         int32_t(above),
@@ -180,11 +143,10 @@ static void decide_row(const BoundaryCall& call, int64_t b, const Partial* parti
 // 0, or 1 where there was no memory, and nothing has been changed.
 extern "C" int motab_fused_kl_boundary(const motab::BoundaryCall* call) {
     using namespace motab;
-    const int64_t splits = (call->V + SPLIT - 1) / SPLIT, items = call->B * call->T * splits;
+    const int64_t splits = splits_of(call->V), items = call->B * call->T * splits;
     const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[items]);
     if (!partials) return 1;
-    const int64_t grain = 1 + (1 << 14) / std::min(call->V, SPLIT);
-    parallel_for(items, call->threads, grain, [&](int64_t begin, int64_t end) {
+    parallel_for(items, call->threads, grain_of(call->V), [&](int64_t begin, int64_t end) {
         sum_splits(*call, splits, begin, end, partials.get());
     });
     parallel_for(call->B, call->threads, 1 + 512 / (call->T * splits), [&](int64_t begin, int64_t end) {

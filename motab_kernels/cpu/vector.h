@@ -3,12 +3,21 @@
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
 
 KERNEL Floats all(float x) { return x - Floats{}; }
 
+KERNEL Floats load(const float* x) {
+    Floats v;
+    __builtin_memcpy(&v, x, sizeof v);
+    return v;
+}
+
+KERNEL void store(float* x, Floats v) { __builtin_memcpy(x, &v, sizeof v); }
+
 // The larger; the second where the first is NaN.
 KERNEL Floats larger(Floats x, Floats y) { return x > y ? x : y; }
+
+KERNEL Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
 
 KERNEL float sum(Floats x) {
     float total = 0;

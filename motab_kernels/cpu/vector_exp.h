@@ -3,7 +3,11 @@
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2; 2^n is made of its bits, e^r = 1 + r + r^2 q(r) with the minimax q, 3e-9 relative.
 
-KERNEL Floats vector_exp(Floats x) {
+struct Exponential {
+    Floats power, rest;  // 2^n, and e^r - 1
+};
+
+KERNEL Exponential split_exp(Floats x) {
     x = larger(all(-88.0f), x);
     // Added to this, a small number leaves itself rounded in the low bits, here with the bias of an exponent.
     const Floats shift = all(12582912.0f + 127.0f);
@@ -17,6 +21,16 @@ KERNEL Floats vector_exp(Floats x) {
     q = q * r + 0.1666652113199234f;
     q = q * r + 0.4999999403953552f;
     q = q * r + 1.0f;
-    q = q * r + 1.0f;
-    return q * (Floats)((Words)y << 23);
+    return {(Floats)((Words)y << 23), q * r};
+}
+
+KERNEL Floats vector_exp(Floats x) {
+    const Exponential e = split_exp(x);
+    return e.power * e.rest + e.power;
+}
+
+// 1 - e^x for x <= 0, which keeps what 1 and e^x have apart where they nearly agree.
+KERNEL Floats one_less_exp(Floats x) {
+    const Exponential e = split_exp(x);
+    return (1.0f - e.power) - e.power * e.rest;
 }
