@@ -18,25 +18,21 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
 
 
-def choose_backend(backend: str | None, *logits: Tensor, has_cpp: bool = False) -> str:
-    """The backend that was asked for, or by device: the kernels where they can run, else "torch".
-
-    `has_cpp`: the op has a C++ kernel.
-    """
+def choose_backend(backend: str | None, *logits: Tensor) -> str:
+    """The backend that was asked for, or by device: the kernels where they can run, else "torch"."""
     kernels_take = all(x.dtype in KERNEL_DTYPES for x in logits)
     device = logits[0].device
     if backend is None:
         if kernels_take and device.type == "cuda" and HAS_TRITON:
             return "triton"
-        if kernels_take and device.type == "cpu" and has_cpp:
+        if kernels_take and device.type == "cpu":
             if HAS_LIBRARY:
                 return "cpu"
             if not torch.compiler.is_compiling():
                 warn_once()
         return "torch"
-    if backend not in BACKENDS or (backend == "cpu" and not has_cpp):
-        expected = [name for name in BACKENDS if name != "cpu" or has_cpp]
-        raise ValueError(f"backend: expected one of {', '.join(expected)} or None, got {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if backend == "triton" and not HAS_TRITON:
         raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
     if backend == "cpu":

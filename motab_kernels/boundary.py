@@ -155,7 +155,7 @@ def fused_kl_boundary(
     if state is None:
         state = boundary.new_state(B, device)
     check_state(state, B, rule.window, device)
-    backend = choose_backend(backend, student_logits, teacher_logits, has_cpp=True)
+    backend = choose_backend(backend, student_logits, teacher_logits)
     if out is None:
         out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
     check_out(out._asdict(), OUTPUT_DTYPES, token_ids)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
 from motab_kernels.reference import divergence as reference
 
@@ -81,8 +82,8 @@ def divergence_loss(
             reads again, as those of a language-model head. Needs no memory at all. Not with `torch.compile`, which
             decides that itself and takes no notice.
         check_finite: raise where the gradient is not finite. The host waits for the device.
-        backend: "triton", "torch" (plain PyTorch, some positions at a time), or None: "triton" on a GPU, where Triton
-            is installed and the logits are not float64, else "torch".
+        backend: "triton", "cpu" (C++), "torch" (plain PyTorch, some positions at a time), or None: "triton" on a GPU,
+            "cpu" on a CPU, "torch" where that is not installed or the logits are float64.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where
@@ -236,4 +237,5 @@ def with_tokens(x: Tensor) -> Tensor:
 
 def kernels_of(backend: str, device: torch.device) -> ModuleType:
     """The module that has the op's primitives: sums, finish, terms and gradient."""
-    return reference if backend == "torch" else triton_kernels("divergence", device)
+    modules = {"torch": reference, "cpu": cpu}
+    return modules[backend] if backend in modules else triton_kernels("divergence", device)

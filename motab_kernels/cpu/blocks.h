@@ -1,4 +1,6 @@
-// Logits some columns at a time, as float32 in whole vectors. Included once a level, in its namespace.
+// Logits BLOCK columns at a time, as float32 in whole vectors. Included once a level, in its namespace.
+
+constexpr int64_t BLOCK = 1024;  // columns; what stays in L1
 
 // The columns where they lie, or converted into `room`; then some without probability, up to a whole vector.
 ENTRY const float* as_floats(int64_t type, const void* logits, int64_t columns, float* room) {
@@ -14,6 +16,18 @@ ENTRY const float* as_floats(int64_t type, const void* logits, int64_t columns, 
     }
     for (int64_t i = columns; i % LANES; ++i) room[i] = -__builtin_inff();
     return room;
+}
+
+struct Block {
+    const float *s, *t;
+    int64_t columns;
+};
+
+KERNEL Block block_of(const Split& split, int64_t start, float* room_s, float* room_t) {
+    const int64_t columns = split.columns - start < BLOCK ? split.columns - start : BLOCK;
+    return {
+        as_floats(split.student_type, split.student + start * bytes_of(split.student_type), columns, room_s),
+        as_floats(split.teacher_type, split.teacher + start * bytes_of(split.teacher_type), columns, room_t), columns};
 }
 
 // Write the columns in `room` to where they belong.

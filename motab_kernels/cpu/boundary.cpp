@@ -59,9 +59,8 @@ static void sum_splits(const BoundaryCall& call, int64_t splits, int64_t begin, 
         const int64_t position = item / splits, first = item % splits * SPLIT;
         const int64_t b = position / call.T, i = position % call.T, token = call.token(b, i);
         if (token == -1) continue;  // padding: nobody will look at its sums
-        sum_split(
-            call.student.type, call.student.at(b, i, first), call.teacher.type, call.teacher.at(b, i, first),
-            std::min(SPLIT, call.V - first), call.teacher.logit(b, i, token), call.temperature.inverse(b), partials[item]);
+        const Split split = split_at(call.student, call.teacher, b, i, first, call.V, call.temperature.inverse(b));
+        sum_split(split, call.teacher.logit(b, i, token), partials[item]);
     }
 }
 

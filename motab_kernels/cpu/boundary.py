@@ -8,23 +8,15 @@ import torch
 from torch import Tensor
 
 from motab_kernels.boundary_state import SCORES, Rule
+from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NUM_ARGUMENTS = 44  # of 8 bytes each: `BoundaryCall` in boundary.cpp
 Arguments = ctypes.c_int64 * NUM_ARGUMENTS
 
 
-def _logits(x: Tensor) -> tuple[int, ...]:
-    return x.data_ptr(), KINDS[x.dtype], x.stride(0), x.stride(1)
-
-
 def _strided(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
-
-
-def _parameter(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() else 0, x.dtype == torch.float64)
 
 
 def fused_kl_boundary(
@@ -42,22 +34,15 @@ def fused_kl_boundary(
 
     `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
     """
-
-    # Parameters are float32 or float64 to the kernel.
-    def widened(x: float | Tensor | None) -> Tensor | None:
-        if x is None or (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
-            return x
-        return torch.as_tensor(x, dtype=torch.float64)
-
     parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
     arguments = Arguments(
         *student_logits.shape,
         torch.get_num_threads(),
-        *_logits(student_logits),
-        *_logits(teacher_logits),
+        *logits(student_logits),
+        *logits(teacher_logits),
         *_strided(token_ids),
         *_strided(step_ends),
-        *(number for x in parameters for number in _parameter(x)),
+        *(number for x in parameters for number in parameter(x)),
         0 if doubt is None else doubt.data_ptr(),
         SCORES.index(rule.score),
         rule.window,

@@ -41,12 +41,10 @@ struct BoundarySums {
     KERNEL_MEMBER Floats weighted() const { return a_t + g_t + a_s + g_s; }
 };
 
-ENTRY void sum_split(
-    int64_t student_type, const char* student, int64_t teacher_type, const char* teacher, int64_t columns, float token_logit,
-    float inverse_temperature, Partial& out) {
+ENTRY void sum_split(const Split& split, float token_logit, Partial& out) {
     BoundarySums sums = {};
     sums.token_logit = all(token_logit);
-    const Found found = sum_columns(sums, student_type, student, teacher_type, teacher, columns, inverse_temperature);
+    const Found found = sum_columns(sums, split);
     out = {found.top_t, sum(sums.z_t), sum(sums.a_t), sum(sums.g_t), found.top_s, sum(sums.z_s), sum(sums.a_s),
            sum(sums.g_s), static_cast<int32_t>(found.top_block), 0};
     for (int i = 0; i < LANES; ++i) out.above += sums.above[i];

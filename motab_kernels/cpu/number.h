@@ -44,7 +44,7 @@ inline uint16_t to_float16(float x) {
     const uint32_t normal = (rest - (112u << 23) + 0xfff + (rest >> 13 & 1)) >> 13;
     // The last bit of a float from 0.5 on is worth 2^-24, as a subnormal half's.
     const uint32_t small = as_bits(as_float(rest) + 0.5f) - as_bits(0.5f);
-    const uint32_t half = rest < 113u << 23 ? small : rest < 0x477ff000 ? normal : rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+    const uint32_t half = rest < 113u << 23 ? small : rest < 143u << 23 ? normal : rest > 0x7f800000 ? 0x7e00 : 0x7c00;
     return uint16_t(half | sign);
 }
 

@@ -12,7 +12,6 @@
 // Sums have `template <bool MASKED> add(t, x_t, x_s)`, `move(d_t, d_s)` for constants that grow by -d, and `weighted()`,
 // NaN where a sum of weighted values is.
 
-constexpr int64_t BLOCK = 1024;  // columns that are checked together, and stay in L1
 constexpr float ROOM = 40;       // e^40 times any vocabulary is far below float32's end
 
 // What `weight * value` adds; nothing of a value counts under a weight of 0. A weight that is NaN is != 0, and stays.
@@ -23,11 +22,6 @@ KERNEL Floats product(Floats weight, Floats value) {
 
 // A sum of w * x after x has grown by d and w by f = e^d; nothing is left where f is 0, not even of inf.
 KERNEL Floats moved(float f, Floats total, float d, Floats z) { return f != 0 ? f * (total + d * z) : Floats{}; }
-
-struct Block {
-    const float *s, *t;
-    int64_t columns;
-};
 
 struct Tops {
     Floats s, t;
@@ -61,34 +55,30 @@ struct Found {
 };
 
 template <class Sums>
-KERNEL Found sum_columns(
-    Sums& sums, int64_t student_type, const char* student, int64_t teacher_type, const char* teacher, int64_t columns,
-    float inverse_temperature) {
+KERNEL Found sum_columns(Sums& sums, const Split& split) {
     alignas(64) float room_s[BLOCK], room_t[BLOCK];
+    const float c = split.inverse_temperature;
     float m_t = LOWEST, m_s = LOWEST, top = LOWEST;
     int64_t top_block = 0;
     bool masked = false;
     Tops tops = {all(LOWEST), all(LOWEST)};
-    for (int64_t start = 0; start < columns; start += BLOCK) {
-        const int64_t size = columns - start < BLOCK ? columns - start : BLOCK;
-        const Block block = {
-            as_floats(student_type, student + start * bytes_of(student_type), size, room_s),
-            as_floats(teacher_type, teacher + start * bytes_of(teacher_type), size, room_t), size};
+    for (int64_t start = 0; start < split.columns; start += BLOCK) {
+        const Block block = block_of(split, start, room_s, room_t);
         bool fits = start > 0;
         for (;;) {
             if (!fits) {
                 const Tops of_block = tops_of(block, tops);
                 const float new_t = largest(of_block.t), new_s = largest(of_block.s);
-                sums.move((m_t - new_t) * inverse_temperature, (m_s - new_s) * inverse_temperature);
+                sums.move((m_t - new_t) * c, (m_s - new_s) * c);
                 m_t = new_t, m_s = new_s;
             }
             const Sums before = sums;
             if (masked)
-                add_block<true>(sums, tops, block, m_t, m_s, inverse_temperature);
+                add_block<true>(sums, tops, block, m_t, m_s, c);
             else
-                add_block<false>(sums, tops, block, m_t, m_s, inverse_temperature);
+                add_block<false>(sums, tops, block, m_t, m_s, c);
             const float top_t = largest(tops.t), top_s = largest(tops.s);
-            const bool low = (top_t - m_t) * inverse_temperature > ROOM || (top_s - m_s) * inverse_temperature > ROOM;
+            const bool low = (top_t - m_t) * c > ROOM || (top_s - m_s) * c > ROOM;
             const bool undefined = !masked && has_nan(sums.weighted());
             if (!low && !undefined) {
                 if (top_t > top) top = top_t, top_block = start;
@@ -100,6 +90,6 @@ KERNEL Found sum_columns(
         }
     }
     const float top_t = largest(tops.t), top_s = largest(tops.s);
-    sums.move((m_t - top_t) * inverse_temperature, (m_s - top_s) * inverse_temperature);
+    sums.move((m_t - top_t) * c, (m_s - top_s) * c);
     return {top_t, top_s, top_block};
 }

@@ -6,14 +6,28 @@
 #include <cstdint>
 #include <limits>
 
+#include "arguments.h"
+
 namespace motab {
 
 constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: unlike -inf, less itself it is 0
 constexpr int64_t SPLIT = 4096;                               // columns that one thread sums
 
+// Some columns of both sides' logits at a position.
+struct Split {
+    int64_t student_type, teacher_type;
+    const char *student, *teacher;
+    int64_t columns;
+    float inverse_temperature;
+};
+
 inline int64_t splits_of(int64_t V) { return (V + SPLIT - 1) / SPLIT; }
 
 // Splits that are worth a thread.
 inline int64_t grain_of(int64_t V) { return 1 + (1 << 14) / std::min(V, SPLIT); }
+
+inline Split split_at(const Logits& student, const Logits& teacher, int64_t b, int64_t i, int64_t first, int64_t V, float c) {
+    return {student.type, teacher.type, student.at(b, i, first), teacher.at(b, i, first), std::min(SPLIT, V - first), c};
+}
 
 }  // namespace motab

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from boundary_cases import assert_equal, assert_matches_definition, random_inputs
+from divergence_cases import every_kind, expected, logits, options
 
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY
@@ -28,22 +29,40 @@ def library(request):
     kernels().motab_limit_level(2)
 
 
-def exp_of(library, x):
+def apply(function, x):
     y = torch.full_like(x, math.nan)
-    library.motab_exp(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.numel()))
+    function(ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), ctypes.c_int64(x.numel()))
     return y
+
+
+def every_101st(first, last):
+    """float32 between two bit patterns, as many as whole vectors hold."""
+    x = torch.arange(first, last, 101, dtype=torch.int32).view(torch.float32)
+    return x[: len(x) // 16 * 16].clone()
 
 
 @needs_library
 def test_exp_over_its_whole_range(library):
     """Every 101st float32 from -87.68 to 88, of both signs down to 2^-25."""
     for first, last in ((0x33000000, 0x42B00000), (0xB3000000 - 2**32, 0xC2AF5C00 - 2**32)):
-        x = torch.arange(first, last, 101, dtype=torch.int32).view(torch.float32)
-        x = x[: len(x) // 16 * 16].clone()
-        assert (exp_of(library, x) / x.double().exp() - 1).abs().max() < 2e-7
+        x = every_101st(first, last)
+        assert (apply(library.motab_exp, x) / x.double().exp() - 1).abs().max() < 2e-7
     ends = torch.tensor([0.0, -0.0, -88.0, -1e30, -math.inf, math.nan] + [0.0] * 10)
-    assert exp_of(library, ends)[:5].tolist() == [1, 1, 0, 0, 0]
-    assert exp_of(library, ends)[5].isnan()
+    assert apply(library.motab_exp, ends)[:5].tolist() == [1, 1, 0, 0, 0]
+    assert apply(library.motab_exp, ends)[5].isnan()
+
+
+@needs_library
+def test_what_an_exponential_and_a_logarithm_lack(library):
+    """1 - e^x from -87.68 to -2^-60, and log(1 - x) from 2^-60 to the last float below 1, relative."""
+    x = every_101st(0x21800000 - 2**31, 0xC2AF5C00 - 2**32)
+    assert (apply(library.motab_one_less_exp, x) / -x.double().expm1() - 1).abs().max() < 2e-7
+    x = every_101st(0x21800000, 0x3F800000)
+    assert (apply(library.motab_log, x) / (-x.double()).log1p() - 1).abs().max() < 3e-7
+    ends = torch.tensor([0.0, math.nan, -math.nan] + [0.0] * 13)
+    for function in (library.motab_one_less_exp, library.motab_log):
+        assert apply(function, ends)[0] == 0
+        assert apply(function, ends)[1:3].isnan().all()
 
 
 @needs_library
@@ -68,6 +87,45 @@ def test_every_float16(library):
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_the_nearest(library, dtype):
+    """p = (1, 0) and q = (1/2, 1/2): the gradient is half of what comes from upstream, whatever its size."""
+    halves = torch.arange(1, 0x7C00 if dtype == torch.float16 else 0x7F80, dtype=torch.int16)[::3].view(dtype).float()
+    upstream = torch.cat((halves, halves * (1 + 2**-11), halves * (1 + 2**-9), torch.tensor([1e-9, 65519.0, 65520.0])))
+    student = torch.zeros(len(upstream), 2, dtype=dtype, requires_grad=True)
+    teacher = torch.tensor([0.0, -math.inf], dtype=dtype).expand(len(upstream), 2)
+    mk.divergence_loss(student, teacher, reduction="none", backend="cpu").backward(upstream)
+    assert torch.equal(student.grad[:, 1], (upstream / 2).to(dtype))
+    assert torch.equal(student.grad[:, 0], -(upstream / 2).to(dtype))
+
+
+@needs_library
+@every_kind
+def test_a_loss_on_each_instruction_set(library, kind):
+    """Whole vectors, a tail, several splits, mixed types, maxima that rise by more than a block may."""
+    student, teacher = logits(2, 9000, seed=1, dtype=torch.float16)
+    student, teacher = (student.float() + torch.linspace(-70, 70, 9000)).requires_grad_(), teacher.roll(4500, -1)
+    loss = mk.divergence_loss(student, teacher, **options(kind), reduction="none", backend="cpu")
+    loss.sum().backward()
+    expected_loss, expected_gradient = expected(student, teacher, kind)
+    torch.testing.assert_close(loss.detach().double(), expected_loss, rtol=3e-6, atol=1e-6)
+    torch.testing.assert_close(student.grad.double(), expected_gradient, rtol=1e-5, atol=2e-7)
+
+
+@needs_library
+def test_a_gradient_written_over_its_logits_is_the_same():
+    for dtype in (torch.float32, torch.bfloat16):
+        student, teacher = logits(3, 5000, dtype=dtype)
+        gradients = []
+        for inplace in (False, True):
+            leaf = student.clone().requires_grad_()
+            memory = leaf * 1
+            mk.divergence_loss(memory, teacher, divergence="jsd", inplace_backward=inplace, backend="cpu").backward()
+            gradients.append(leaf.grad)
+        assert torch.equal(*gradients)
+
+
+@needs_library
 def test_maxima_that_rise_and_fall(library):
     """By more and by less than what a block may lie above those before it."""
     student, teacher, tokens = random_inputs(1, 4, 10000)
@@ -87,14 +145,19 @@ def test_threads_change_nothing():
     inputs = random_inputs(3, 2, 50000)
     before = torch.get_num_threads()
     try:
-        outs = []
+        outs, gradients = [], []
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             outs.append(mk.fused_kl_boundary(*inputs, backend="cpu"))
+            leaf = inputs[0].clone().requires_grad_()
+            mk.divergence_loss(leaf, inputs[1], divergence="jsd", backend="cpu").backward()
+            gradients.append(leaf.grad)
     finally:
         torch.set_num_threads(before)
     assert_equal(outs[1], outs[0])
     assert_equal(outs[2], outs[0])
+    assert torch.equal(gradients[1], gradients[0])
+    assert torch.equal(gradients[2], gradients[0])
 
 
 @needs_library

@@ -11,13 +11,13 @@ import torch
 from divergence_cases import KINDS, definition, every_kind, expected, logits, options, relative_error
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_TRITON
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.divergence import divergence_backward_op, divergence_op
 from motab_kernels.reference import divergence as reference
 
 INF, NAN = math.inf, math.nan
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", *(["triton"] if HAS_TRITON else [])]
+BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

@@ -5,11 +5,11 @@ import torch
 from divergence_cases import every_kind, options, relative_error
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_TRITON
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.linear_divergence import rows_op, total_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", *(["triton"] if HAS_TRITON else [])]
+BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 

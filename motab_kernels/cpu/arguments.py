@@ -1,0 +1,25 @@
+"""Tensors as the C++ kernels take them: numbers of 8 bytes, as in arguments.h."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def logits(x: Tensor) -> tuple[int, ...]:
+    """(B, T, V), contiguous in V."""
+    return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1)
+
+
+def parameter(x: Tensor | None) -> tuple[int, ...]:
+    """0-d or (B,), float32 or float64."""
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0) if x.dim() else 0, x.dtype == torch.float64)
+
+
+def widened(x: float | Tensor | None) -> Tensor | None:
+    """As float64 what is neither that nor float32. The caller keeps it until the call is over."""
+    if x is None or (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
+        return x
+    return torch.as_tensor(x, dtype=torch.float64)

@@ -1,0 +1,87 @@
+"""`divergence_loss` in C++, on torch's number of threads.
+
+B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. What each function does is said in
+`reference/divergence.py`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from motab_kernels.cpu.arguments import logits, parameter, widened
+from motab_kernels.cpu.library import kernels
+from motab_kernels.divergence_sums import finish
+
+__all__ = ["divergence_gradient", "divergence_sums", "divergence_terms", "finish"]
+
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
+SPLIT = 4096  # columns, as in splits.h
+NUM_ARGUMENTS = 23  # of 8 bytes each: `DivergenceCall` in divergence.cpp
+
+
+def _call(
+    function: str,
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor | None,
+    kind: str,
+    *numbers: object,
+    keep: Tensor | None = None,
+    saved: Tensor | None = None,
+    scale: Tensor | None = None,
+    out: Tensor | None = None,
+) -> None:
+    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    tau = widened(tau)
+    arguments = (ctypes.c_int64 * NUM_ARGUMENTS)(
+        *student.shape,
+        torch.get_num_threads(),
+        KINDS.index(kind),
+        *logits(student),
+        *logits(teacher),
+        *parameter(tau),
+        *(0 if x is None else x.data_ptr() for x in (keep, saved, scale)),
+        *((0, 0, 0, 0) if out is None else logits(out)),
+    )
+    getattr(kernels(), f"motab_divergence_{function}")(arguments, *numbers)
+
+
+def _splits(V: int) -> int:
+    return -(-V // SPLIT)
+
+
+def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
+    """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept may hold anything."""
+    B, T, V = student.shape
+    sums = torch.empty(B * T, 6, _splits(V))
+    _call("sums", student, teacher, tau, kind, ctypes.c_void_p(sums.data_ptr()), keep=keep)
+    return sums
+
+
+def divergence_terms(
+    student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
+) -> Tensor:
+    """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
+    B, T, V = student.shape
+    terms = torch.empty(B * T, 2, _splits(V))
+    numbers = ctypes.c_float(lam), ctypes.c_void_p(terms.data_ptr())
+    _call("terms", student, teacher, tau, kind, *numbers, keep=keep, saved=saved)
+    return terms
+
+
+def divergence_gradient(
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor | None,
+    saved: Tensor,
+    scale: Tensor,
+    kind: str,
+    lam: float,
+    out: Tensor,
+) -> None:
+    """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits."""
+    scale = scale.float()
+    _call("gradient", student, teacher, tau, kind, ctypes.c_float(lam), saved=saved, scale=scale, out=out)
