@@ -20,8 +20,22 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes 
 
 def choose_backend(backend: str | None, *logits: Tensor) -> str:
     """The backend that was asked for, or by device: the kernels where they can run, else "torch"."""
-    kernels_take = all(x.dtype in KERNEL_DTYPES for x in logits)
-    device = logits[0].device
+    return _choose(backend, logits[0].device, *(x.dtype for x in logits))
+
+
+def choose_for_storages(backend: str | None, storages: list[Tensor]) -> str:
+    """The same for what is moved as bytes, whatever its dtype; the kernels want it contiguous in its last dimension."""
+    contiguous = all(x.stride(-1) == 1 for x in storages)
+    if backend is None and not contiguous:
+        return "torch"
+    backend = _choose(backend, storages[0].device)
+    if backend != "torch" and not contiguous:
+        raise ValueError(f'backend: "{backend}" expected keys and values contiguous along D, got a stride; use "torch"')
+    return backend
+
+
+def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
+    kernels_take = all(dtype in KERNEL_DTYPES for dtype in dtypes)
     if backend is None:
         if kernels_take and device.type == "cuda" and HAS_TRITON:
             return "triton"
@@ -40,7 +54,7 @@ def choose_backend(backend: str | None, *logits: Tensor) -> str:
         if device.type != "cpu":
             raise ValueError(f'backend: "cpu" expected tensors on the CPU, got {device}; use "triton" or "torch"')
     if backend != "torch" and not kernels_take:
-        got = ", ".join(str(x.dtype) for x in logits)
+        got = ", ".join(str(dtype) for dtype in dtypes)
         kinds = "float32, bfloat16 or float16"
         raise ValueError(f'backend: "{backend}" expected {kinds} logits, got {got}; use "torch"')
     return backend

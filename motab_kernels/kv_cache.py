@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from motab_kernels.backend import BACKENDS, choose_for_storages, triton_kernels
+from motab_kernels.cpu import kv_cache as cpu
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor, refuse_inexact
 from motab_kernels.reference import kv_cache as reference
 
@@ -46,8 +48,8 @@ def truncate_kv_cache_(
             a probability of zero; "zero" clears them, for 0 * NaN is NaN.
         max_length: for a ``RaggedKVCache``, a bound on ``new_lengths`` that the host knows. Give it when
             ``new_lengths`` is on a GPU: it is what ``cache.visible_length`` can shrink to.
-        backend: what moves the slots of a ``DynamicCache``: "triton" (all layers in one launch), "torch", or None to
-            choose by device.
+        backend: what moves the slots of a ``DynamicCache``: "triton" (all layers in one launch), "cpu" (C++), "torch",
+            or None to choose by device.
 
     Returns:
         The attention mask (B, max(new_lengths)) of what the cache holds now, in the dtype of the one given, else
@@ -63,8 +65,8 @@ def truncate_kv_cache_(
     from motab_kernels.ragged_kv_cache import RaggedKVCache
 
     check_tail(tail)
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f'expected backend to be None, "triton" or "torch", got {backend!r}')
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if isinstance(cache, RaggedKVCache):
         if attention_mask is not None:
             raise ValueError("expected no attention_mask for a RaggedKVCache, which knows its lengths, got one")
@@ -101,10 +103,11 @@ def _truncate_dynamic_(
     by_device: dict[torch.device, list[Tensor]] = {}
     for layer in cache.layers:
         by_device.setdefault(layer.keys.device, []).extend((layer.keys, layer.values))
-    for storages in by_device.values():
+    backends = [choose_for_storages(backend, storages) for storages in by_device.values()]  # or raise, of each
+    for storages, chosen in zip(by_device.values(), backends, strict=True):
         # Tensors born in inference mode can be written only there.
         with torch.inference_mode(any(storage.is_inference() for storage in storages)):
-            _realign_(storages, [slots - had for had in old], new, width, tail == "zero", backend)
+            _realign_(storages, [slots - had for had in old], new, width, tail == "zero", chosen)
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
         if hasattr(layer, "cumulative_length"):
@@ -114,18 +117,14 @@ def _truncate_dynamic_(
 
 
 def _realign_(
-    storages: list[Tensor], starts: list[int], lengths: list[int], width: int, clear_padding: bool, backend: str | None
+    storages: list[Tensor], starts: list[int], lengths: list[int], width: int, clear_padding: bool, backend: str
 ) -> None:
-    device = storages[0].device
-    if backend is None:
-        backend = "triton" if device.type == "cuda" else "torch"
     if backend == "torch":
         for storage in storages:
             reference.realign_(storage, starts, lengths, width, clear_padding=clear_padding)
         return
-    from motab_kernels.gpu import kv_cache as gpu
-
-    gpu.realign_(storages, starts, lengths, width, clear_padding=clear_padding)
+    kernels = cpu if backend == "cpu" else triton_kernels("kv_cache", storages[0].device)
+    kernels.realign_(storages, starts, lengths, width, clear_padding=clear_padding)
 
 
 def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:

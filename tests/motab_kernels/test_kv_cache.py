@@ -1,5 +1,6 @@
 """`truncate_kv_cache_` on the caches of transformers: exact, or refused before anything changes."""
 
+import importlib
 import os
 
 import pytest
@@ -9,12 +10,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer, QuantizedLayer
 
 import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB, BATCH = 61, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
     DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+)
+needs_library = pytest.mark.skipif(DEVICE != "cpu" or not HAS_LIBRARY, reason="needs a CPU and the C++ kernels")
+every_kernel = pytest.mark.parametrize(
+    "kernels", [pytest.param("cpu", marks=needs_library), pytest.param("gpu", marks=needs_triton)]
 )
 
 
@@ -130,7 +136,7 @@ def test_keeping_everything_changes_nothing():
         assert torch.equal(layer.values, values)
 
 
-@needs_triton
+@every_kernel
 @pytest.mark.parametrize("clear_padding", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int8])
 @pytest.mark.parametrize(
@@ -138,11 +144,12 @@ def test_keeping_everything_changes_nothing():
     [
         (90, 5, 2),  # an odd size and padded strides: narrow words
         (800, 64, 16),  # 16-byte words and, in every dtype, rows of several blocks
+        (90, 8, 0),  # slots that touch
     ],
 )
 @pytest.mark.parametrize("batch", [1, 6])
-def test_triton_equals_the_reference(batch, slots, size, padding, dtype, clear_padding):
-    from motab_kernels.gpu import kv_cache as gpu
+def test_kernels_equal_the_reference(kernels, batch, slots, size, padding, dtype, clear_padding):
+    kernels = importlib.import_module(f"motab_kernels.{kernels}.kv_cache")
     from motab_kernels.reference import kv_cache as reference
 
     width = 2 * slots // 3
@@ -157,22 +164,46 @@ def test_triton_equals_the_reference(batch, slots, size, padding, dtype, clear_p
     ]
     got = [storage.to(DEVICE, copy=True) for storage in expected]
     view = lambda storage: storage[:batch, :, 1 : slots + 1, :size]  # noqa: E731
-    gpu.realign_([view(storage) for storage in got], starts, lengths, width, clear_padding=clear_padding)
+    kernels.realign_([view(storage) for storage in got], starts, lengths, width, clear_padding=clear_padding)
     for storage in expected:
         reference.realign_(view(storage), starts, lengths, width, clear_padding=clear_padding)
     for storage, reference_storage in zip(got, expected, strict=True):
         assert torch.equal(storage.cpu(), reference_storage)
 
 
-@needs_triton
-def test_backends_agree_on_a_cache():
+@every_kernel
+def test_backends_agree_on_a_cache(kernels):
     kept = torch.tensor([1, 3, 2])
     caches = []
-    for backend in ("torch", "triton"):
+    for backend in ("torch", "cpu" if kernels == "cpu" else "triton"):
         torch.manual_seed(0)
         caches.append(filled(DynamicCache()))
         mk.truncate_kv_cache_(caches[-1], kept, backend=backend)
     for one, other in zip(*(cache.layers for cache in caches), strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+@needs_library
+def test_keys_with_a_stride_along_d():
+    """No kernel moves them, and PyTorch does."""
+
+    def strided():
+        torch.manual_seed(0)
+        cache = filled(DynamicCache())
+        for layer in cache.layers:
+            layer.keys = layer.keys.mT.contiguous().mT
+        return cache
+
+    kept = torch.tensor([1, 3, 2])
+    expected, cache = filled(DynamicCache()), strided()
+    for layer, other in zip(expected.layers, cache.layers, strict=True):
+        layer.keys, layer.values = other.keys.clone(memory_format=torch.contiguous_format), other.values.clone()
+    with pytest.raises(ValueError, match=r'"cpu" expected keys and values contiguous along D.*use "torch"'):
+        mk.truncate_kv_cache_(cache, kept, backend="cpu")
+    mk.truncate_kv_cache_(cache, kept)
+    mk.truncate_kv_cache_(expected, kept, backend="torch")
+    for one, other in zip(cache.layers, expected.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)
 
