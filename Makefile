@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo smollm2 test lint clean
+.PHONY: demo smollm2 test lint sanitize cross clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -32,6 +32,15 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The C++ kernels under the address, undefined-behaviour and thread sanitizers of g++.
+sanitize: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/motab_kernels/sanitize.py
+
+# The C++ kernels compiled for aarch64, by a compiler from a package of 100 MB.
+cross: $(READY)
+	$(BIN)/python -m pip install --quiet ziglang
+	$(BIN)/python tests/motab_kernels/cross_compile.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
