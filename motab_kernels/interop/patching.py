@@ -1,0 +1,73 @@
+"""Put our function where a peer's caller looks its own up, and take it out again."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+Undo = Callable[[], None]
+
+
+class Target(NamedTuple):
+    module: str
+    name: str  # "function", or "Class.method"
+    replacement: Any
+
+
+def patch(peer: str, targets: list[Target]) -> Undo:
+    """Replace all targets, or none and raise; returns a function that puts back what was there.
+
+    Patches of one peer nest: they are undone last first. Undoing twice does nothing.
+
+    Args:
+        peer: package and version that the targets were read from, as "trl 1.16": what an error names.
+
+    Raises:
+        ValueError: the peer cannot be imported, or has no such function, or one that takes other parameters.
+    """
+    found = [(*find(peer, target), target.replacement) for target in targets]
+    for owner, name, _, replacement in found:
+        setattr(owner, name, replacement)
+
+    def undo() -> None:
+        while found:
+            owner, name, original, _ = found.pop()
+            setattr(owner, name, original)
+
+    return undo
+
+
+@contextmanager
+def patched(patch: Callable[[], Undo]) -> Iterator[None]:
+    undo = patch()
+    try:
+        yield
+    finally:
+        undo()
+
+
+def find(peer: str, target: Target) -> tuple[Any, str, Any]:
+    """Whose attribute a target is, its name there, and what stands there: a staticmethod as such, not its function."""
+    try:
+        owner: Any = importlib.import_module(target.module)
+    except ImportError as error:
+        raise ValueError(f"{target.module}: expected {peer} to be installed, got {error}") from error
+    *classes, name = target.name.split(".")
+    for part in classes:
+        owner = getattr(owner, part, None)
+    original = vars(owner).get(name) if owner is not None else None
+    if original is None:
+        raise ValueError(f"{target.module}.{target.name}: expected it to exist, as in {peer}, got none")
+    expected, got = _parameters(target.replacement), _parameters(original)
+    if expected != got:
+        raise ValueError(f"{target.module}.{target.name}: expected parameters {expected}, as in {peer}, got {got}")
+    return owner, name, original
+
+
+def _parameters(function: Any) -> list[str]:
+    """Names, without those that can only be given by keyword, of which ours may have more."""
+    function = getattr(function, "__func__", function)
+    return [x.name for x in inspect.signature(function).parameters.values() if x.kind is not x.KEYWORD_ONLY]

@@ -1,0 +1,23 @@
+"""What peers leave to the caller or to autocast, and our ops ask for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Labels to a mask."""
+    return None if labels is None else labels != ignore_index
+
+
+def wide(x: Tensor) -> Tensor:
+    """float32 at least: a logarithm rounded to bfloat16 is a probability some per cent off."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def head_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias in one dtype: autocast's where it is on, else the hidden states' own."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
