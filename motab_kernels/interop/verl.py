@@ -42,7 +42,7 @@ def forward_kl_topk(student_logits: Tensor, teacher_topk_log_probs: Tensor, teac
     teacher = torch.full(student_logits.shape, -torch.inf, device=student_logits.device)
     teacher.scatter_(-1, teacher_topk_ids, log_probs)
     mass = log_mass.exp()
-    kl = divergence_loss(student_logits, teacher, mask=known, weights=mass, reduction="none")
+    kl = divergence_loss(student_logits, teacher, weights=mass, reduction="none")
     return kl + torch.where(known, mass * log_mass, 0.0)
 
 

@@ -649,14 +649,20 @@ def test_patch_is_undone(target):
 
 
 def test_patched_is_undone_on_exceptions_and_nests(target):
-    def patched():
-        return patching.patched(lambda: patching.patch("some_peer 1.0", TARGETS))
+    def patched(result):
+        targets = [patching.Target("some_peer.losses", "loss", lambda student, teacher: result)]
+        return patching.patched(lambda: patching.patch("some_peer 1.0", targets))
 
-    with patched():
-        with pytest.raises(KeyError), patched():
+    def fail():
+        with patched("inner"):
+            assert target.loss(0, 0) == "inner"
             raise KeyError
-        assert called(target) == ("ours",) * 3
-    assert called(target) == ("theirs",) * 3
+
+    with patched("outer"):
+        with pytest.raises(KeyError):
+            fail()
+        assert target.loss(0, 0) == "outer"
+    assert target.loss(0, 0) == "theirs"
 
 
 @pytest.mark.parametrize(
