@@ -101,7 +101,7 @@ def chunked_divergence_loss(
     count = keep.sum()
 
     def inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        # Only the positions that count are multiplied with a head.
+        # Only the positions that count are multiplied with a head, as in TRL; the host waits for their number.
         return head_inputs(hidden.reshape(-1, hidden.shape[-1])[keep], _whole(weight), _whole(bias))
 
     student = inputs(student_hidden_states, student_lm_head_weight, student_lm_head_bias)

@@ -39,7 +39,7 @@ def forward_kl_topk(student_logits: Tensor, teacher_topk_log_probs: Tensor, teac
     log_probs = teacher_topk_log_probs.detach().float()
     log_mass = log_probs.logsumexp(-1)
     known = log_mass > -torch.inf
-    teacher = torch.full(student_logits.shape, -torch.inf, device=student_logits.device)
+    teacher = torch.full(student_logits.shape, -torch.inf, dtype=torch.float32, device=student_logits.device)
     teacher.scatter_(-1, teacher_topk_ids, log_probs)
     mass = log_mass.exp()
     kl = divergence_loss(student_logits, teacher, weights=mass, reduction="none")
