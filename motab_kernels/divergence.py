@@ -5,8 +5,7 @@ B rows, T tokens, V shared vocabulary, R = B * T positions.
 
 from __future__ import annotations
 
-from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +14,10 @@ from motab_kernels.backend import choose_backend, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
 from motab_kernels.reference import divergence as reference
+from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["divergence_loss"]
 
@@ -37,6 +40,7 @@ def divergence_loss(
     inplace_backward: bool = False,
     check_finite: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """A divergence between teacher and student, differentiable by the student's logits.
 
@@ -84,6 +88,13 @@ def divergence_loss(
         check_finite: raise where the gradient is not finite. The host waits for the device.
         backend: "triton", "cpu" (C++), "torch" (plain PyTorch, some positions at a time), or None: "triton" on a GPU,
             "cpu" on a CPU, "torch" where that is not installed or the logits are float64.
+        group: the ranks that the vocabulary is split among, as by tensor parallelism; every rank calls. Both logits are
+            then this rank's slice: as many columns of the student as of the teacher, which follow the columns of the
+            rank before. The loss of the whole vocabulary comes out on each rank, the same to the last bit, and the
+            gradient is this slice's, not multiplied by the number of ranks. `vocab_size` counts columns of all ranks,
+            and expects slices of one width; ranks at the end may have none that counts. One all-gather of 24 bytes a
+            position, and of 8 for the kinds that read the logits twice; the backward pass needs none. Vocabularies of
+            different size: pad both to one size before they are split, and give the shared count as `vocab_size`.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where
@@ -93,7 +104,9 @@ def divergence_loss(
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher that asks for a gradient, an unknown
-            divergence, reduction or backend; in the backward pass, with `check_finite`, a gradient that is not finite.
+            divergence, reduction or backend; with `group`, slices that student and teacher do not share, or ranks that
+            differ in `vocab_size` or in the width that it needs (compared once for all calls alike, for the host waits
+            then); in the backward pass, with `check_finite`, a gradient that is not finite.
 
     Source: forward KL, Hinton et al. 2015 (arXiv 1503.02531); jsd, GKD (arXiv 2306.13649, equation 1); skew KL,
     DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).
@@ -103,8 +116,11 @@ def divergence_loss(
     tau = on_device(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
     backend = choose_backend(backend, student_logits, teacher_logits)
+    if group is not None:
+        V = columns_here(group, student_logits.shape[-1], teacher_logits.shape[-1], vocab_size, student_logits.device)
+    name = "" if group is None else group.group_name
     loss, _ = divergence_op(
-        student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend
+        student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend, name
     )
     if weights is not None:
         weights = weights.detach().to(loss.dtype)
@@ -124,6 +140,7 @@ def divergence_op(
     inplace_backward: bool,
     check_finite: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor]:
     """The loss in the leading shape, and what the backward pass needs beside its inputs, (R, 6)."""
     student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
@@ -131,7 +148,9 @@ def divergence_op(
     if loss.numel() == 0:
         return loss, saved
     keep = None if mask is None else mask.reshape(-1).contiguous()  # an expanded one has strides of 0
-    found, saved = divergence_forward(kernels_of(backend, student.device), student, teacher, tau, keep, kind, lam)
+    found, saved = divergence_forward(
+        kernels_of(backend, student.device, group), student, teacher, tau, keep, kind, lam
+    )
     return found.view(loss.shape), saved
 
 
@@ -150,7 +169,7 @@ def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tens
 def divergence_forward(
     kernels: Any, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits that hold the whole vocabulary."""
+    """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits, the vocabulary that `kernels` sums over."""
     sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
     loss, saved = kernels.finish(sums, tau, keep, kind, student.shape[1])
     if kind not in ONE_READ:
@@ -172,9 +191,11 @@ def divergence_backward_op(
     lam: float,
     vocab_size: int,
     backend: str,
+    group: str = "",
 ) -> Tensor:
     out = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    write_gradient(grad_loss, student_logits, teacher_logits, mask, tau, saved, kind, lam, vocab_size, backend, out)
+    arguments = (grad_loss, student_logits, teacher_logits, mask, tau, saved, kind, lam, vocab_size, backend, group)
+    write_gradient(*arguments, out)
     return out
 
 
@@ -194,6 +215,7 @@ def write_gradient(
     lam: float,
     vocab_size: int,
     backend: str,
+    group: str,
     out: Tensor,
 ) -> None:
     """Write the gradient by the student's logits to `out`, which has their shape and may be they."""
@@ -201,7 +223,7 @@ def write_gradient(
         return
     scale = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
     student, teacher, target = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits, out))
-    kernels = kernels_of(backend, student.device)
+    kernels = kernels_of(backend, student.device, group)
     kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
     with_tokens(out)[..., vocab_size:] = 0
 
@@ -215,16 +237,16 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher, mask, tau, saved = ctx.saved_tensors
-    kind, lam, vocab_size, inplace, check_finite, backend = ctx.options
-    arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, backend)
+    kind, lam, vocab_size, inplace, check_finite, backend, group = ctx.options
+    arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, backend, group)
     if inplace and student.stride(-1) == 1 and not torch.compiler.is_compiling():
         gradient = student.detach()
         write_gradient(*arguments, gradient)
     else:
         gradient = divergence_backward_op(*arguments)
     if check_finite:
-        check_finite_gradient(gradient)
-    return (gradient, *(None,) * 9)
+        check_finite_gradient(gradient, group=group)
+    return (gradient, *(None,) * 10)
 
 
 divergence_op.register_autograd(_backward, setup_context=_setup_context)
@@ -235,7 +257,8 @@ def with_tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.unsqueeze(1)
 
 
-def kernels_of(backend: str, device: torch.device) -> ModuleType:
-    """The module that has the op's primitives: sums, finish, terms and gradient."""
+def kernels_of(backend: str, device: torch.device, group: str = "") -> Any:
+    """What has the op's primitives: sums, finish, terms and gradient."""
     modules = {"torch": reference, "cpu": cpu}
-    return modules[backend] if backend in modules else triton_kernels("divergence", device)
+    kernels = modules[backend] if backend in modules else triton_kernels("divergence", device)
+    return SlicedVocabulary(kernels, group) if group else kernels

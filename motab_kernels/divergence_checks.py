@@ -7,6 +7,7 @@ from torch import Tensor
 
 from motab_kernels.backend import KERNEL_DTYPES
 from motab_kernels.boundary_state import check_count, check_parameter
+from motab_kernels.vocab_parallel import gather
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
@@ -137,8 +138,10 @@ def check_heads(
     check_position_tensors(mask, weights, leading, device)
 
 
-def check_finite_gradient(gradient: Tensor, first_position: int = 0) -> None:
+def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str = "") -> None:
     finite = gradient.flatten(0, -2).isfinite().all(-1)
+    if group:  # every rank raises, or none: one that went on alone would wait for the others
+        finite = gather(finite.byte(), group).bool().all(-1)
     if not finite.all():
         first = first_position + int((~finite).nonzero()[0])
         count = int((~finite).sum())

@@ -22,6 +22,11 @@ from torch import Tensor
 TOP_T, TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = range(6)
 
 
+def by_position(tau: Tensor | None, T: int) -> Tensor | None:
+    """A temperature a row, (B,), to one a position, (B * T,)."""
+    return tau if tau is None or tau.dim() == 0 else tau[:, None].expand(-1, T).flatten()
+
+
 def merge_sums(parts: Tensor, tau: Tensor | None) -> Tensor:
     """Sums (R, 6, S) of S slices to those of all, (R, 6); `tau` is 0-d or (R,)."""
     top_t, z_t, g_t, top_s, z_s, g_s = parts.unbind(1)
@@ -41,9 +46,7 @@ def merge_sums(parts: Tensor, tau: Tensor | None) -> Tensor:
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
     """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
-    if tau is not None and tau.dim():
-        tau = tau[:, None].expand(-1, T).flatten()
-    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, tau).unbind(1)
+    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
     # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
     log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
     loss = g_t / z_t - log_ratio if kind == "forward_kl" else log_ratio - g_s / z_s

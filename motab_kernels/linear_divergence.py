@@ -5,7 +5,7 @@ N positions, H and H_t hidden sizes, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,6 +15,10 @@ from motab_kernels.backend import choose_backend
 from motab_kernels.boundary_state import check_count
 from motab_kernels.divergence import divergence_forward, kernels_of
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
+from motab_kernels.vocab_parallel import add_ranks_, columns_here
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 __all__ = ["fused_linear_divergence"]
 
@@ -46,6 +50,7 @@ def fused_linear_divergence(
     chunk_size: int | None = None,
     check_finite: bool = False,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """`divergence_loss` of two language-model heads, differentiable by the student's hidden states, weight and bias.
 
@@ -74,12 +79,19 @@ def fused_linear_divergence(
             whatever the vocabulary. All that is needed beyond inputs and gradients.
         divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
             see `divergence_loss`.
+        group: see `divergence_loss`; each rank has all hidden states and the same slice of both heads, weight and bias.
+            The gradients of weight and bias are the slice's, that of the hidden states is complete on each rank: what
+            feeds them must not sum it over the ranks again. It is summed in float32, of parts that each rank has in
+            the hidden states' dtype, wherever the gradient is computed: for "none" in the backward pass, whose upstream
+            gradient must then be the same on each rank. Collectives are a chunk's; chunk_size None expects slices of
+            one width.
 
     Returns:
         As `divergence_loss`.
 
     Raises:
-        ValueError: what does not fit, as in `divergence_loss`; hidden states or a bias that do not fit their weight.
+        ValueError: what does not fit, as in `divergence_loss`; hidden states or a bias that do not fit their weight; a
+            chunk size that differs between ranks.
 
     Source: the losses are those of `divergence_loss`; gradients within the forward pass, as in Liger Kernel's fused
     linear cross-entropy (arXiv 2410.10989).
@@ -103,12 +115,16 @@ def fused_linear_divergence(
         sides = student_weight.shape[0] * (1 if student_softcap is None else 2) + teacher_weight.shape[0]
         chunk_size = max(1, BUDGET // (sides * student_hidden.element_size()))
     check_count("chunk_size", chunk_size)
+    if group is not None:
+        widths = student_weight.shape[0], teacher_weight.shape[0]
+        V = columns_here(group, *widths, vocab_size, student_hidden.device, chunk_size)
 
     tensors = (student_hidden.reshape(N, student_hidden.shape[-1]), student_weight, student_bias)
     bias = None if teacher_bias is None else teacher_bias.detach()
     others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), teacher_weight.detach(), bias)
     scales = [student_logit_scale, teacher_logit_scale, student_softcap or 0.0, teacher_softcap or 0.0]
-    options = (scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend)
+    name = "" if group is None else group.group_name
+    options = (scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
         loss = rows_op(*tensors, *others, keep, tau, *options)
@@ -152,11 +168,13 @@ def rows_op(
     chunk_size: int,
     check_finite: bool,
     backend: str,
+    group: str = "",
 ) -> Tensor:
     """Each position's loss, (N,)."""
     student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
     loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
-    for part, _, _, rows, _ in _chunks(student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, backend):
+    kernels = kernels_of(backend, student_hidden.device, group)
+    for part, _, _, rows, _ in _chunks(student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, kernels):
         loss[part] = rows
     return loss
 
@@ -185,15 +203,16 @@ def total_op(
     chunk_size: int,
     check_finite: bool,
     backend: str,
+    group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum of scale * loss, and its gradients by hidden, weight and bias, each empty where it is not needed."""
     student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
     total, *gradients = _empty_results(student_hidden, student_weight, needs)
     total.zero_()
     grad_hidden, grad_weight, grad_bias = (x.zero_() for x in gradients)
-    kernels = kernels_of(backend, student_hidden.device)
+    kernels = kernels_of(backend, student_hidden.device, group)
     for part, s, t, rows, saved in _chunks(
-        student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, backend
+        student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, kernels
     ):
         worth = scale[part].to(rows.dtype)
         total += torch.where((worth == 0) | (rows == 0), 0.0, rows * worth).sum()
@@ -209,13 +228,15 @@ def total_op(
         )
         out[:, vocab_size:] = 0
         if check_finite:
-            check_finite_gradient(out, part.start)
+            check_finite_gradient(out, part.start, group)
         if scales[2]:
             out *= 1 - (s / scales[2]).square_()
         if scales[0] != 1.0:
             out *= scales[0]
         if needs[0]:
             torch.mm(out, student_weight, out=grad_hidden[part])
+            if group:
+                add_ranks_(grad_hidden[part], group)
         if needs[1]:
             grad_weight.addmm_(out.T, student_hidden[part])
         if needs[2]:
@@ -252,10 +273,9 @@ def _chunks(
     lam: float,
     vocab_size: int,
     chunk_size: int,
-    backend: str,
+    kernels: Any,
 ) -> Any:
     """Some positions at a time: which, both sides' logits (n, V), the losses and what a gradient needs beside."""
-    kernels = kernels_of(backend, student[0].device)
     for start in range(0, len(student[0]), chunk_size):
         part = slice(start, start + chunk_size)
         s = head(student[0][part], *student[1:], scales[0], scales[2])
@@ -280,7 +300,7 @@ def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None,
     gradients = [scaled(x) if needed else None for x, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
     if gradients[2] is not None:
         gradients[2] = gradients[2].to(ctx.bias_dtype)
-    return (*gradients, *(None,) * 14)
+    return (*gradients, *(None,) * 15)
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -294,7 +314,7 @@ def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     gradients = [x if needed else None for x, needed in zip(gradients, needs, strict=True)]
     if gradients[2] is not None:
         gradients[2] = gradients[2].to(ctx.saved_tensors[2].dtype)
-    return (*gradients, *(None,) * 12)
+    return (*gradients, *(None,) * 13)
 
 
 total_op.register_autograd(_backward_total, setup_context=_setup_total)

@@ -18,8 +18,7 @@ if not HAS_LIBRARY:  # warned of once a process: here, where no test fails of it
         warn_once()
 
 
-@pytest.fixture(autouse=True)
-def round_as_a_gpu_does(monkeypatch):
+def round_as_a_gpu_rounds(monkeypatch):
     """The interpreter rounds a multiply-add twice, a GPU once: in float64 the product is exact. And it cuts float32 to
     bfloat16, which a GPU rounds."""
     if not HAS_TRITON:
@@ -46,3 +45,8 @@ def round_as_a_gpu_does(monkeypatch):
         return TensorHandle(rounded.view(np.uint16), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", fp_trunc)
+
+
+@pytest.fixture(autouse=True)
+def round_as_a_gpu_does(monkeypatch):
+    round_as_a_gpu_rounds(monkeypatch)

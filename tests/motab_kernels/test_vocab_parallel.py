@@ -1,0 +1,393 @@
+"""The losses with a vocabulary that two ranks share, against the same call with the whole of it.
+
+Two processes, started once, run every call below and write down what came out; the tests look it up.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from divergence_cases import KINDS, every_kind, logits, options, relative_error
+
+import motab_kernels as mk
+from motab_kernels.backend import HAS_TRITON
+
+INF, NAN = math.inf, math.nan
+BACKENDS = ["torch", *(["triton"] if HAS_TRITON else [])]
+WIDTH = 70  # columns a rank: with `settings`, a split and a part of one
+RANKS = 2
+
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def logit_cases():
+    """Name to both sides' logits, the keywords, and what the positions' losses are worth."""
+    student, teacher = logits(2, 2, RANKS * WIDTH, seed=1)
+    mask = torch.tensor([[True, False], [True, True]])
+    tau, weights = torch.tensor([0.7, 2.0]), torch.tensor([[0.5, 1.0], [2.0, 0.0]])
+    masked = student.clone()
+    masked[~mask] = NAN  # whose sums hold anything
+    shared = {"mask": mask, "weights": weights, "temperature": tau}
+
+    odd_student, odd_teacher = logits(5, RANKS * WIDTH, seed=2)
+    odd_student[0, WIDTH:], odd_teacher[0, WIDTH:] = -INF, -INF  # nothing on rank 1
+    odd_teacher[1, :WIDTH] = -INF  # nothing of the teacher's on rank 0
+    odd_student[2, 3] = -INF
+    odd_student[3, WIDTH + 5] = NAN
+    tau_of_odd = torch.tensor([0.6, 0.6, 1.0, 1.0, 3.0])
+    upstream = torch.tensor([1.0, -2.0, 0.5, 1.0, 3.0])
+    return {
+        "options": ((masked, teacher), shared | {"vocab_size": WIDTH + 30}, None),
+        "no column on rank 1": ((masked, teacher), shared | {"vocab_size": WIDTH - 20, "reduction": "sum"}, None),
+        "odd rows": ((odd_student, odd_teacher), {"temperature": tau_of_odd, "reduction": "none"}, upstream),
+    }
+
+
+def head_cases():
+    """Name to the student's hidden states, weight and bias, the teacher's, the keywords, and the losses' worth."""
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    student = random(4, 2, 12), random(RANKS * WIDTH, 12) * 0.6, random(RANKS * WIDTH) * 0.3
+    teacher = random(4, 2, 20), random(RANKS * WIDTH, 20) * 0.5, random(RANKS * WIDTH) * 0.3
+    mask = torch.tensor([[1, 0], [1, 1], [1, 1], [0, 1]]).bool()
+    shared = {"mask": mask, "weights": torch.rand(4, 2, generator=generator), "chunk_size": 3}
+    caps = {"student_logit_scale": 0.7, "teacher_logit_scale": 1.2, "student_softcap": 3.0, "teacher_softcap": 5.0}
+    tau = {"temperature": torch.tensor([0.7, 1.9, 1.0, 1.3])}
+    upstream = random(4, 2)
+    return {
+        "mean": ((*student, *teacher), shared | caps | tau | {"vocab_size": WIDTH + 30}, None),
+        "none": ((*student, *teacher), shared | tau | {"vocab_size": WIDTH - 20, "reduction": "none"}, upstream),
+    }
+
+
+def of_logits(case, kind, backend, columns, **keywords):
+    """The loss and the gradient of a slice of the logits; all of them, without `group`."""
+    (student, teacher), settings, upstream = logit_cases()[case]
+    leaf = student[..., columns].clone().requires_grad_()
+    loss = mk.divergence_loss(leaf, teacher[..., columns], **options(kind), **settings, backend=backend, **keywords)
+    loss.backward(upstream)
+    return loss.detach(), leaf.grad
+
+
+def of_heads(case, kind, backend, columns, frozen=(), **keywords):
+    """The loss and the gradients by hidden states, weight and bias."""
+    (hidden, weight, bias, *teacher), settings, upstream = head_cases()[case]
+    leaves = [hidden.clone(), weight[columns].clone(), bias[columns].clone()]
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i not in frozen)
+    settings = options(kind) | settings | {"teacher_bias": teacher[2][columns], "backend": backend} | keywords
+    loss = mk.fused_linear_divergence(*leaves[:2], teacher[0], teacher[1][columns], student_bias=leaves[2], **settings)
+    loss.backward(upstream)
+    return loss.detach(), *(x.grad for x in leaves)
+
+
+# What a rank runs.
+
+
+def rank_main(rank, folder):
+    if HAS_TRITON:
+        from conftest import round_as_a_gpu_rounds
+
+        from motab_kernels.gpu import divergence as gpu
+
+        round_as_a_gpu_rounds(pytest.MonkeyPatch())
+        gpu.settings_for = lambda device: gpu.Settings(lanes=2, tiles=2, rows=4)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
+    group = torch.distributed.new_group(range(RANKS))
+    columns, whole = slice(rank * WIDTH, (rank + 1) * WIDTH), slice(None)
+    found = {"alone": {}}
+    for backend in BACKENDS:
+        for i, kind in enumerate(KINDS):
+            for op, cases in ((of_logits, logit_cases), (of_heads, head_cases)):
+                for case in cases():
+                    found[case, kind, backend] = op(case, kind, backend, columns, group=group)
+                    if i % RANKS == rank:  # one of them is enough
+                        found["alone"][case, kind, backend] = op(case, kind, backend, whole)
+    for name, call in RANK_CALLS.items():
+        found[name] = call(group, rank, columns)
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def collectives(group, rank, columns):
+    """How many all-gathers and all-reduces each pass takes, once the ranks know that they agree."""
+    counts = {}
+    names = ("all_gather", "all_reduce")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            original = getattr(torch.distributed, name)
+
+            def counted(*arguments, name=name, original=original, **keywords):
+                calls.append(name)
+                return original(*arguments, **keywords)
+
+            patch.setattr(torch.distributed, name, counted)
+        for kind in KINDS:
+            for op, tensors in (("logits", logit_cases()["options"][0]), ("heads", head_cases()["mean"][0])):
+                if op == "logits":
+                    leaf = tensors[0][..., columns].clone().requires_grad_()
+                    rest, call = (tensors[1][..., columns],), mk.divergence_loss
+                    keywords = {}
+                else:
+                    leaf = tensors[0].clone().requires_grad_()
+                    rest = tensors[1][columns], tensors[3], tensors[4][columns]
+                    call, keywords = mk.fused_linear_divergence, {"chunk_size": 3}
+                for _ in range(2):
+                    calls = []
+                    loss = call(leaf, *rest, **options(kind), **keywords, group=group)
+                    forward, calls = [calls.count(name) for name in names], []
+                    loss.backward()
+                counts[op, kind] = (*forward, len(calls))
+    return counts
+
+
+def different_widths(group, rank, columns):
+    """Slices of 90 and 50 columns."""
+    part = slice(0, 90) if rank == 0 else slice(90, None)
+    student, teacher = logits(3, 140, seed=4)
+    leaf = student[:, part].clone().requires_grad_()
+    loss = mk.divergence_loss(leaf, teacher[:, part], divergence="jsd", group=group)
+    loss.backward()
+    return loss.detach(), leaf.grad, of_heads("none", "jsd", "torch", part, group=group, vocab_size=None)
+
+
+def over_the_logits(group, rank, columns):
+    student, teacher = logits(3, 140, seed=5)
+    leaf = student[:, columns].clone().requires_grad_()
+    head = leaf * 1
+    mk.divergence_loss(head, teacher[:, columns], inplace_backward=True, vocab_size=100, group=group).backward()
+    return head.detach(), leaf.grad
+
+
+def frozen_head(group, rank, columns):
+    return of_heads("mean", "skew_forward_kl", "torch", columns, frozen=(1, 2), group=group)
+
+
+def bfloat16_heads():
+    """Hidden states and weight of the student, then of the teacher."""
+    generator = torch.Generator().manual_seed(6)
+    shapes = ((64, 64), (1000, 64), (64, 64), (1000, 64))
+    return [(torch.randn(shape, generator=generator) * 0.3 ** (len(shape) > 1)).bfloat16() for shape in shapes]
+
+
+def low_precision(group, rank, columns):
+    hidden, weight, *teacher = bfloat16_heads()
+    part = slice(rank * 500, (rank + 1) * 500)
+    leaf = hidden.requires_grad_()
+    mk.fused_linear_divergence(leaf, weight[part], teacher[0], teacher[1][part], chunk_size=16, group=group).backward()
+    return leaf.grad
+
+
+def compiled(group, rank, columns):
+    student, teacher = (x[:, columns] for x in logits(3, 140, seed=7))
+
+    def loss(x):
+        return mk.divergence_loss(x * 2, teacher, divergence="tvd", vocab_size=100, group=group)
+
+    results = []
+    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = student.clone().requires_grad_()
+        value = call(leaf)
+        value.backward()
+        results.append((value.detach(), leaf.grad))
+    return results
+
+
+def messages(group, rank, columns):
+    """Of the errors; every rank must come out of every call."""
+
+    def message(call, *arguments, **keywords):
+        try:
+            call(*arguments, **keywords)
+        except ValueError as error:
+            return str(error)
+
+    student, teacher = logits(4, 70)
+    hidden = torch.ones(7, 4, requires_grad=True)
+    bad = torch.ones(7, 4)
+    bad[1] = NAN
+    narrow = slice(0, 70 - rank)
+    linear = mk.fused_linear_divergence
+    return {
+        "not a group": message(mk.divergence_loss, student, teacher, group="tp"),
+        "sides": message(mk.divergence_loss, student, teacher[:, :60], group=group),
+        "heads": message(linear, bad, torch.ones(9, 4), bad, torch.ones(8, 4), group=group),
+        "width": message(mk.divergence_loss, student[:, narrow], teacher[:, narrow], vocab_size=99, group=group),
+        "vocab_size": message(mk.divergence_loss, student, teacher, vocab_size=80 + rank, group=group),
+        "chunk_size": message(linear, bad, torch.ones(9, 4), bad, torch.ones(9, 4), chunk_size=4 + rank, group=group),
+        # A chunk with NaN, of which rank 1 has no column, and a chunk after it.
+        "check_finite": message(
+            linear,
+            *(hidden, torch.ones(9, 4), bad, torch.ones(9, 4)),
+            **{"vocab_size": 9, "chunk_size": 3, "check_finite": True, "group": group},
+        ),
+    }
+
+
+RANK_CALLS = {
+    call.__name__: call
+    for call in (collectives, different_widths, over_the_logits, frozen_head, low_precision, compiled, messages)
+}
+
+
+# What it must come to.
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    here = Path(__file__).resolve()
+    path = os.pathsep.join([str(here.parents[2]), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error::FutureWarning", str(here), str(rank), str(folder)],
+            env=environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(RANKS)
+    ]
+    try:
+        written = [process.communicate(timeout=600)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert [process.returncode for process in running] == [0] * RANKS, "\n".join(written)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks):
+    """What either found with the whole vocabulary."""
+    return {call: result for found in ranks for call, result in found["alone"].items()}
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def same_bits(x, y):
+    torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("case", logit_cases())
+def test_logits(ranks, alone, case, kind, backend):
+    (loss, gradient), (other_loss, other_gradient) = (found[case, kind, backend] for found in ranks)
+    same_bits(loss, other_loss)
+    expected_loss, expected_gradient = alone[case, kind, backend]
+    close(loss, expected_loss)
+    close(torch.cat([gradient, other_gradient], -1), expected_gradient)
+
+
+@every_backend
+@every_kind
+@pytest.mark.parametrize("case", head_cases())
+def test_heads(ranks, alone, case, kind, backend):
+    first, second = (found[case, kind, backend] for found in ranks)
+    expected = alone[case, kind, backend]
+    for whole in (0, 1):  # the loss, and the gradient by the hidden states, summed over the ranks
+        same_bits(first[whole], second[whole])
+        close(first[whole], expected[whole])
+    for sliced in (2, 3):
+        close(torch.cat([first[sliced], second[sliced]]), expected[sliced])
+
+
+@every_backend
+@every_kind
+def test_nan_on_one_rank_is_that_position_s_on_both_and_no_other(ranks, kind, backend):
+    for found in ranks:
+        loss, gradient = found["odd rows", kind, backend]
+        assert loss.isnan().tolist() == [False, False, False, True, False]
+        assert gradient[3].isnan().all()
+        assert not gradient[[0, 1, 2, 4]].isnan().any()
+
+
+@every_kind
+def test_collectives(ranks, kind):
+    """Of (all-gathers, all-reduces, either in the backward pass): the kinds that read twice gather twice."""
+    gathers = 1 if kind in ("forward_kl", "reverse_kl") else 2
+    for found in ranks:
+        assert found["collectives"]["logits", kind] == (gathers, 0, 0)
+        assert found["collectives"]["heads", kind] == (3 * gathers, 3, 0)  # three chunks
+
+
+def test_slices_of_different_width(ranks):
+    student, teacher = logits(3, 140, seed=4)
+    leaf = student.requires_grad_()
+    loss = mk.divergence_loss(leaf, teacher, divergence="jsd", backend="torch")
+    loss.backward()
+    results = [found["different_widths"] for found in ranks]
+    for found in results:
+        close(found[0], loss.detach())
+    close(torch.cat([gradient for _, gradient, _ in results], -1), leaf.grad)
+    alone = of_heads("none", "jsd", "torch", slice(None), vocab_size=None)
+    close(results[1][2][1], alone[1])
+    close(torch.cat([heads[2] for _, _, heads in results]), alone[2])
+
+
+def test_inplace_backward(ranks):
+    student, teacher = logits(3, 140, seed=5)
+    leaf = student.requires_grad_()
+    mk.divergence_loss(leaf, teacher, vocab_size=100, backend="torch").backward()
+    for found in ranks:
+        same_bits(*found["over_the_logits"])
+    close(torch.cat([found["over_the_logits"][1] for found in ranks], -1), leaf.grad)
+
+
+def test_frozen_head(ranks):
+    alone = of_heads("mean", "skew_forward_kl", "torch", slice(None))
+    for found in ranks:
+        close(found["frozen_head"][1], alone[1])
+        assert found["frozen_head"][2:] == (None, None)
+
+
+def test_low_precision_is_no_worse_than_eager(ranks):
+    """Eager: one rank, the same expression in bfloat16, with the softmax in float32."""
+    gradients = {}
+    for dtype in (torch.float64, torch.bfloat16):
+        hidden, weight, teacher_hidden, teacher_weight = (x.to(dtype) for x in bfloat16_heads())
+        leaf = hidden.requires_grad_()
+        mk.divergence_loss(leaf @ weight.T, teacher_hidden @ teacher_weight.T, backend="torch").backward()
+        gradients[dtype] = leaf.grad
+    exact = gradients[torch.float64]
+    same_bits(*(found["low_precision"] for found in ranks))
+    eager = relative_error(gradients[torch.bfloat16], exact)
+    assert relative_error(ranks[0]["low_precision"], exact) < 1.1 * eager + 2e-3
+
+
+def test_compiles_in_one_graph(ranks):
+    for found in ranks:
+        torch.testing.assert_close(*found["compiled"])
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("not a group", "group: expected a torch.distributed.ProcessGroup that this rank belongs to, got 'tp'"),
+        ("sides", "group: expected the same slice of the vocabulary of student and teacher, got 70 and 60 columns"),
+        ("heads", "group: expected the same slice of the vocabulary of student and teacher, got 9 and 8 columns"),
+        ("width", "group: expected the same width on every rank, got [70, 69] by rank"),
+        ("vocab_size", "group: expected the same vocab_size on every rank, got [80, 81] by rank"),
+        ("chunk_size", "group: expected the same chunk_size on every rank, got [4, 5] by rank"),
+        ("check_finite", "expected a finite gradient, got 1 of 3 positions with NaN or inf, the first 1"),
+    ],
+)
+def test_bad_input_is_refused_on_every_rank(ranks, call, expected):
+    for found in ranks:
+        assert found["messages"][call].startswith(expected)
+
+
+if __name__ == "__main__":
+    rank_main(int(sys.argv[1]), sys.argv[2])
