@@ -93,8 +93,9 @@ def divergence_loss(
             rank before. The loss of the whole vocabulary comes out on each rank, the same to the last bit, and the
             gradient is this slice's, not multiplied by the number of ranks. `vocab_size` counts columns of all ranks,
             and expects slices of one width; ranks at the end may have none that counts. One all-gather of 24 bytes a
-            position, and of 8 for the kinds that read the logits twice; the backward pass needs none. Vocabularies of
-            different size: pad both to one size before they are split, and give the shared count as `vocab_size`.
+            position, and of 8 for the kinds that read the logits twice; the backward pass needs none, but for
+            `check_finite`. Vocabularies of different size: pad both to one size before they are split, and give the
+            shared count as `vocab_size`.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where

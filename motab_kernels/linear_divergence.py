@@ -79,12 +79,12 @@ def fused_linear_divergence(
             whatever the vocabulary. All that is needed beyond inputs and gradients.
         divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
             see `divergence_loss`.
-        group: see `divergence_loss`; each rank has all hidden states and the same slice of both heads, weight and bias.
-            The gradients of weight and bias are the slice's, that of the hidden states is complete on each rank: what
-            feeds them must not sum it over the ranks again. It is summed in float32, of parts that each rank has in
-            the hidden states' dtype, wherever the gradient is computed: for "none" in the backward pass, whose upstream
-            gradient must then be the same on each rank. Collectives are a chunk's; chunk_size None expects slices of
-            one width.
+        group: see `divergence_loss`; each rank has all the hidden states, and the same slice of both heads' weight and
+            bias. The gradients of weight and bias are the slice's; that of the hidden states is complete on each rank,
+            and what comes before must not sum it over the ranks again. Parts of it in the hidden states' dtype, as a
+            column-parallel linear layer has them, are added in float32 (float64): one all-reduce a chunk, beside the
+            all-gathers, where the gradients are computed. For "none" each rank must pass back the same upstream
+            gradient. Slices of different width expect a `chunk_size`.
 
     Returns:
         As `divergence_loss`.
