@@ -63,7 +63,7 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
 @functools.cache
 def warn_once() -> None:
     """Say, the first time that it matters, that the C++ kernels are missing, and how to get them."""
-    warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=4)
+    warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=5)
 
 
 def triton_kernels(op: str, device: torch.device | None = None) -> ModuleType:
