@@ -16,11 +16,11 @@ import torch
 from divergence_cases import KINDS, every_kind, logits, options, relative_error
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_TRITON
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.vocab_parallel import SlicedVocabulary
 
 INF, NAN = math.inf, math.nan
-BACKENDS = ["torch", *(["triton"] if HAS_TRITON else [])]
+BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
 WIDTH = 70  # columns a rank: with `settings`, a split and a part of one
 RANKS = 2
 
