@@ -5,16 +5,17 @@ N positions, H and H_t hidden sizes, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from motab_kernels.backend import choose_backend
 from motab_kernels.boundary_state import check_count
 from motab_kernels.divergence import divergence_forward, kernels_of
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
+from motab_kernels.linear_head import Head, autocast
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 
 __all__ = ["fused_linear_divergence"]
 
-#: Bytes of logits in work at a time, of both sides together.
+#: Bytes in work at a time: both sides' logits of a chunk of positions, and the gradients of CHUNKS of them by the
+#: student's logits, which go into the other matrix products together, for each pass over a large weight costs.
 BUDGET = 1 << 30
+CHUNKS = 5
 
 
 def fused_linear_divergence(
@@ -62,29 +65,31 @@ def fused_linear_divergence(
 
         divergence_loss(logits(student_hidden, ...), logits(teacher_hidden, ...), divergence=divergence, ...)
 
-    but over `chunk_size` positions at a time, whose logits are overwritten by their gradient, then by the next
-    chunk's. A loss that is reduced to a number computes its gradients in the forward pass, so that each matrix
-    product is done once; "none" computes the logits again in the backward pass, which alone knows what the
-    positions' losses are worth. Matrix products accumulate in float32 (float64 for float64); the weight's gradient is
-    summed over the chunks in the weight's own dtype.
+    but over `chunk_size` positions at a time, and with logits in float32 (float64 for float64) whatever the dtype of
+    the hidden states. A loss that is reduced to a number computes its gradients in the forward pass, so that each
+    matrix product is done once; "none" computes the logits again in the backward pass, which alone knows what the
+    positions' losses are worth. The gradient by the logits is rounded to the hidden states' dtype, once, and the
+    weight's gradient is summed in the weight's own dtype over five chunks at a time.
 
     Args:
-        student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight.
+        student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight. Under
+            autocast all are taken in its dtype.
         student_weight, teacher_weight: (V_student, H) and (V_teacher, H). Without `requires_grad` no gradient of it is
             computed (a frozen head). May be tied to an embedding.
         student_bias, teacher_bias: (V_student,) and (V_teacher,).
         student_logit_scale, teacher_logit_scale: multiply the logits.
         student_softcap, teacher_softcap: > 0, as Gemma 2 caps its logits; after the scale.
-        chunk_size: positions whose logits exist at a time. None: as many as fit into 1 GiB, both sides together,
-            whatever the vocabulary. All that is needed beyond inputs and gradients.
+        chunk_size: positions whose logits exist at a time, of both sides, beside the student's gradient of five times
+            as many. None: as many as fit into 1 GiB, whatever the vocabulary. All that is needed beyond inputs and
+            gradients.
         divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
             see `divergence_loss`.
         group: see `divergence_loss`; each rank has all the hidden states, and the same slice of both heads' weight and
             bias. The gradients of weight and bias are the slice's; that of the hidden states is complete on each rank,
             and what comes before must not sum it over the ranks again. Parts of it in the hidden states' dtype, as a
-            column-parallel linear layer has them, are added in float32 (float64): one all-reduce a chunk, beside the
-            all-gathers, where the gradients are computed. For "none" each rank must pass back the same upstream
-            gradient. Slices of different width expect a `chunk_size`.
+            column-parallel linear layer has them, are added in float32 (float64): one all-reduce for five chunks,
+            beside the all-gathers, where the gradients are computed. For "none" each rank must pass back the same
+            upstream gradient. Slices of different width expect a `chunk_size`.
 
     Returns:
         As `divergence_loss`.
@@ -97,6 +102,8 @@ def fused_linear_divergence(
     linear cross-entropy (arXiv 2410.10989).
     """
     kind, lam = resolve(divergence, beta, alpha)
+    student_hidden, student_weight, student_bias = autocast(student_hidden, student_weight, student_bias)
+    teacher_hidden, teacher_weight, teacher_bias = autocast(teacher_hidden, teacher_weight, teacher_bias)
     heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
     check_heads(*heads, (student_softcap, teacher_softcap), mask, weights)
     leading = student_hidden.shape[:-1]
@@ -112,8 +119,7 @@ def fused_linear_divergence(
     worth = None if weights is None else weights.detach().reshape(-1)
     keep = None if mask is None else mask.reshape(-1).contiguous()
     if chunk_size is None:
-        sides = student_weight.shape[0] * (1 if student_softcap is None else 2) + teacher_weight.shape[0]
-        chunk_size = max(1, BUDGET // (sides * student_hidden.element_size()))
+        chunk_size = _chunk_size(student_weight, teacher_weight, student_softcap is not None)
     check_count("chunk_size", chunk_size)
     if group is not None:
         widths = student_weight.shape[0], teacher_weight.shape[0]
@@ -143,12 +149,12 @@ def loss_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    """Logits (n, V); a softcap of 0 is none."""
-    x = F.linear(hidden, weight, bias)
-    if scale != 1.0:
-        x *= scale
-    return x.div_(softcap).tanh_().mul_(softcap) if softcap else x
+def _chunk_size(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
+    V, item = student_weight.shape[0], student_weight.element_size()
+    wide = loss_dtype(student_weight).itemsize
+    position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS
+    size = max(1, BUDGET // position)
+    return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
 
 
 @torch.library.custom_op("motab_kernels::linear_divergence_rows", mutates_args=())
@@ -171,11 +177,12 @@ def rows_op(
     group: str = "",
 ) -> Tensor:
     """Each position's loss, (N,)."""
-    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    student = Head(student_hidden, student_weight, student_bias, scales[0], scales[2])
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, scales[1], scales[3])
     loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
     kernels = kernels_of(backend, student_hidden.device, group)
-    for part, _, _, rows, _ in _chunks(student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, kernels):
-        loss[part] = rows
+    for part in _parts(slice(0, len(loss)), chunk_size):
+        loss[part] = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)[2]
     return loss
 
 
@@ -206,39 +213,33 @@ def total_op(
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """sum of scale * loss, and its gradients by hidden, weight and bias, each empty where it is not needed."""
-    student, teacher = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
+    student = Head(student_hidden, student_weight, student_bias, scales[0], scales[2])
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, scales[1], scales[3])
     total, *gradients = _empty_results(student_hidden, student_weight, needs)
     total.zero_()
     grad_hidden, grad_weight, grad_bias = (x.zero_() for x in gradients)
     kernels = kernels_of(backend, student_hidden.device, group)
-    for part, s, t, rows, saved in _chunks(
-        student, teacher, keep, tau, scales, kind, lam, vocab_size, chunk_size, kernels
-    ):
-        worth = scale[part].to(rows.dtype)
-        total += torch.where((worth == 0) | (rows == 0), 0.0, rows * worth).sum()
-        if not any(needs):
-            continue
-        if keep is not None:
-            worth = worth.masked_fill(~keep[part], 0)
-        # The gradient goes over the logits, but for a softcap's, whose own derivative needs them once more.
-        out = torch.empty_like(s) if scales[2] else s
-        shared = (x[:, None, :vocab_size] for x in (s, t))
-        kernels.divergence_gradient(
-            *shared, _of(tau, part), saved, worth.contiguous(), kind, lam, out[:, None, :vocab_size]
-        )
-        out[:, vocab_size:] = 0
-        if check_finite:
-            check_finite_gradient(out, part.start, group)
-        if scales[2]:
-            out *= 1 - (s / scales[2]).square_()
-        if scales[0] != 1.0:
-            out *= scales[0]
+    if keep is not None:
+        scale = scale.masked_fill(~keep, 0)
+    rows = min(len(student_hidden), chunk_size * CHUNKS) if any(needs) else 0
+    memory = student_weight.new_empty(rows, len(student_weight))
+    for block in _parts(slice(0, len(student_hidden)), chunk_size * CHUNKS):
+        out = memory[: block.stop - block.start]
+        for part in _parts(block, chunk_size):
+            s, t, loss, saved = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)
+            worth = scale[part].to(loss.dtype)
+            total += torch.where((worth == 0) | (loss == 0), 0.0, loss * worth).sum()
+            if any(needs):
+                here = out[part.start - block.start : part.stop - block.start]
+                _write_gradient(student, s, t, _of(tau, part), saved, worth, kind, lam, vocab_size, kernels, here)
+                if check_finite:
+                    check_finite_gradient(here, part.start, group)
         if needs[0]:
-            torch.mm(out, student_weight, out=grad_hidden[part])
+            torch.mm(out, student_weight, out=grad_hidden[block])
             if group:
-                add_ranks_(grad_hidden[part], group)
+                add_ranks_(grad_hidden[block], group)
         if needs[1]:
-            grad_weight.addmm_(out.T, student_hidden[part])
+            grad_weight.addmm_(out.T, student_hidden[block])
         if needs[2]:
             grad_bias += out.sum(0, dtype=total.dtype)
     return total, grad_hidden, grad_weight, grad_bias
@@ -263,27 +264,51 @@ def _of(tau: Tensor | None, part: slice) -> Tensor | None:
     return tau if tau is None or tau.dim() == 0 else tau[part]
 
 
-def _chunks(
-    student: tuple[Tensor, Tensor, Tensor | None],
-    teacher: tuple[Tensor, Tensor, Tensor | None],
+def _parts(whole: slice, size: int) -> Iterator[slice]:
+    for start in range(whole.start, whole.stop, size):
+        yield slice(start, min(start + size, whole.stop))
+
+
+def _forward(
+    student: Head,
+    teacher: Head,
+    part: slice,
     keep: Tensor | None,
     tau: Tensor | None,
-    scales: list[float],
     kind: str,
     lam: float,
     vocab_size: int,
-    chunk_size: int,
     kernels: Any,
-) -> Any:
-    """Some positions at a time: which, both sides' logits (n, V), the losses and what a gradient needs beside."""
-    for start in range(0, len(student[0]), chunk_size):
-        part = slice(start, start + chunk_size)
-        s = head(student[0][part], *student[1:], scales[0], scales[2])
-        t = head(teacher[0][part], *teacher[1:], scales[1], scales[3])
-        shared_s, shared_t = s[:, None, :vocab_size], t[:, None, :vocab_size]  # (B, T, V) with T = 1
-        mask = None if keep is None else keep[part]
-        loss, saved = divergence_forward(kernels, shared_s, shared_t, _of(tau, part), mask, kind, lam)
-        yield part, s, t, loss, saved
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of some positions both sides' logits (n, V), the losses, and what a gradient needs beside."""
+    s, t = student.logits(part), teacher.logits(part)
+    shared_s, shared_t = (x[:, None, :vocab_size] for x in (s, t))  # (B, T, V) with T = 1
+    mask = None if keep is None else keep[part]
+    loss, saved = divergence_forward(kernels, shared_s, shared_t, _of(tau, part), mask, kind, lam)
+    return s, t, loss, saved
+
+
+def _write_gradient(
+    student: Head,
+    s: Tensor,
+    t: Tensor,
+    tau: Tensor | None,
+    saved: Tensor,
+    worth: Tensor,
+    kind: str,
+    lam: float,
+    vocab_size: int,
+    kernels: Any,
+    out: Tensor,
+) -> None:
+    """The gradient by the head's product, rounded once to the dtype of `out` (n, V)."""
+    target = torch.empty_like(s) if student.softcap else out
+    worth = worth * student.scale
+    shared_s, shared_t, shared_target = (x[:, None, :vocab_size] for x in (s, t, target))
+    kernels.divergence_gradient(shared_s, shared_t, tau, saved, worth, kind, lam, shared_target)
+    if student.softcap:
+        out.copy_(target.mul_(1 - (s / student.softcap).square_()))
+    out[:, vocab_size:] = 0
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -90,7 +90,7 @@ extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, fl
     });
 }
 
-// To `out`, of the student's type; 0 where the position's scale is 0, whatever its logits.
+// To `out`, of any type; 0 where the position's scale is 0, whatever its logits.
 extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam) {
     const auto gradient_of = AT_LEVEL(split_gradient);
     for_each_split(*call, [&](int64_t position, int64_t index, const Split& split) {
@@ -99,6 +99,6 @@ extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam)
         if (scale == 0)
             std::memset(out, 0, split.columns * bytes_of(call->out.type));
         else
-            gradient_of(call->kind, split, call->saved[position], lam, scale, out);
+            gradient_of(call->kind, split, call->saved[position], lam, scale, call->out.type, out);
     });
 }

@@ -174,31 +174,33 @@ KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Flo
 }
 
 template <int64_t KIND>
-ENTRY void gradient_of_kind(const Split& split, const Saved& saved, float lam, float scale, char* out) {
+ENTRY void gradient_of_kind(
+    const Split& split, const Saved& saved, float lam, float scale, int64_t out_type, char* out) {
     alignas(64) float room_s[BLOCK], room_t[BLOCK], room_out[BLOCK];
     const Row row = row_of(saved, split.inverse_temperature);
     const Floats all_lam = all(lam), centre = all(saved.centre), factor = all(scale * split.inverse_temperature);
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
-        char* target = out + start * bytes_of(split.student_type);
+        char* target = out + start * bytes_of(out_type);
         // At once to where it belongs, where that is float32 in whole vectors. It may be the student's own logits: each is
         // read before it is written.
-        const bool at_once = split.student_type == FLOAT32 && block.columns % LANES == 0;
+        const bool at_once = out_type == FLOAT32 && block.columns % LANES == 0;
         float* room = at_once ? reinterpret_cast<float*>(target) : room_out;
         for (int64_t i = 0; i < block.columns; i += LANES)
             store(room + i, gradient_of<KIND>(load(block.s + i), load(block.t + i), row, centre, all_lam, factor));
-        if (!at_once) from_floats(split.student_type, room, block.columns, target);
+        if (!at_once) from_floats(out_type, room, block.columns, target);
     }
 }
 
-ENTRY void split_gradient(int64_t kind, const Split& split, const Saved& saved, float lam, float scale, char* out) {
+ENTRY void split_gradient(
+    int64_t kind, const Split& split, const Saved& saved, float lam, float scale, int64_t out_type, char* out) {
     switch (kind) {
-        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, lam, scale, out);
-        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, lam, scale, out);
-        case JSD: return gradient_of_kind<JSD>(split, saved, lam, scale, out);
-        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, lam, scale, out);
-        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, lam, scale, out);
-        default: return gradient_of_kind<TVD>(split, saved, lam, scale, out);
+        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, lam, scale, out_type, out);
+        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, lam, scale, out_type, out);
+        case JSD: return gradient_of_kind<JSD>(split, saved, lam, scale, out_type, out);
+        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, lam, scale, out_type, out);
+        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, lam, scale, out_type, out);
+        default: return gradient_of_kind<TVD>(split, saved, lam, scale, out_type, out);
     }
 }
 

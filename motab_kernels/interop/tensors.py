@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from motab_kernels.linear_head import autocast
+
 
 def valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
     """Labels to a mask."""
@@ -18,6 +20,5 @@ def wide(x: Tensor) -> Tensor:
 
 def head_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias in one dtype: autocast's where it is on, else the hidden states' own."""
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    hidden, weight, bias = autocast(hidden, weight, bias)
+    return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

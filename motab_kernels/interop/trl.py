@@ -16,7 +16,8 @@ from motab_kernels.boundary import fused_kl_boundary
 from motab_kernels.divergence import divergence_loss
 from motab_kernels.interop import patching
 from motab_kernels.interop.tensors import head_inputs, valid
-from motab_kernels.linear_divergence import BUDGET, fused_linear_divergence, head, loss_dtype
+from motab_kernels.linear_divergence import BUDGET, fused_linear_divergence, loss_dtype
+from motab_kernels.linear_head import Head
 
 __all__ = ["chunked_divergence_loss", "generalized_jsd_loss", "patch", "patched"]
 
@@ -137,9 +138,11 @@ def entropy_sum(
 ) -> Tensor:
     """The sum of the entropies in nats, some positions' logits at a time."""
     total = torch.zeros((), dtype=loss_dtype(hidden), device=hidden.device)
-    for part in hidden.split(max(1, BUDGET // (len(weight) * hidden.element_size()))):
-        logits = head(part, weight, bias, scale, softcap or 0.0)
-        unused = torch.zeros(len(part), dtype=torch.int64, device=part.device)
+    head = Head(hidden, weight, bias, scale, softcap or 0.0)
+    size = max(1, BUDGET // (len(weight) * total.element_size()))
+    for start in range(0, len(hidden), size):
+        logits = head.logits(slice(start, start + size))
+        unused = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
         total += fused_kl_boundary(logits, logits, unused, temperature=temperature).student_entropy.sum()
     return total
 

@@ -162,6 +162,47 @@ def test_low_precision_is_no_worse_than_eager(kind):
 
 
 @every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_near_agreement(kind, dtype):
+    """Logits rounded to 16 bits would leave the gradients 5 to 50 % off here, and the loss more."""
+    (hidden, weight, bias), _ = heads(N=64, H=64, V=1000, seed=4)
+    weight, generator = weight / 2, torch.Generator().manual_seed(4)
+    apart = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    student = [x.to(dtype) for x in (hidden, weight, bias)]
+    teacher = [x.to(dtype) for x in (hidden + 0.03 * apart, weight, bias)]
+    expected_loss, exact = materialised(student, teacher, **options(kind), reduction="sum")
+    expected_loss.backward()
+    loss, ours = fused(student, teacher, **options(kind), reduction="sum", chunk_size=8)
+    loss.backward()
+    torch.testing.assert_close(loss.double(), expected_loss.detach(), rtol=2e-3, atol=0)
+    for mine, true in zip(ours, exact, strict=True):
+        assert mine.grad.dtype == dtype
+        assert relative_error(mine.grad, true.grad) < 5e-3
+
+
+def test_autocast_takes_what_a_linear_layer_takes():
+    student, teacher = heads(dtype=torch.float32)
+    low = [[x.bfloat16() for x in side] for side in (student, teacher)]
+    expected_loss, expected = fused(*low)
+    expected_loss.backward()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss, leaves = fused(student, [teacher[0].bfloat16(), *teacher[1:]])
+        loss.backward()
+    assert torch.equal(loss, expected_loss)
+    for mine, other in zip(leaves, expected, strict=True):
+        assert mine.grad.dtype == torch.float32
+        assert torch.equal(mine.grad, other.grad.float())
+
+
+def test_gradients_of_several_chunks_go_into_one_product(backend):
+    """13 positions by chunks of 2: a block of five chunks, and one of two whose last is short."""
+    student, teacher = heads(N=13, dtype=torch.float32, seed=5)
+    keep = torch.arange(13, device=DEVICE) % 4 != 0
+    found = fused(student, teacher, mask=keep, chunk_size=2, backend=backend)
+    assert_same(found, materialised(student, teacher, mask=keep))
+
+
+@every_kind
 def test_gradcheck(kind):
     """Of "none": a reduced loss spends its gradients in the first of the many backward passes."""
     student, teacher = heads(N=3, H=4, H_teacher=5, V=6, V_teacher=6)

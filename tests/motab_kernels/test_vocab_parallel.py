@@ -338,12 +338,12 @@ def test_nan_on_one_rank_is_that_position_s_on_both_and_no_other(ranks, kind, ba
 
 @every_kind
 def test_collectives(ranks, kind):
-    """One all-gather, two for the kinds that read the logits twice, and none in the backward pass; for each of the
-    three chunks of hidden states those, and an all-reduce."""
+    """One all-gather, two for the kinds that read the logits twice, and none in the backward pass; those for each of
+    three chunks of hidden states, and one all-reduce for the products that they share."""
     gathers = 1 if kind in ("forward_kl", "reverse_kl") else 2
     for found in ranks:
         assert found["collectives"]["options", kind] == (gathers, 0)
-        assert found["collectives"]["mean", kind] == (3 * gathers, 3)
+        assert found["collectives"]["mean", kind] == (3 * gathers, 1)
 
 
 def test_slices_of_different_width(ranks):
