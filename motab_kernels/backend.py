@@ -10,6 +10,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
 
@@ -58,6 +59,12 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
         kinds = "float32, bfloat16 or float16"
         raise ValueError(f'backend: "{backend}" expected {kinds} logits, got {got}; use "torch"')
     return backend
+
+
+def is_traced(*tensors: Tensor) -> bool:
+    """Whether anything but plain computation is under way, which has to see an op as one."""
+    plain = all(type(x) is Tensor for x in tensors)
+    return not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @functools.cache

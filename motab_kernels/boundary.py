@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.boundary_checks import (
     check_out,
     check_state,
@@ -62,6 +62,7 @@ class BoundaryOutput(NamedTuple):
     stray: Tensor  # bool: the step that ends here breaches the boundary
 
 
+CONTIGUOUS = torch.contiguous_format
 OUTPUT_DTYPES = (torch.float32,) * 6 + (torch.int32, torch.int64, torch.float32, torch.float32, torch.bool)
 
 
@@ -157,10 +158,13 @@ def fused_kl_boundary(
     check_state(state, B, rule.window, device)
     backend = choose_backend(backend, student_logits, teacher_logits)
     if out is None:
-        out = BoundaryOutput(*(torch.empty(token_ids.shape, dtype=d, device=device) for d in OUTPUT_DTYPES))
-    check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
+        out = _empty_output(token_ids)
+    else:
+        check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
 
-    fused_kl_boundary_op(
+    # What torch does around an op takes longer than a row of logits on a CPU.
+    run = fused_kl_boundary_op if is_traced(student_logits, teacher_logits, token_ids) else _fused_kl_boundary
+    run(
         student_logits.detach(),
         teacher_logits.detach(),
         token_ids,
@@ -197,8 +201,20 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
     return torch.empty(math.prod(shape), dtype=torch.float32, device=device)
 
 
-@torch.library.custom_op("motab_kernels::fused_kl_boundary", mutates_args=("state", "out", "workspace"))
-def fused_kl_boundary_op(
+def _empty_output(token_ids: Tensor) -> BoundaryOutput:
+    """All of the float32 ones in one piece of memory: each allocation costs."""
+    floats = iter(torch.empty((8, *token_ids.shape), dtype=torch.float32, device=token_ids.device).unbind())
+    return BoundaryOutput(
+        *(
+            next(floats)
+            if dtype == torch.float32
+            else torch.empty_like(token_ids, dtype=dtype, memory_format=CONTIGUOUS)
+            for dtype in OUTPUT_DTYPES
+        )
+    )
+
+
+def _fused_kl_boundary(
     student_logits: Tensor,
     teacher_logits: Tensor,
     token_ids: Tensor,
@@ -216,14 +232,14 @@ def fused_kl_boundary_op(
 ) -> None:
     if token_ids.numel() == 0:
         return
-    if token_ids.device.type == "cpu":
+    if token_ids.device.type == "cpu" and backend != "cpu":  # which looks itself
         check_values(token_ids, temperature, vocab_size)
 
     def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
         return x if token_ids.dim() == 2 else x.unsqueeze(1)
 
     student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
-    tokens, out = with_tokens(token_ids), [with_tokens(x) for x in out]
+    tokens = with_tokens(token_ids)
     ends = None if step_ends is None else with_tokens(step_ends)
     rule = Rule(score, scale, theta, top_k, window=state[2].shape[1])
 
@@ -232,15 +248,14 @@ def fused_kl_boundary_op(
             student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
         )
         for target, result in zip(out, results, strict=True):
-            target.copy_(result)
+            target.copy_(result.view(target.shape))
         return
 
     doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
     student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
     if backend == "cpu":
-        cpu.fused_kl_boundary(
-            student, teacher, tokens, ends, temperature, doubt, rule, (state[0], state[1], state[2]), out
-        )
+        if not cpu.fused_kl_boundary(student, teacher, tokens, ends, temperature, doubt, rule, state, out):
+            check_values(token_ids, temperature, vocab_size)
         return
 
     gpu = triton_kernels("boundary", student.device)
@@ -250,6 +265,11 @@ def fused_kl_boundary_op(
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
     check_workspace(workspace, math.prod(shape), student.device)
     gpu.fused_kl_boundary(student, teacher, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
+
+
+fused_kl_boundary_op = torch.library.custom_op(
+    "motab_kernels::fused_kl_boundary", _fused_kl_boundary, mutates_args=("state", "out", "workspace")
+)
 
 
 @fused_kl_boundary_op.register_fake

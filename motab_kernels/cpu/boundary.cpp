@@ -137,19 +137,31 @@ static void decide_row(const BoundaryCall& call, int64_t b, const Partial* parti
     }
 }
 
+enum Code { DONE, NO_MEMORY, OUT_OF_RANGE };
+
+static bool in_range(const BoundaryCall& call) {
+    for (int64_t b = 0; b < call.B; ++b) {
+        if (call.temperature.data && !(call.temperature[b] > 0)) return false;
+        for (int64_t i = 0; i < call.T; ++i)
+            if (call.token(b, i) < -1 || call.token(b, i) >= call.V) return false;
+    }
+    return true;
+}
+
 }  // namespace motab
 
-// 0, or 1 where there was no memory, and nothing has been changed.
+// Where the code is not DONE, nothing has been changed.
 extern "C" int motab_fused_kl_boundary(const motab::BoundaryCall* call) {
     using namespace motab;
+    if (!in_range(*call)) return OUT_OF_RANGE;
     const int64_t splits = splits_of(call->V), items = call->B * call->T * splits;
     const std::unique_ptr<Partial[]> partials(new (std::nothrow) Partial[items]);
-    if (!partials) return 1;
+    if (!partials) return NO_MEMORY;
     parallel_for(items, call->threads, grain_of(call->V), [&](int64_t begin, int64_t end) {
         sum_splits(*call, splits, begin, end, partials.get());
     });
     parallel_for(call->B, call->threads, 1 + 512 / (call->T * splits), [&](int64_t begin, int64_t end) {
         for (int64_t b = begin; b < end; ++b) decide_row(*call, b, partials.get(), splits);
     });
-    return 0;
+    return DONE;
 }

@@ -12,6 +12,7 @@ from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
 
 NUM_ARGUMENTS = 44  # of 8 bytes each: `BoundaryCall` in boundary.cpp
+NO_MEMORY = 1
 Arguments = ctypes.c_int64 * NUM_ARGUMENTS
 
 
@@ -27,10 +28,11 @@ def fused_kl_boundary(
     temperature: Tensor | None,
     doubt: Tensor | None,
     rule: Rule,
-    state: tuple[Tensor, Tensor, Tensor],
+    state: list[Tensor],
     out: list[Tensor],
-) -> None:
-    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors.
+) -> bool:
+    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors. False where
+    a token or a temperature is out of range, and nothing has been changed.
 
     `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
     """
@@ -49,5 +51,7 @@ def fused_kl_boundary(
         *(x.data_ptr() for x in state),
         *(x.data_ptr() for x in out),
     )
-    if kernels().motab_fused_kl_boundary(arguments):
+    code = kernels().motab_fused_kl_boundary(arguments)
+    if code == NO_MEMORY:
         raise MemoryError("fused_kl_boundary: no memory for its partial sums")
+    return code == 0

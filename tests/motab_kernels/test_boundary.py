@@ -22,6 +22,7 @@ from boundary_cases import (
     with_values,
 )
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY, KERNEL_DTYPES
@@ -504,6 +505,16 @@ def test_compiles_whole(boundary):
         assert_equal(out, expected)
         assert all(map(torch.equal, rest, expected_rest))
         assert torch.equal(state.counters, expected_state.counters)
+
+
+def test_a_trace_sees_the_op():
+    """A plain call goes round it."""
+
+    def score(student, teacher, tokens):
+        return mk.fused_kl_boundary(student, teacher, tokens).forward_kl
+
+    graph = make_fx(score)(*random_inputs(2, 3, 50)).graph
+    assert any(node.target is torch.ops.motab_kernels.fused_kl_boundary.default for node in graph.nodes)
 
 
 def test_import_needs_torch_alone():
