@@ -90,11 +90,13 @@ def realign_(
     ]
     block_d = triton.next_power_of_2(max(size for *_, size in table))
     num_heads = max(x.shape[1] for x in storages)
+    numbers = _on_device([*(number for row in table for number in row), *starts, *lengths], device)
+    B = len(starts)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        _realign_kernel[(len(starts) * num_heads, len(storages))](
-            table_ptr=torch.tensor(table, device=device),
-            starts_ptr=torch.tensor(starts, device=device),
-            lengths_ptr=torch.tensor(lengths, device=device),
+        _realign_kernel[(B * num_heads, len(storages))](
+            table_ptr=numbers,
+            starts_ptr=numbers[-2 * B : -B],
+            lengths_ptr=numbers[-B:],
             width=width,
             num_heads=num_heads,
             WORD=WORDS[word],
@@ -104,3 +106,9 @@ def realign_(
             CLEAR_PADDING=clear_padding,
             num_warps=8,
         )
+
+
+def _on_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int64, in one transfer; from pinned memory, for the host waits for a copy from any other."""
+    host = torch.tensor(numbers)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
