@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_boundary.py
 
-R positions of one token each, vocabulary V. Every provider yields both KLs, both entropies and both
-log-probabilities; ours also rank, argmax and the decision. Each is compared with float64 before it is timed.
-The bytes are those of reading both sides' logits once, whatever is read: 2 R V times the element's size.
+B rows of T tokens, vocabulary V. Every provider yields both KLs, both entropies and both log-probabilities; ours also
+rank, argmax and the decision. Each is compared with float64 before it is timed. The bytes are those of reading both
+sides' logits once, whatever is read: 2 B T V times the element's size. `python -m benchmarks.gpu` races the same
+providers on a GPU.
 """
 
 import functools
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 import motab_kernels as mk
+from benchmarks.timing import peak_mib, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 151936
@@ -30,7 +32,7 @@ def eager(student, teacher, tokens):
     log_q, log_p = widened(student).log_softmax(-1), widened(teacher).log_softmax(-1)
     q, p = log_q.exp(), log_p.exp()
     gap = log_p - log_q
-    column = tokens[:, None]
+    column = tokens[..., None]
     return (
         (p * gap).sum(-1),
         -(q * gap).sum(-1),
@@ -46,26 +48,43 @@ def compiled():
     return torch.compile(eager, dynamic=False)
 
 
-PROVIDERS = {"ours": lambda: mk.fused_kl_boundary, "eager": lambda: eager, "torch.compile": compiled}
+def in_place(student, teacher, tokens):
+    """Ours as a loop over tokens calls it: state, outputs and workspace are there already."""
+    boundary = mk.EntropyBoundary()
+    state = boundary.new_state(len(tokens), tokens.device)
+    out = mk.fused_kl_boundary(student, teacher, tokens, boundary=boundary)
+    sizes = (len(tokens), tokens[0].numel(), student.shape[-1])
+    workspace = mk.boundary_workspace(*sizes, tokens.device) if tokens.is_cuda else None
+    return functools.partial(mk.fused_kl_boundary, boundary=boundary, state=state, out=out, workspace=workspace)
 
 
-@functools.cache
-def inputs(positions, dtype, i):
-    generator = torch.Generator(DEVICE).manual_seed(i)
-    teacher = 3 * torch.randn(positions, V, generator=generator, device=DEVICE)
-    student = teacher + torch.randn(positions, V, generator=generator, device=DEVICE)
-    tokens = torch.randint(V, (positions,), generator=generator, device=DEVICE)
+#: By name, what makes the call for inputs like these.
+PROVIDERS = {
+    "ours": lambda *example: mk.fused_kl_boundary,
+    "ours, buffers given": in_place,
+    "eager": lambda *example: eager,
+    "torch.compile": lambda *example: compiled(),
+}
+
+
+def inputs(shape, vocabulary, dtype, seed, device=DEVICE):
+    generator = torch.Generator(device).manual_seed(seed)
+    teacher = 3 * torch.randn(*shape, vocabulary, generator=generator, device=device)
+    student = teacher + torch.randn(*shape, vocabulary, generator=generator, device=device)
+    tokens = torch.randint(vocabulary, shape, generator=generator, device=device)
     return student.to(dtype), teacher.to(dtype), tokens
 
 
-def check(call, student, teacher, tokens):
-    """The first two positions against float64. PyTorch's float32 normaliser is off by 1e-5 at this size, its
+def check(call, name, student, teacher, tokens):
+    """The first and last position against float64. PyTorch's float32 normaliser is off by 1e-5 at this size, its
     entropy by several times that."""
     found = call(student, teacher, tokens)[:6]
-    expected = eager(student[:2].double(), teacher[:2].double(), tokens[:2])
-    for name, x, y in zip(NAMES, found, expected, strict=True):
-        tolerance = 2e-5 if call is mk.fused_kl_boundary else 1e-3
-        torch.testing.assert_close(x[:2].double(), y, rtol=0, atol=tolerance, msg=name)
+    tolerance = 2e-5 if name.startswith("ours") else 1e-3
+    for at in (0, -1):
+        one = [x.flatten(0, tokens.dim() - 1)[at] for x in (student, teacher, tokens)]
+        expected = eager(one[0].double(), one[1].double(), one[2])
+        for statistic, x, y in zip(NAMES, found, expected, strict=True):
+            torch.testing.assert_close(x.flatten()[at].double(), y, rtol=0, atol=tolerance, msg=statistic)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
@@ -73,22 +92,17 @@ def check(call, student, teacher, tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_boundary(benchmark, provider, dtype, positions):
-    call = PROVIDERS[provider]()
-    batches = [inputs(positions, dtype, i) for i in range(ROTATE)]
-    check(call, *batches[0])
+    batches = [inputs((positions,), V, dtype, i) for i in range(ROTATE)]
+    call = PROVIDERS[provider](*batches[0])
+    check(call, provider, *batches[0])
 
     def run():
         for batch in batches:
             call(*batch)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        synchronise(DEVICE)
 
-    benchmark.group = f"R = {positions}, {dtype}"
+    benchmark.group = f"B = {positions}, {dtype}"
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
     read = 2 * positions * V * dtype.itemsize * ROTATE
     benchmark.extra_info["GB/s"] = round(read / benchmark.stats.stats.median / 1e9, 2)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call(*batches[0])
-        benchmark.extra_info["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    benchmark.extra_info["peak MiB"] = peak_mib(lambda: call(*batches[0]), DEVICE)

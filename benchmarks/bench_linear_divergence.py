@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_linear_divergence.py
 
-N positions, hidden size H, vocabulary V, JSD with beta 0.5. Each gradient is compared with eager's before it is timed.
-`products` is the time of four matrix products of the size alone: both sides' logits, and the two gradients. The peak,
-on a GPU, is the allocator's, beyond inputs and gradients of the run before.
+N positions, hidden size H, vocabulary V, JSD with beta 0.5. Each gradient is compared with one in
+float32 before it is timed. `products` is the time of four matrix products of the size alone: both sides' logits, and
+the two gradients. The peak, on a GPU, is the allocator's, beyond inputs and gradients of the run before.
+`python -m benchmarks.gpu` races the same providers on a GPU.
 """
 
 import functools
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import motab_kernels as mk
+from benchmarks.timing import peak_mib, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (256, 256, 32768, torch.float32)
@@ -23,9 +25,12 @@ N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (
 def eager(hidden, weight, teacher_hidden, teacher_weight):
     log_q = F.linear(hidden, weight).float().log_softmax(-1)
     log_p = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
+    return jsd(log_q, log_p).mean()
+
+
+def jsd(log_q, log_p):
     log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
-    rows = (log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)
-    return rows.mean() / 2
+    return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
 
 
 def ours(*tensors):
@@ -41,7 +46,7 @@ def trl():
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def loss(hidden, weight, teacher_hidden, teacher_weight):
-        mask = torch.ones(1, hidden.shape[0], device=DEVICE)
+        mask = torch.ones(1, hidden.shape[0], device=hidden.device)
         return _chunked_divergence_loss(hidden[None], teacher_hidden[None], weight, teacher_weight, mask, beta=0.5)[0]
 
     return loss
@@ -53,7 +58,7 @@ def liger():
     jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=DEVICE == "cuda")
 
     def loss(hidden, weight, teacher_hidden, teacher_weight):
-        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=DEVICE)
+        labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
         return jsd(hidden, weight, teacher_hidden, teacher_weight, labels)
 
     return loss
@@ -69,20 +74,19 @@ def products(hidden, weight, teacher_hidden, teacher_weight):
 PROVIDERS = {"ours": lambda: ours, "eager": lambda: eager, "torch.compile": compiled, "trl": trl, "liger": liger}
 
 
-@functools.cache
-def inputs():
-    generator = torch.Generator(DEVICE).manual_seed(0)
+def inputs(positions, hidden_size, vocabulary, dtype, device=DEVICE):
+    generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape, scale):
-        return (scale * torch.randn(*shape, generator=generator, device=DEVICE)).to(DTYPE)
+        return (scale * torch.randn(*shape, generator=generator, device=device)).to(dtype)
 
-    student = random(N, H, scale=1.0), random(V, H, scale=3 / H**0.5)
-    teacher = random(N, H, scale=1.0), random(V, H, scale=3 / H**0.5)
-    return *(x.requires_grad_() for x in student), *teacher
+    def side():
+        return random(positions, hidden_size, scale=1.0), random(vocabulary, hidden_size, scale=3 / hidden_size**0.5)
+
+    return *(x.requires_grad_() for x in side()), *side()
 
 
-def gradients(call):
-    leaves = inputs()
+def gradients(call, leaves):
     for x in leaves[:2]:
         x.grad = None
     loss = call(*leaves)
@@ -90,9 +94,27 @@ def gradients(call):
     return loss.detach(), leaves[0].grad, leaves[1].grad
 
 
-@functools.cache
-def expected():
-    return gradients(eager)
+def exact(leaves, rows=128):
+    """Loss and gradients, `rows` positions at a time, in float32 from logits that are rounded as any head's are."""
+    hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in leaves)
+    wide = weight.float()
+    loss, grad_hidden, grad_weight = 0.0, torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(wide)
+    for start in range(0, len(hidden), rows):
+        part = slice(start, start + rows)
+        logits = F.linear(hidden[part], weight).float().requires_grad_()
+        log_q, log_p = logits.log_softmax(-1), F.linear(teacher_hidden[part], teacher_weight).float().log_softmax(-1)
+        mean = jsd(log_q, log_p).sum() / len(hidden)
+        (grad,) = torch.autograd.grad(mean, logits)
+        loss += mean.detach()
+        grad_hidden[part] = grad @ wide
+        grad_weight.addmm_(grad.T, hidden[part].float())
+    return loss, grad_hidden, grad_weight
+
+
+def check(call, leaves, expected):
+    for name, x, y in zip(("loss", "hidden", "weight"), gradients(call, leaves), expected, strict=True):
+        error = (x.float() - y).norm() / y.norm()
+        assert error < 2e-2, f"{name} off by {error}"
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' and the compiler's own
@@ -102,22 +124,16 @@ def test_linear_divergence(benchmark, provider):
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
     benchmark.group = f"JSD of {N} x {H} x {V}, {DTYPE}"
+    leaves = inputs(N, H, V, DTYPE)
     if provider == "products":
-        benchmark.pedantic(products, args=inputs(), rounds=5, warmup_rounds=1)
+        benchmark.pedantic(products, args=leaves, rounds=5, warmup_rounds=1)
         return
     call = PROVIDERS[provider]()
-    for name, x, y in zip(("loss", "hidden", "weight"), gradients(call), expected(), strict=True):
-        error = (x.double() - y.double()).norm() / y.double().norm()
-        assert error < 2e-2, f"{name}: {error}"
+    check(call, leaves, exact(leaves))
 
     def run():
-        gradients(call)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
+        gradients(call, leaves)
+        synchronise(DEVICE)
 
     benchmark.pedantic(run, rounds=5, warmup_rounds=1)
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        run()
-        benchmark.extra_info["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    benchmark.extra_info["peak MiB"] = peak_mib(run, DEVICE)

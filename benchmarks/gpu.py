@@ -1,0 +1,148 @@
+"""All that a GPU has to say of this repository, in one command from its root.
+
+    python -m benchmarks.gpu --out DIR [--minutes 9]
+
+Runs the tests that need a GPU, then races every op beside eager, torch.compile and the peers that are installed. Needs
+torch, triton, numpy, pytest, pytest-benchmark and matplotlib; motab itself need not be installed. DIR gets results.json
+(everything), table.md, boundary.png and losses.png, which are whole at any time and written anew after each stage, and
+the tests' output. Each stage is a process of its own with a share of the time, so that none takes the others with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import multiprocessing
+import multiprocessing.connection
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from benchmarks import gpu_report
+from benchmarks.gpu_races import STAGES, Plan, Record
+
+ROOT = Path(__file__).parents[1]
+TESTS = ("-m", "gpu", "tests/motab_kernels")
+#: Parts of the time that is left when the tests are through.
+SHARES = {"device": 1, "boundary": 5, "divergence": 5, "linear": 3, "scaling": 2}
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
+
+
+def run(out: Path, minutes: float, command: str, plan: Plan | None = None, tests: tuple[str, ...] = TESTS) -> Record:
+    deadline = time.monotonic() + 60 * minutes
+    out.mkdir(parents=True, exist_ok=True)
+    results: Record = {
+        "date": datetime.date.today().isoformat(),
+        "command": command,
+        "versions": {"python": platform.python_version(), **installed()},
+        "checks": {"passed": 0, "skipped": 0, "failed": [], "error": "not run yet"},
+        "records": [],
+    }
+    write(results, out)
+    results["checks"] = run_tests(tests, out / "tests.txt", 60 * minutes / 2)
+    write(results, out)
+    left = dict(SHARES)
+    for stage in STAGES:
+        seconds = (deadline - time.monotonic()) * left[stage] / sum(left.values())
+        del left[stage]
+        for record in in_a_process(stage, plan or Plan(), seconds):
+            results["records"].append(record)
+            print(json.dumps(record), flush=True)
+        write(results, out)
+    return results
+
+
+def installed() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "absent"
+    return versions
+
+
+def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
+    """pytest's verdicts, read line by line, so that a test that never ends costs no other's."""
+    # Another version's warnings are no failure of the kernels.
+    command = [sys.executable, "-u", "-m", "pytest", "-v", "-W", "default", "-p", "no:cacheprovider", *arguments]
+    checks: Record = {}
+    with log.open("w") as file:
+        try:
+            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            if code not in (0, 1):
+                checks["error"] = f"pytest ended with {code}, see {log.name}"
+        except subprocess.TimeoutExpired:
+            checks["error"] = f"stopped after {seconds:.0f} s, see {log.name}"
+    verdicts = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", log.read_text(), re.MULTILINE)
+    names = {verdict: [name for name, v in verdicts if v == verdict] for _, verdict in verdicts}
+    return {
+        "passed": len(names.get("PASSED", [])),
+        "skipped": len(names.get("SKIPPED", [])),
+        "failed": names.get("FAILED", []) + names.get("ERROR", []),
+    } | checks
+
+
+def in_a_process(stage: str, plan: Plan, seconds: float) -> Iterator[Record]:
+    """The stage's records; one more where it was stopped or broke."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(stage, plan, sender))
+    process.start()
+    sender.close()  # ours; else the end of the process would not be seen
+    deadline = time.monotonic() + seconds
+    try:
+        while receiver.poll(max(0.0, deadline - time.monotonic())):
+            yield receiver.recv()
+        yield {"op": "stage", "stage": stage, "error": f"stopped after its share of the time, {seconds:.0f} s"}
+    except EOFError:
+        process.join(10)
+        if process.exitcode != 0:
+            yield {"op": "stage", "stage": stage, "error": f"ended with {process.exitcode}"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(stage: str, plan: Plan, sender: multiprocessing.connection.Connection) -> None:
+    try:
+        for record in STAGES[stage](plan):
+            sender.send(record)
+    except Exception as error:
+        sender.send({"op": "stage", "stage": stage, "error": f"{type(error).__name__}: {error}"[:400]})
+
+
+def write(results: Record, out: Path) -> None:
+    """Every file under a temporary name first: a kill at any time leaves the last whole one."""
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", gpu_report.table(results))):
+        unfinished = out / f"{name}.unfinished"
+        unfinished.write_text(text + ("" if text.endswith("\n") else "\n"))
+        unfinished.replace(out / name)
+    try:
+        gpu_report.plots(results, out)
+    except Exception as error:  # the numbers are what counts
+        print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    options = parser.parse_args(arguments)
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU, got none")
+    run(options.out, options.minutes, f"python -m benchmarks.gpu --out {options.out}")
+    print((options.out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What `python -m benchmarks.gpu` measures: stages that yield one record a case and provider.
+
+Sizes are in a `Plan`; providers, inputs and checks are those of the `bench_*` files. A provider whose check fails, that
+is not installed or that runs out of memory has an "error" in its record and no figure.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from benchmarks import bench_boundary, bench_divergence, bench_linear_divergence
+from benchmarks.timing import copy_tb_s, median_ms, peak_mib, replayed_ms, rotations
+
+Record = dict[str, Any]
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+QWEN = 151936
+
+
+class Plan(NamedTuple):
+    """Sizes of each stage; the defaults are what is published."""
+
+    device: str = "cuda"
+    providers: tuple[str, ...] | None = None  # None: all
+    boundary: tuple[tuple[int, int, int, torch.dtype], ...] = tuple(  # B, T, V
+        (B, T, QWEN, dtype) for dtype in (torch.bfloat16, torch.float32) for B, T in ((1, 1), (8, 1), (64, 1), (8, 16))
+    )
+    scaling: tuple[tuple[int, int, int, torch.dtype], ...] = (
+        *((B, 1, QWEN, torch.bfloat16) for B in (2, 4, 16, 32, 128, 256, 512)),
+        *((8, T, QWEN, torch.bfloat16) for T in (4, 64)),
+        *((64, 1, V, torch.bfloat16) for V in (32000, 65536, 262144)),
+    )
+    divergence: tuple[int, int, torch.dtype] = (8192, QWEN, torch.bfloat16)  # R, V
+    kinds: tuple[str, ...] = ("forward_kl", "jsd", "tvd", "reverse_kl")
+    linear: tuple[int, int, int, torch.dtype] = (8192, 4096, QWEN, torch.bfloat16)  # N, H, V
+
+
+def race(record: Record, body: Callable[[], Record]) -> Record:
+    """The record with the body's figures, or with why there are none."""
+    try:
+        return record | body()
+    except Exception as error:
+        # The traceback would keep the tensors that did not fit.
+        text = " ".join(str(error).split())
+        return record | {"error": f"{type(error).__name__}: {text[:300]}"}
+    finally:
+        if record.get("provider") == "torch.compile":
+            torch.compiler.reset()  # which would run eagerly, in silence, from the ninth size on
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def chosen(plan: Plan, providers: dict[str, Any], without: tuple[str, ...] = ()) -> dict[str, Any]:
+    names = providers if plan.providers is None else plan.providers
+    return {name: make for name, make in providers.items() if name in names and name not in without}
+
+
+def device(plan: Plan) -> Iterator[Record]:
+    """The machine, and the bandwidth of a copy on it."""
+    if plan.device != "cuda":
+        yield {"op": "device", "name": plan.device}
+        return
+    properties = torch.cuda.get_device_properties(0)
+    yield race(
+        {"op": "device", "name": properties.name, "cache_mib": properties.L2_cache_size / 2**20},
+        lambda: {"copy_tb_s": copy_tb_s(plan.device)},
+    )
+
+
+def boundary(plan: Plan) -> Iterator[Record]:
+    for case in plan.boundary:
+        yield from boundary_case(plan, case, chosen(plan, bench_boundary.PROVIDERS))
+
+
+def scaling(plan: Plan) -> Iterator[Record]:
+    """More sizes, without the compiler, which takes seconds for each."""
+    for case in plan.scaling:
+        yield from boundary_case(plan, case, chosen(plan, bench_boundary.PROVIDERS, ("ours", "torch.compile")))
+
+
+def boundary_case(plan: Plan, case: tuple[int, int, int, torch.dtype], providers: dict[str, Any]) -> Iterator[Record]:
+    """`ms` is a CUDA graph's where there is one, `call_ms` that of a call from Python."""
+    B, T, V, dtype = case
+    read = 2 * B * T * V * dtype.itemsize
+    batches = [
+        bench_boundary.inputs((B,) if T == 1 else (B, T), V, dtype, seed, plan.device)
+        for seed in range(rotations(read, plan.device))
+    ]
+    for name, make in providers.items():
+
+        def body(name: str = name, make: Any = make) -> Record:
+            call = make(*batches[0])
+            bench_boundary.check(call, name, *batches[0])
+            calls = [functools.partial(call, *batch) for batch in batches]
+            call_ms = median_ms(calls, plan.device)
+            ms = replayed_ms(calls) if plan.device == "cuda" else call_ms
+            return figures(ms, read) | {"call_ms": call_ms, "peak_mib": peak_mib(calls[0], plan.device)}
+
+        case_name = f"B={B} T={T} V={V} {SHORT[dtype]}"
+        yield race(
+            {"op": "boundary", "case": case_name, "provider": name, "B": B, "T": T, "V": V, "dtype": SHORT[dtype]}, body
+        )
+
+
+def divergence(plan: Plan) -> Iterator[Record]:
+    """Forward alone, and forward with backward."""
+    R, V, dtype = plan.divergence
+    student, teacher = bench_divergence.inputs(R, V, dtype, plan.device)
+    for kind in plan.kinds:
+        without = () if kind == "jsd" else ("liger",)
+        expected = bench_divergence.exact(kind, student, teacher)
+        for name, make in chosen(plan, bench_divergence.PROVIDERS, without).items():
+            for backward in (False, True):
+
+                def body(
+                    kind: str = kind, make: Any = make, expected: Any = expected, backward: bool = backward
+                ) -> Record:
+                    loss, leaf = make(), student if backward else student.detach()
+
+                    def call() -> None:
+                        leaf.grad = None
+                        result = loss(kind, leaf, teacher)
+                        if backward:
+                            result.backward()
+
+                    bench_divergence.check(loss, kind, leaf, teacher, expected, backward)
+                    student.grad = None
+                    moved = (5 if backward else 2) * R * V * dtype.itemsize
+                    peak = peak_mib(call, plan.device)
+                    return figures(median_ms([call], plan.device), moved) | {"peak_mib": peak}
+
+                passes = "forward + backward" if backward else "forward"
+                case_name = f"{kind} {passes}, {R} x {V} {SHORT[dtype]}"
+                yield race({"op": "divergence", "case": case_name, "provider": name}, body)
+                student.grad = None
+
+
+def linear(plan: Plan) -> Iterator[Record]:
+    N, H, V, dtype = plan.linear
+    leaves = bench_linear_divergence.inputs(N, H, V, dtype, plan.device)
+    expected = bench_linear_divergence.exact(leaves)
+    case_name = f"jsd forward + backward, {N} x {H} x {V} {SHORT[dtype]}"
+    providers = {"products": lambda: None, **chosen(plan, bench_linear_divergence.PROVIDERS)}
+    for name, make in providers.items():
+
+        def body(name: str = name, make: Any = make) -> Record:
+            if name == "products":
+                call = functools.partial(bench_linear_divergence.products, *leaves)
+            else:
+                loss = make()
+                bench_linear_divergence.check(loss, leaves, expected)
+                call = functools.partial(bench_linear_divergence.gradients, loss, leaves)
+            for x in leaves:
+                x.grad = None
+            peak = peak_mib(call, plan.device)
+            return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak}
+
+        yield race({"op": "linear", "case": case_name, "provider": name}, body)
+
+
+def figures(ms: float, moved: int) -> Record:
+    return {"ms": ms, "gb_s": moved / ms / 1e6}
+
+
+STAGES: dict[str, Callable[[Plan], Iterator[Record]]] = {
+    "device": device,
+    "boundary": boundary,
+    "divergence": divergence,
+    "linear": linear,
+    "scaling": scaling,
+}

@@ -1,0 +1,173 @@
+"""A table and pictures of what `benchmarks.gpu` measured, with the targets beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+Times = dict[tuple[str, str], float]  # by case and provider, ms
+OURS = "ours, buffers given"
+
+
+class Target(NamedTuple):
+    what: str
+    goal: str
+    value: Callable[[Times], float]  # KeyError where it was not measured
+    show: str
+    met: Callable[[float], bool]
+
+
+def boundary_target(B: int, microseconds: float) -> Target:
+    case = f"B={B} T=1 V=151936 bf16"
+    return Target(
+        f"boundary, B = {B}",
+        f"<= {microseconds:g} us",
+        lambda times: 1e3 * times[case, OURS],
+        "{:.1f} us",
+        lambda value: value <= microseconds,
+    )
+
+
+def loss_case(kind: str, passes: str) -> str:
+    return f"{kind} {passes}, 8192 x 151936 bf16"
+
+
+JSD = loss_case("jsd", "forward + backward")
+LINEAR = "jsd forward + backward, 8192 x 4096 x 151936 bf16"
+#: For an H100, bfloat16, vocabulary 151936.
+TARGETS = (
+    boundary_target(64, 18),
+    boundary_target(1, 10),
+    Target(
+        "forward KL of 8192 rows",
+        "<= 2.0 ms",
+        lambda times: times[loss_case("forward_kl", "forward"), "ours"],
+        "{:.2f} ms",
+        lambda value: value <= 2.0,
+    ),
+    Target(
+        "forward KL of 8192 rows with backward",
+        "<= 5.0 ms",
+        lambda times: times[loss_case("forward_kl", "forward + backward"), "ours"],
+        "{:.2f} ms",
+        lambda value: value <= 5.0,
+    ),
+    Target(
+        "JSD with backward, Liger's time over ours",
+        ">= 5",
+        lambda times: times[JSD, "liger"] / times[JSD, "ours"],
+        "{:.2f}",
+        lambda value: value >= 5,
+    ),
+    Target(
+        "JSD with backward, torch.compile's time over ours",
+        ">= 1.2",
+        lambda times: times[JSD, "torch.compile"] / times[JSD, "ours"],
+        "{:.2f}",
+        lambda value: value >= 1.2,
+    ),
+    Target(
+        "fused_linear over its four matrix products",
+        "<= 1.15",
+        lambda times: times[LINEAR, "ours"] / times[LINEAR, "products"],
+        "{:.2f}",
+        lambda value: value <= 1.15,
+    ),
+)
+
+
+def table(results: Record) -> str:
+    """Markdown: what ran where, the checks, the targets, every race."""
+    records = results["records"]
+    device = next((r for r in records if r["op"] == "device"), {})
+    checks = results["checks"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    lines = [
+        f"# {device.get('name', 'no device')}",
+        "",
+        f"{results['date']}, {versions}: `{results['command']}`. A copy moves {shown(device.get('copy_tb_s'))} TB/s.",
+        "",
+        f"Tests that need a GPU: {checks['passed']} passed, {checks['skipped']} skipped, {len(checks['failed'])} failed"
+        + (f"; {checks['error']}" if "error" in checks else "")
+        + ".",
+        *(f"- FAILED {name}" for name in checks["failed"]),
+        "",
+        "| target, H100 | goal | measured | |",
+        "| --- | --- | --- | --- |",
+    ]
+    times = {(r["case"], r["provider"]): r["ms"] for r in records if "ms" in r}
+    for target in TARGETS:
+        try:
+            value = target.value(times)
+        except KeyError:
+            lines.append(f"| {target.what} | {target.goal} | not measured | |")
+            continue
+        verdict = "met" if target.met(value) else "missed"
+        lines.append(f"| {target.what} | {target.goal} | {target.show.format(value)} | {verdict} |")
+    lines += [
+        "",
+        "`ms`: the median on the GPU, the boundary's from a CUDA graph; `call ms`: that of a call from Python. Bytes:",
+        "those of reading both sides' logits once a pass, and of writing the gradient.",
+        "",
+        "| op | case | provider | ms | call ms | GB/s | of a copy | peak MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in records:
+        if "case" not in r:
+            continue
+        start = f"| {r['op']} | {r['case']} | {r['provider']} |"
+        if "ms" not in r:
+            lines.append(f"{start} {r['error'].replace('|', '/')[:120]} | | | | |")
+            continue
+        share = r["gb_s"] / 1e3 / device["copy_tb_s"] if "gb_s" in r and "copy_tb_s" in device else None
+        cells = [r["ms"], r.get("call_ms"), r.get("gb_s"), share, r.get("peak_mib")]
+        lines.append(f"{start} {' | '.join(map(shown, cells))} |")
+    lines += [f"\nStage {r['stage']}: {r['error']}" for r in records if r["op"] == "stage"]
+    return "\n".join(lines) + "\n"
+
+
+def shown(x: float | None) -> str:
+    return "" if x is None else f"{x:.4g}"
+
+
+def plots(results: Record, out: Path) -> None:
+    """Of the boundary: time by B, by T and by V. Of the losses: time by provider."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    records = [r for r in results["records"] if "ms" in r]
+    boundary = [r for r in records if r["op"] == "boundary" and r["dtype"] == "bf16"]
+    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
+    for axis, x in zip(axes, "BTV", strict=True):
+        # Along an axis the other two sizes are those of most cases: a row each for B, B = 8 for T, B = 64 for V.
+        fixed = {"B": {"T": 1, "V": 151936}, "T": {"B": 8, "V": 151936}, "V": {"B": 64, "T": 1}}[x]
+        line = [r for r in boundary if all(r[name] == value for name, value in fixed.items())]
+        for provider in dict.fromkeys(r["provider"] for r in line):
+            points = sorted((r[x], 1e3 * r["ms"]) for r in line if r["provider"] == provider)
+            axis.plot(*zip(*points, strict=True), marker="o", label=provider)
+        axis.set(
+            xscale="log", yscale="log", xlabel=x, ylabel="us", title=", ".join(f"{k} = {v}" for k, v in fixed.items())
+        )
+        if line:
+            axis.legend()
+    save(figure, out / "boundary.png")
+
+    losses = [r for r in records if r["op"] in ("divergence", "linear")]
+    figure, axis = plt.subplots(figsize=(9, 1.5 + 0.3 * len(losses)), layout="constrained")
+    axis.barh([f"{r['case']}, {r['provider']}" for r in losses], [r["ms"] for r in losses])
+    axis.invert_yaxis()
+    axis.set(xlabel="ms")
+    save(figure, out / "losses.png")
+
+
+def save(figure: Any, path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    unfinished = path.with_suffix(".unfinished")
+    figure.savefig(unfinished, dpi=120, format="png")
+    plt.close(figure)
+    unfinished.replace(path)

@@ -1,0 +1,83 @@
+"""How long a call takes and how much memory it takes, on a GPU or the CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def rotations(bytes_a_call: int, device: str) -> int:
+    """How many sets of inputs take three times the GPU's cache, so that no call finds its own there."""
+    if device != "cuda":
+        return 1
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(256, max(1, -(-3 * cache // bytes_a_call)))
+
+
+def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float:
+    """Of one call of many, with its launch by the host where that takes longer. The calls are taken in turn."""
+    for i in range(2):
+        calls[i % len(calls)]()
+    synchronise(device)
+    start = time.perf_counter()
+    calls[0]()
+    synchronise(device)
+    rounds = min(200, max(5, int(seconds / (time.perf_counter() - start))))
+    if device != "cuda":
+        times = []
+        for i in range(rounds):
+            start = time.perf_counter()
+            calls[i % len(calls)]()
+            times.append(1e3 * (time.perf_counter() - start))
+        return statistics.median(times)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for i, (begin, end) in enumerate(events):
+        begin.record()
+        calls[i % len(calls)]()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(begin.elapsed_time(end) for begin, end in events)
+
+
+def replayed_ms(calls: Sequence[Call]) -> float:
+    """Of one call, from replays of a CUDA graph of them all: what the GPU takes where the host does not hold it up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return median_ms([graph.replay], "cuda") / len(calls)
+
+
+def peak_mib(call: Call, device: str) -> float | None:
+    """What the allocator held at most during a call, beyond what it held before. None on a CPU."""
+    if device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def copy_tb_s(device: str, size: int = 2 << 30) -> float:
+    """Bytes read and written a second by a copy on the device, the yardstick of what reads memory."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / median_ms([lambda: target.copy_(source)], device) / 1e9

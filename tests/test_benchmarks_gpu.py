@@ -1,0 +1,167 @@
+"""`python -m benchmarks.gpu` without a GPU: its stages on the CPU at tiny sizes, and what it writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import bench_boundary, bench_divergence, bench_linear_divergence, gpu, gpu_report
+from benchmarks.gpu_races import STAGES, Plan
+
+TINY = Plan(
+    device="cpu",
+    providers=("ours", "ours, buffers given", "eager", "absent"),
+    boundary=((2, 1, 50, torch.bfloat16), (2, 3, 50, torch.float32)),
+    scaling=((3, 1, 40, torch.bfloat16),),
+    divergence=(5, 60, torch.bfloat16),
+    kinds=("forward_kl", "jsd", "tvd"),
+    linear=(6, 8, 40, torch.float32),
+)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    monkeypatch.setattr(gpu, "in_a_process", lambda stage, plan, seconds: STAGES[stage](plan))
+
+
+def test_stages(monkeypatch):
+    """Each case with each provider that can run here; what is not installed says so."""
+
+    def absent(*example):
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    for module in (bench_boundary, bench_divergence, bench_linear_divergence):
+        monkeypatch.setitem(module.PROVIDERS, "absent", absent)
+    records = [r for name, stage in STAGES.items() for r in stage(TINY) if name != "device"]
+    losses = [f"{kind} {passes}, 5 x 60 bf16" for kind in TINY.kinds for passes in ("forward", "forward + backward")]
+    ours = ["ours", "eager", "absent"]
+    given = "ours, buffers given"
+    expected = {
+        "B=2 T=1 V=50 bf16": [*ours, given],
+        "B=2 T=3 V=50 fp32": [*ours, given],
+        "B=3 T=1 V=40 bf16": ["eager", "absent", given],
+        **dict.fromkeys(losses, ours),
+        "jsd forward + backward, 6 x 8 x 40 fp32": [*ours, "products"],
+    }
+    assert sorted((r["case"], r["provider"]) for r in records) == sorted(
+        (case, name) for case, names in expected.items() for name in names
+    )
+    for r in records:
+        if r["provider"] == "absent":
+            assert r["error"] == "ModuleNotFoundError: No module named 'peer'"
+            assert "ms" not in r
+        else:
+            assert r["ms"] > 0
+
+
+def test_a_wrong_kernel_has_no_figure_and_costs_no_other(monkeypatch):
+    def wrong(kind, student, teacher):
+        return bench_divergence.eager(kind, student, teacher) * 1.1
+
+    monkeypatch.setitem(bench_divergence.PROVIDERS, "ours", lambda: wrong)
+
+    def shifted(*inputs):
+        return [x + 1e-2 for x in bench_boundary.eager(*inputs)]
+
+    monkeypatch.setitem(bench_boundary.PROVIDERS, "ours", lambda *example: shifted)
+    records = [r for name in ("boundary", "divergence") for r in STAGES[name](TINY)]
+    for r in records:
+        if r["provider"] == "ours":
+            assert r["error"].startswith("AssertionError")
+            assert "ms" not in r
+        elif r["provider"] == "eager":
+            assert r["ms"] > 0
+
+
+def test_run_writes_everything(tmp_path, in_this_process):
+    tests = tmp_path / "test_of_a_gpu.py"
+    tests.write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 0\n@pytest.mark.skip\ndef test_no(): pass\n"
+    )
+    out = tmp_path / "out"
+    results = gpu.run(out, 5.0, "the command", TINY, (str(tests),))
+    assert sorted(x.name for x in out.iterdir()) == [
+        "boundary.png",
+        "losses.png",
+        "results.json",
+        "table.md",
+        "tests.txt",
+    ]
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    checks = results["checks"]
+    assert (checks["passed"], checks["skipped"]) == (1, 1)
+    assert [name.split("::")[1] for name in checks["failed"]] == ["test_bad"]
+    assert results["versions"]["torch"] == torch.__version__
+    text = (out / "table.md").read_text()
+    assert "1 passed, 1 skipped, 1 failed" in text
+    assert "FAILED" in text
+    assert "| boundary | B=2 T=1 V=50 bf16 | ours, buffers given |" in text
+    assert text.count("not measured") == len(gpu_report.TARGETS)
+
+
+def test_tests_that_do_not_end_keep_the_verdicts_of_the_others(tmp_path):
+    tests = tmp_path / "test_of_a_gpu.py"
+    tests.write_text("import time\ndef test_good(): pass\ndef test_endless(): time.sleep(100)\n")
+    checks = gpu.run_tests((str(tests),), tmp_path / "tests.txt", 8.0)
+    assert checks == {"passed": 1, "skipped": 0, "failed": [], "error": "stopped after 8 s, see tests.txt"}
+
+
+def test_a_stage_in_a_process_of_its_own():
+    """One that ends, one that breaks, one that is stopped."""
+    assert list(gpu.in_a_process("device", TINY, 60.0)) == [{"op": "device", "name": "cpu"}]
+    (broken,) = gpu.in_a_process("boundary", TINY._replace(boundary=(1,)), 60.0)
+    assert broken["op"] == "stage"
+    assert broken["error"].startswith("TypeError")
+    (stopped,) = gpu.in_a_process("device", TINY, 0.0)
+    assert stopped["error"] == "stopped after its share of the time, 0 s"
+
+
+def test_a_kill_leaves_the_last_whole_file(tmp_path, monkeypatch, in_this_process):
+    results = gpu.run(tmp_path, 5.0, "the command", TINY._replace(boundary=(), kinds=()), ("--version",))
+    before = (tmp_path / "results.json").read_text()
+    write_text = Path.write_text
+
+    def half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.write(results | {"date": "later"}, tmp_path)
+    assert (tmp_path / "results.json").read_text() == before
+
+
+def test_targets(tmp_path):
+    """The table's verdicts, from times that are known."""
+    case = "B=64 T=1 V=151936 bf16"
+    races = [
+        ("boundary", case, gpu_report.OURS, 0.0171),
+        ("boundary", case.replace("64", "1", 1), gpu_report.OURS, 0.0123),
+        ("divergence", gpu_report.JSD, "ours", 5.0),
+        ("divergence", gpu_report.JSD, "torch.compile", 5.5),
+        ("linear", gpu_report.LINEAR, "ours", 110.0),
+        ("linear", gpu_report.LINEAR, "products", 100.0),
+    ]
+    records = [{"op": op, "case": case, "provider": name, "ms": ms} for op, case, name, ms in races]
+    checks = {"passed": 1, "skipped": 0, "failed": []}
+    text = gpu_report.table({"date": "", "command": "", "versions": {}, "checks": checks, "records": records})
+    rows = [line for line in text.splitlines() if line.endswith(("| met |", "| missed |", "| not measured | |"))]
+    assert [line.split("|")[3].strip() for line in rows] == [
+        "17.1 us",
+        "12.3 us",
+        "not measured",
+        "not measured",
+        "not measured",
+        "1.10",
+        "1.10",
+    ]
+    assert [line.split("|")[4].strip() for line in rows] == ["met", "missed", "", "", "", "missed", "met"]
+
+
+def test_needs_a_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        gpu.main(["--out", str(tmp_path / "out")])
+    assert "expected a GPU, got none" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
