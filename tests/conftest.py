@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from sanitizer import Sanitizer
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -50,3 +51,24 @@ def round_as_a_gpu_rounds(monkeypatch):
 @pytest.fixture(autouse=True)
 def round_as_a_gpu_does(monkeypatch):
     round_as_a_gpu_rounds(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def kernels_stay_within_their_tensors(monkeypatch):
+    """In the interpreter, which reads past a tensor's end in silence, each address is looked up."""
+    if not HAS_TRITON:
+        return
+    from motab_kernels.gpu import INTERPRETED, kv_cache
+
+    if not INTERPRETED:
+        return
+    sanitizer = Sanitizer()
+    sanitizer.patch(monkeypatch)
+    realign_ = kv_cache.realign_
+
+    def realigned(storages, *args, **keywords):
+        sanitizer.tensors = storages  # the kernel has their addresses in a table
+        realign_(storages, *args, **keywords)
+        sanitizer.tensors = []
+
+    monkeypatch.setattr(kv_cache, "realign_", realigned)

@@ -1,0 +1,124 @@
+"""The sanitizer that every test of a Triton kernel in the interpreter runs under finds what a lost mask does."""
+
+import inspect
+import re
+import sys
+import types
+
+import numpy as np
+import pytest
+import torch
+from sanitizer import Sanitizer
+
+import motab_kernels as mk
+
+pytest.importorskip("triton")
+
+import triton.language as tl
+from triton.runtime.errors import InterpreterError
+
+from motab_kernels.gpu import INTERPRETED, boundary, divergence, kv_cache
+
+pytestmark = [
+    pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"),
+]
+TAIL = ("inside = whole + columns < end", "inside = whole + columns >= 0")
+KINDS = ("forward_kl", "jsd")
+
+
+def padded(*shape):
+    """Rows apart from each other, of an odd size; the memory ends with the last one."""
+    *leading, V = shape
+    return torch.randn(*leading, V + 3)[..., 3:]
+
+
+def run_boundary():
+    tokens = torch.tensor([[0, 76, -1], [5, 6, 7]])
+    chosen = mk.MovingAverageBoundary(2.0, 3)
+    keywords = {"boundary": chosen, "step_ends": tokens % 2 == 0, "temperature": torch.tensor([0.5, 2.0])}
+    mk.fused_kl_boundary(padded(2, 3, 77), padded(2, 3, 77), tokens, **keywords, backend="triton")
+
+
+def run_losses():
+    for kind in KINDS:
+        student = padded(2, 3, 77).requires_grad_()
+        mask = torch.tensor([[True, False, True]] * 2)
+        keywords = {"mask": mask, "temperature": torch.tensor([0.5, 2.0]), "backend": "triton"}
+        mk.divergence_loss(student, padded(2, 3, 77), divergence=kind, **keywords).backward()
+
+
+def run_cache():
+    kv_cache.realign_([padded(3, 1, 40, 5), padded(3, 2, 40, 5)], [0, 3, 31], [20, 25, 9], 25, clear_padding=True)
+
+
+# Each kernel with the masks that are taken from it.
+KERNELS = {
+    "partial_kernel": (boundary, run_boundary, *TAIL),
+    "decide_kernel": (boundary, run_boundary, "(split < S)", "(split >= 0)"),
+    "sums_kernel": (divergence, run_losses, *TAIL),
+    "finish_kernel": (divergence, run_losses, "inside = row < R", "inside = row >= 0"),
+    "terms_kernel": (divergence, run_losses, *TAIL),
+    "gradient_kernel": (divergence, run_losses, *TAIL),
+    "_realign_kernel": (kv_cache, run_cache, "(word < head_size)", "(word >= 0)"),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Of 32 columns, one a split: three splits, of which the last has a tail alone."""
+    monkeypatch.setattr(boundary, "settings_for", lambda device: boundary.Settings(lanes=2, tiles=1))
+    monkeypatch.setattr(divergence, "settings_for", lambda device: divergence.Settings(lanes=2, tiles=1, rows=4))
+
+
+@pytest.mark.parametrize("run", [run_boundary, run_losses, run_cache])
+def test_kernels_stay_within_their_tensors(run):
+    run()
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_lost_mask_is_found(name, monkeypatch, tmp_path):
+    launcher, run, mask, lost = KERNELS[name]
+    kernel = getattr(launcher, name)
+    home = sys.modules[kernel.fn.__module__]
+    source = inspect.getsource(home)
+    assert mask in source
+    path = tmp_path / "planted.py"  # Triton reads a kernel's source from its file
+    path.write_text(source.replace(mask, lost))
+    planted = types.ModuleType("planted")
+    planted.__file__ = str(path)
+    monkeypatch.setitem(sys.modules, "planted", planted)
+    exec(compile(path.read_text(), path, "exec"), planted.__dict__)
+    monkeypatch.setattr(launcher, name, getattr(planted, name))
+    with pytest.raises(InterpreterError, match="elements outside of the kernel's tensors"):
+        run()
+
+
+def test_all_kernels_are_tested():
+    """Each that a launcher starts: `name[grid](...)`."""
+    started = {
+        match
+        for module in (boundary, divergence, kv_cache)
+        for match in re.findall(r"(\w+)\[\(", inspect.getsource(module))
+    }
+    assert started == set(KERNELS)
+
+
+def test_the_gap_between_rows_is_outside():
+    """And a row's first element; every other of the same memory; an element that only begins inside."""
+    storage = torch.zeros(2, 8)
+    sanitizer = Sanitizer()
+    sanitizer.allow(storage[:, 2:7])
+
+    def load(element, type_=tl.float32):
+        address = np.array([storage.data_ptr() + 4 * element])
+        handle = types.SimpleNamespace(data=address, get_element_ty=lambda: type_)
+        sanitizer.check("load", handle, types.SimpleNamespace(data=np.array([True])))
+
+    for element in (2, 6, 10, 14):
+        load(element)
+    for element in (0, 7, 9, 15, 16, -1):
+        with pytest.raises(IndexError, match="load of 1 elements outside"):
+            load(element)
+    with pytest.raises(IndexError, match="outside"):
+        load(6, tl.int64)
