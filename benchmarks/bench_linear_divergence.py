@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 import motab_kernels as mk
-from benchmarks.timing import peak_mib, synchronise
+from benchmarks.timing import SHORT, peak_mib, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (256, 256, 32768, torch.float32)
+N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (1024, 256, 151936, torch.float32)
+ROUNDS = 3
 
 
 def eager(hidden, weight, teacher_hidden, teacher_weight):
@@ -95,14 +96,15 @@ def gradients(call, leaves):
 
 
 def exact(leaves, rows=128):
-    """Loss and gradients, `rows` positions at a time, in float32 from logits that are rounded as any head's are."""
+    """Loss and gradients, `rows` positions at a time, in float32."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in leaves)
     wide = weight.float()
     loss, grad_hidden, grad_weight = 0.0, torch.empty_like(hidden, dtype=torch.float32), torch.zeros_like(wide)
     for start in range(0, len(hidden), rows):
         part = slice(start, start + rows)
-        logits = F.linear(hidden[part], weight).float().requires_grad_()
-        log_q, log_p = logits.log_softmax(-1), F.linear(teacher_hidden[part], teacher_weight).float().log_softmax(-1)
+        logits = F.linear(hidden[part].float(), wide).requires_grad_()
+        log_q = logits.log_softmax(-1)
+        log_p = F.linear(teacher_hidden[part].float(), teacher_weight.float()).log_softmax(-1)
         mean = jsd(log_q, log_p).sum() / len(hidden)
         (grad,) = torch.autograd.grad(mean, logits)
         loss += mean.detach()
@@ -111,10 +113,20 @@ def exact(leaves, rows=128):
     return loss, grad_hidden, grad_weight
 
 
-def check(call, leaves, expected):
-    for name, x, y in zip(("loss", "hidden", "weight"), gradients(call, leaves), expected, strict=True):
-        error = (x.float() - y).norm() / y.norm()
-        assert error < 2e-2, f"{name} off by {error}"
+@functools.cache
+def example():
+    leaves = inputs(N, H, V, DTYPE)
+    return leaves, exact(leaves)
+
+
+def check(call, name, leaves, expected):
+    """The relative errors. Of logits rounded to bfloat16 a gradient is off by many per cent."""
+    errors = {
+        what: ((x.float() - y).norm() / y.norm()).item()
+        for what, x, y in zip(("loss", "hidden", "weight"), gradients(call, leaves), expected, strict=True)
+    }
+    assert max(errors.values()) < (5e-3 if name == "ours" else 0.25), errors
+    return {f"error of {what}": f"{error:.1e}" for what, error in errors.items()}
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' and the compiler's own
@@ -123,17 +135,17 @@ def test_linear_divergence(benchmark, provider):
     package = {"trl": "trl", "liger": "liger_kernel"}.get(provider)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    benchmark.group = f"JSD of {N} x {H} x {V}, {DTYPE}"
-    leaves = inputs(N, H, V, DTYPE)
+    benchmark.group = f"fused linear JSD, {N} x {H} x {V}, {SHORT[DTYPE]}"
+    leaves, expected = example()
     if provider == "products":
-        benchmark.pedantic(products, args=leaves, rounds=5, warmup_rounds=1)
+        benchmark.pedantic(products, args=leaves, rounds=ROUNDS, warmup_rounds=1)
         return
     call = PROVIDERS[provider]()
-    check(call, leaves, exact(leaves))
+    benchmark.extra_info.update(check(call, provider, leaves, expected))
 
     def run():
         gradients(call, leaves)
         synchronise(DEVICE)
 
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=ROUNDS, warmup_rounds=1)
     benchmark.extra_info["peak MiB"] = peak_mib(run, DEVICE)

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import bench_boundary, bench_divergence, bench_linear_divergence
-from benchmarks.timing import copy_tb_s, median_ms, peak_mib, replayed_ms, rotations
+from benchmarks.timing import SHORT, copy_tb_s, median_ms, peak_mib, replayed_ms, rotations
 
 Record = dict[str, Any]
-SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 QWEN = 151936
 
 
@@ -149,16 +148,17 @@ def linear(plan: Plan) -> Iterator[Record]:
     for name, make in providers.items():
 
         def body(name: str = name, make: Any = make) -> Record:
+            errors: Record = {}
             if name == "products":
                 call = functools.partial(bench_linear_divergence.products, *leaves)
             else:
                 loss = make()
-                bench_linear_divergence.check(loss, leaves, expected)
+                errors = bench_linear_divergence.check(loss, name, leaves, expected)
                 call = functools.partial(bench_linear_divergence.gradients, loss, leaves)
             for x in leaves:
                 x.grad = None
             peak = peak_mib(call, plan.device)
-            return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak}
+            return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak} | errors
 
         yield race({"op": "linear", "case": case_name, "provider": name}, body)
 

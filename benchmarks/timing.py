@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
 Call = Callable[[], object]
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 def synchronise(device: str) -> None:
@@ -64,16 +69,27 @@ def replayed_ms(calls: Sequence[Call]) -> float:
     return median_ms([graph.replay], "cuda") / len(calls)
 
 
-def peak_mib(call: Call, device: str) -> float | None:
-    """What the allocator held at most during a call, beyond what it held before. None on a CPU."""
+def peak_mib(call: Call, device: str) -> float:
+    """What was held at most during a call, beyond what was held before: on a GPU by the allocator, on a CPU (Linux) by
+    the process."""
     if device != "cuda":
-        return None
+        # Free memory goes back to the system first, and the peak is counted anew.
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        before = resident_kib("VmRSS")
+        call()
+        return (resident_kib("VmHWM") - before) / 2**10
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def resident_kib(name: str) -> int:
+    return int(re.search(rf"{name}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def copy_tb_s(device: str, size: int = 2 << 30) -> float:
