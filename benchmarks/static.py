@@ -189,17 +189,18 @@ def partial_report(dtype: str, target: str) -> Report:
 
 
 def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
-    """Both passes of the forward direction, and the gradient, of each kind that has one of its own."""
+    """Both passes of the forward direction, and the gradient, of each kind that has one of its own; jsd leans with a
+    beta other than 1/2."""
     settings = divergence.HIP if target.startswith("gfx") else divergence.DEFAULT
     for name in ("forward_kl", "reverse_kl", "normalisers"):
         constants = {"HAS_KEEP": True, "FORWARD": name == "forward_kl", "REVERSE": name == "reverse_kl"}
         yield loop_report(divergence.sums_kernel, f"sums {name}", dtype, target, settings, constants)
-    for kind in ("jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        constants = {"HAS_KEEP": True, "KIND": kind}
+    for kind in ("jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        constants = {"HAS_KEEP": True, "KIND": kind.split()[0], "EVEN": kind == "jsd"}
         yield loop_report(divergence.terms_kernel, f"terms {kind}", dtype, target, settings, constants)
-    for kind in ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        name = f"gradient {kind}"
-        yield loop_report(divergence.gradient_kernel, name, dtype, target, settings, {"KIND": kind})
+    for kind in ("forward_kl", "reverse_kl", "jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
+        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd"}
+        yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 
 def decide_report(target: str) -> Report:

@@ -132,6 +132,7 @@ def divergence_terms(
             terms_ptr=terms,
             lam=lam,
             KIND=kind,
+            EVEN=lam == 0.5,
             HAS_KEEP=keep is not None,
         )
     return terms
@@ -162,4 +163,5 @@ def divergence_gradient(
             out_stride_t=out.stride(1),
             lam=lam,
             KIND=kind,
+            EVEN=lam == 0.5,
         )

@@ -3,7 +3,7 @@
 B rows, T tokens, V shared vocabulary, S splits of it. With gap = log2(p / q), w the larger of p and q and
 e = 2^-|gap|, the two are w and w e, and m = lam p + (1 - lam) q is w u with u = 1 - share (1 - e), where `share` is
 the smaller one's in the mixture. So log2(p / m) and log2(q / m) are exact to rounding also where p and q nearly
-agree, nothing overflows, and three special functions do for both. The formulas are in `reference/divergence`.
+agree, nothing overflows, and two or three special functions do for both. The formulas are in `reference/divergence`.
 """
 
 import triton
@@ -31,43 +31,87 @@ def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
 
 
 @triton.jit
-def _slope(e, gap, p_leads, lam, KIND: tl.constexpr):
-    """g, up to a constant, and log2(p / m), log2(q / m) where the kind has a mixture m."""
-    if KIND == "tvd":
-        slope = tl.where(p_leads, -0.5, tl.where(gap < 0, 0.5, gap))  # 0 at a tie, and NaN stays
-        return slope, slope, slope
-    share = tl.where(p_leads, 1 - lam, lam)
-    apart = 1 - e
-    u = 1 - share * apart
-    log_u = tl.log2(u)
-    # A probability that far below the other is nothing, and 0 * inf would be NaN.
-    down = -tl.minimum(tl.abs(gap), 200.0)
-    log_p_m = tl.where(p_leads, 0.0, down) - log_u
-    log_q_m = tl.where(p_leads, down, 0.0) - log_u
-    if KIND == "jsd":
-        slope = (1 - lam) * (log_q_m * LN_2)
-    elif KIND == "skew_forward_kl":
-        slope = -(1 - lam) * (tl.where(p_leads, share, share - 1) * apart / u)
-    else:
-        slope = log_q_m * LN_2 - (1 - lam) * (tl.where(p_leads, share - 1, share) * apart / u)
-    return slope, log_p_m, log_q_m
+def _minus_log2(x, EVEN: tl.constexpr):
+    """-log2(1 - x) for 0 <= x < 1, also near 0 within 2e-7 of itself where multiply-adds are fused.
+
+    For y <= 1/2 it is y times a polynomial, minimax in relative error (Remez, 2e-8 before rounding), 9 instructions.
+    Beyond, 1 - x is 2^-n (1 - y) by the exponent of the float below it, so that 1 itself has n = 0 and y = x: 8 more.
+    tl.log2 takes 35.
+    """
+    y = x
+    if not EVEN:
+        exponent = ((1 - x).to(tl.int32, bitcast=True) - 1) & 0x7F800000
+        scale = (0x7E800000 - exponent).to(tl.float32, bitcast=True)
+        y = tl.fma(x, scale, 1 - scale)
+    r = y * 2.0790793895721436 - 2.4466395404266357
+    r = r * y + 1.8144340515136719
+    r = r * y - 0.2936446964740753
+    r = r * y + 0.3889690041542053
+    r = r * y + 0.35029366612434387
+    r = r * y + 0.48142823576927185
+    r = r * y + 0.7213371992111206
+    r = r * y + 1.4426950216293335
+    r *= y
+    if not EVEN:
+        r += 126 - exponent.to(tl.float32) * (1 / 8388608)  # n
+    return r
 
 
 @triton.jit
-def _terms(w, e, gap, p_leads, lam, KIND: tl.constexpr):
-    """What each column adds to the divergence, and to sum q g."""
-    slope, log_p_m, log_q_m = _slope(e, gap, p_leads, lam, KIND)
-    lesser = w * e
-    p, q = tl.where(p_leads, w, lesser), tl.where(p_leads, lesser, w)
+def _mixture(e, gap, p_leads, lam, EVEN: tl.constexpr):
+    """(p - q) / w, u = m / w, log2(1 / u), log2(p / m) and log2(q / m)."""
+    apart = 1 - e
+    share = lam
+    if not EVEN:
+        share = tl.where(p_leads, 1 - lam, lam)
+    x = share * apart
+    log_w_m = _minus_log2(x, EVEN)
+    # A probability that far below the other is nothing, and 0 * inf would be NaN.
+    down = log_w_m - tl.minimum(tl.abs(gap), 200.0)
+    log_p_m, log_q_m = tl.where(p_leads, log_w_m, down), tl.where(p_leads, down, log_w_m)
+    return tl.where(p_leads, apart, -apart), 1 - x, log_w_m, log_p_m, log_q_m
+
+
+@triton.jit
+def _slope(e, gap, p_leads, lam, KIND: tl.constexpr, EVEN: tl.constexpr):
+    """g, up to a constant: with p / m - 1 = (1 - lam) (p - q) / m and q / m - 1 = -lam (p - q) / m, for those keep what
+    p / m and q / m would lose."""
     if KIND == "tvd":
-        term = 0.5 * w * (1 - e)
-    elif KIND == "jsd":
-        term = (lam * p * log_p_m + (1 - lam) * q * log_q_m) * LN_2
-    elif KIND == "skew_forward_kl":
-        term = p * (log_p_m * LN_2) + (1 - lam) * (q - p)
-    else:
-        term = q * (log_q_m * LN_2) + lam * (p - q)
-    return term, q * slope
+        return tl.where(p_leads, -0.5, tl.where(gap < 0, 0.5, gap))  # 0 at a tie, and NaN stays
+    signed, u, log_w_m, _, log_q_m = _mixture(e, gap, p_leads, lam, EVEN)
+    if KIND == "jsd":
+        return (1 - lam) * LN_2 * log_q_m
+    if KIND == "skew_forward_kl":
+        return (1 - lam) * (lam - 1) * (signed / u)  # which needs no logarithm
+    return LN_2 * log_q_m + (1 - lam) * lam * (signed * tl.exp2(log_w_m))
+
+
+@triton.jit
+def _terms(w, e, gap, p_leads, lam, KIND: tl.constexpr, EVEN: tl.constexpr):
+    """What each column adds to the divergence, and to sum q g, in units of `_units`."""
+    p, q = tl.where(p_leads, 1.0, e), tl.where(p_leads, e, 1.0)  # over w
+    if KIND == "tvd":
+        return w * (1 - e), w * (q * _slope(e, gap, p_leads, lam, KIND, EVEN))
+    signed, _, log_w_m, log_p_m, log_q_m = _mixture(e, gap, p_leads, lam, EVEN)
+    q_log = q * log_q_m
+    if KIND == "jsd":
+        return w * (lam * (p * log_p_m) + (1 - lam) * q_log), w * q_log
+    pull = q * (signed * tl.exp2(log_w_m))  # an exponential takes fewer instructions than a division by u
+    if KIND == "skew_forward_kl":
+        return w * (p * log_p_m - (1 - lam) * LOG2_E * signed), w * pull
+    return w * (q_log + lam * LOG2_E * signed), w * (q_log + (1 - lam) * lam * LOG2_E * pull)
+
+
+@triton.jit
+def _units(lam, KIND: tl.constexpr):
+    """What the sums of `_terms` are multiplied by, once."""
+    if KIND == "tvd":
+        return 0.5, 1.0
+    if KIND == "jsd":
+        return LN_2, (1 - lam) * LN_2
+    if KIND == "skew_forward_kl":
+        return LN_2, (1 - lam) * (lam - 1)
+    return LN_2, LN_2
 
 
 @triton.jit
@@ -87,6 +131,7 @@ def terms_kernel(
     V,
     lam,
     KIND: tl.constexpr,
+    EVEN: tl.constexpr,  # lam is 1/2
     HAS_KEEP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -119,7 +164,7 @@ def terms_kernel(
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
-        term, weighted = _terms(w, e, gap, p_leads, lam, KIND)
+        term, weighted = _terms(w, e, gap, p_leads, lam, KIND, EVEN)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
     if whole < end:  # the tail; what is not there has no probability
@@ -127,15 +172,18 @@ def terms_kernel(
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
-        term, weighted = _terms(w, e, gap, p_leads, lam, KIND)
+        term, weighted = _terms(w, e, gap, p_leads, lam, KIND, EVEN)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
-    tl.store(terms_ptr, tl.sum(divergence, axis=0))
-    tl.store(terms_ptr + S, tl.sum(centre, axis=0))
+    unit, weighted_unit = _units(lam, KIND)
+    tl.store(terms_ptr, tl.sum(divergence, axis=0) * unit)
+    tl.store(terms_ptr + S, tl.sum(centre, axis=0) * weighted_unit)
 
 
 @triton.jit
-def _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND: tl.constexpr):
+def _gradient(
+    t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND: tl.constexpr, EVEN: tl.constexpr
+):
     w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
     q = tl.where(p_leads, w * e, w)
     if KIND == "forward_kl":
@@ -145,8 +193,7 @@ def _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s
         # Of an infinite loss each column pulls infinitely, and none as inf - inf.
         result = q * tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre)
     else:
-        slope, _, _ = _slope(e, gap, p_leads, lam, KIND)
-        result = q * (slope - centre)
+        result = q * (_slope(e, gap, p_leads, lam, KIND, EVEN) - centre)
     return tl.where(s == -float("inf"), 0.0, result * factor)
 
 
@@ -169,6 +216,7 @@ def gradient_kernel(
     V,
     lam,
     KIND: tl.constexpr,
+    EVEN: tl.constexpr,  # lam is 1/2
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -205,11 +253,11 @@ def gradient_kernel(
     for start in range(first, whole, TILE):
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)
-        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND)
+        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN)
         tl.store(out_ptr + start + columns, result.to(out_ptr.dtype.element_ty))
     if whole < end:
         inside = whole + columns < end
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND)
+        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN)
         tl.store(out_ptr + whole + columns, result.to(out_ptr.dtype.element_ty), mask=inside)
