@@ -251,11 +251,13 @@ def test_inplace_backward_writes_the_same_gradient(kind, seed):
     leaf = student.to(DEVICE, copy=True).requires_grad_()
     head = leaf * 1
     loss = mk.divergence_loss(head, teacher.to(DEVICE), **options(kind), reduction="sum", inplace_backward=True)
+    torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     loss.backward()
+    taken = torch.cuda.max_memory_allocated() - before
     assert torch.equal(head.detach().cpu(), gradient)
     assert torch.equal(leaf.grad.cpu(), gradient)
-    assert torch.cuda.memory_allocated() - before < gradient.nbytes // 2  # the leaf's gradient is the head's memory
+    assert taken < 1.5 * gradient.nbytes  # the leaf's own, which the product makes of the head's
 
 
 @every_kind
