@@ -184,7 +184,7 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
 
 def partial_report(dtype: str, target: str) -> Report:
     """The boundary's pass, with every output."""
-    settings = boundary.SETTINGS["hip"] if target.startswith("gfx") else boundary.DEFAULT
+    settings = boundary.HIP if target.startswith("gfx") else boundary.DEFAULT
     return loop_report(boundary.partial_kernel, "partial", dtype, target, settings, {})
 
 

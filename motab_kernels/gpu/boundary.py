@@ -16,6 +16,7 @@ from torch import Tensor
 from motab_kernels.boundary_state import Rule
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import PARTIALS, partial_kernel
+from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
@@ -29,15 +30,11 @@ class Settings(NamedTuple):
 
 
 DEFAULT = Settings()
-#: By `torch.cuda.get_device_capability`, or "hip", where a wave has 64 threads.
-SETTINGS: dict[tuple[int, int] | str, Settings] = {"hip": Settings(lanes=256, tiles=2)}
+HIP = Settings(lanes=256, tiles=2)  # where a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
-    if device.type != "cuda":
-        return DEFAULT
-    key = "hip" if torch.version.hip else torch.cuda.get_device_capability(device)
-    return SETTINGS.get(key, DEFAULT)
+    return tuned("boundary", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
 
 
 def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
+from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
@@ -32,7 +33,7 @@ HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
-    return HIP if device.type == "cuda" and torch.version.hip else DEFAULT
+    return tuned("divergence", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
 
 
 def splits(V: int, settings: Settings) -> int:

@@ -1,0 +1,109 @@
+"""Measure the kernels' settings on this GPU and keep the best ones as data.
+
+    python -m benchmarks.tune [--out motab_kernels/gpu/tuned.json]
+
+Of each op every candidate is checked, then timed at several sizes; the one with the least geometric mean is written
+under the device's name, beside what the file has of other devices. Opt-in: nothing is measured when kernels are used.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import bench_boundary, bench_divergence
+from benchmarks.timing import median_ms, replayed_ms, rotations
+from motab_kernels.gpu import boundary, divergence
+from motab_kernels.gpu.tuned import FILE
+
+V = 151936
+KINDS = ("forward_kl", "jsd")
+
+
+def boundary_times(positions: tuple[int, ...] = (1, 64), vocabulary: int = V, device: str = "cuda") -> Iterator[float]:
+    for B in positions:
+        count = rotations(4 * B * vocabulary, device)
+        batches = [bench_boundary.inputs((B,), vocabulary, torch.bfloat16, seed, device) for seed in range(count)]
+        call = bench_boundary.in_place(*batches[0])
+        bench_boundary.check(call, "ours", *batches[0])
+        calls = [functools.partial(call, *batch) for batch in batches]
+        yield replayed_ms(calls) if device == "cuda" else median_ms(calls, device)
+
+
+def divergence_times(positions: int = 2048, vocabulary: int = V, device: str = "cuda") -> Iterator[float]:
+    student, teacher = bench_divergence.inputs(positions, vocabulary, torch.bfloat16, device)
+    for kind in KINDS:
+        expected = exact(kind, positions, vocabulary, device)
+        bench_divergence.check(bench_divergence.ours, kind, student, teacher, expected)
+
+        def call(kind: str = kind) -> None:
+            student.grad = None
+            bench_divergence.ours(kind, student, teacher).backward()
+
+        yield median_ms([call], device)
+
+
+@functools.cache
+def exact(kind: str, positions: int, vocabulary: int, device: str) -> tuple[float, torch.Tensor]:
+    return bench_divergence.exact(kind, *bench_divergence.inputs(positions, vocabulary, torch.bfloat16, device))
+
+
+def candidates(default: Any) -> Iterator[Any]:
+    """The default first, so that a tie leaves it."""
+    yield default
+    for lanes, per_lane, tiles, num_warps in itertools.product((128, 256, 512), (8, 16, 32), (1, 2, 4, 8, 16), (4, 8)):
+        settings = default._replace(lanes=lanes, per_lane=per_lane, tiles=tiles, num_warps=num_warps)
+        if lanes in (32 * num_warps, 64 * num_warps) and settings != default:
+            yield settings
+
+
+def best(module: ModuleType, choices: Iterable[Any], times: Callable[[], Iterator[float]]) -> Any:
+    """The settings with the least geometric mean of the times. One that fails its check or does not compile is out."""
+    found, least = None, math.inf
+    for settings in choices:
+        try:
+            with mock.patch.object(module, "settings_for", lambda device, chosen=settings: chosen):
+                cost = sum(math.log(x) for x in times())
+        except Exception as error:
+            print(f"{settings}: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            continue
+        print(f"{settings}: {cost:.4f}", flush=True)
+        if cost < least:
+            found, least = settings, cost
+    return found
+
+
+def write(out: Path, name: str, ops: dict[str, Any]) -> None:
+    """What was found of a device, under a temporary name first; other devices' settings stay."""
+    table = json.loads(out.read_text()) if out.exists() else {}
+    table[name] = {op: settings._asdict() for op, settings in ops.items() if settings is not None}
+    unfinished = out.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    unfinished.replace(out)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=FILE, help="the table to write to")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU, got none")
+    ops = {}
+    for name, module, times in (("boundary", boundary, boundary_times), ("divergence", divergence, divergence_times)):
+        default = module.HIP if torch.version.hip else module.DEFAULT
+        ops[name] = best(module, candidates(default), times)
+        write(options.out, torch.cuda.get_device_name(), ops)
+
+
+if __name__ == "__main__":
+    main()
