@@ -107,6 +107,14 @@ def test_tests_that_do_not_end_keep_the_verdicts_of_the_others(tmp_path):
     assert checks == {"passed": 1, "skipped": 0, "failed": [], "error": "stopped after 8 s, see tests.txt"}
 
 
+def test_a_file_that_cannot_be_read_keeps_no_other_from_running(tmp_path):
+    (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
+    (tmp_path / "test_whole.py").write_text("def test_good(): pass\n")
+    checks = gpu.run_tests((str(tmp_path),), tmp_path / "tests.txt", 60.0)
+    assert checks["passed"] == 1
+    assert [Path(name).name for name in checks["failed"]] == ["test_broken.py"]
+
+
 def test_a_stage_in_a_process_of_its_own():
     """One that ends, one that breaks, one that is stopped."""
     assert list(gpu.in_a_process("device", TINY, 60.0)) == [{"op": "device", "name": "cpu"}]
