@@ -62,7 +62,8 @@ class BoundaryOutput(NamedTuple):
     stray: Tensor  # bool: the step that ends here breaches the boundary
 
 
-CONTIGUOUS = torch.contiguous_format
+DEFAULT = EntropyBoundary()
+REST = (torch.int32, torch.int64, torch.bool)  # the dtypes of rank, argmax and stray
 OUTPUT_DTYPES = (torch.float32,) * 6 + (torch.int32, torch.int64, torch.float32, torch.float32, torch.bool)
 
 
@@ -137,7 +138,7 @@ def fused_kl_boundary(
 
     Source: MOTAB, arXiv 2605.19433.
     """
-    boundary = EntropyBoundary() if boundary is None else boundary
+    boundary = DEFAULT if boundary is None else boundary
     if not isinstance(boundary, (EntropyBoundary, FixedBoundary, MovingAverageBoundary)):
         expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
         raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
@@ -203,15 +204,11 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
 
 def _empty_output(token_ids: Tensor) -> BoundaryOutput:
     """All of the float32 ones in one piece of memory: each allocation costs."""
-    floats = iter(torch.empty((8, *token_ids.shape), dtype=torch.float32, device=token_ids.device).unbind())
-    return BoundaryOutput(
-        *(
-            next(floats)
-            if dtype == torch.float32
-            else torch.empty_like(token_ids, dtype=dtype, memory_format=CONTIGUOUS)
-            for dtype in OUTPUT_DTYPES
-        )
-    )
+    shape, device = token_ids.shape, token_ids.device
+    floats = torch.empty((8, *shape), dtype=torch.float32, device=device).unbind()
+    rank, argmax, stray = (torch.empty(shape, dtype=dtype, device=device) for dtype in REST)
+    kl_t, kl_s, logprob_s, logprob_t, entropy_s, entropy_t, score, threshold = floats
+    return BoundaryOutput(kl_t, kl_s, logprob_s, logprob_t, entropy_s, entropy_t, rank, argmax, score, threshold, stray)
 
 
 def _fused_kl_boundary(
@@ -238,7 +235,9 @@ def _fused_kl_boundary(
     def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
         return x if token_ids.dim() == 2 else x.unsqueeze(1)
 
-    student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
+    student, teacher = (with_tokens(x) for x in (student_logits, teacher_logits))
+    if not student.shape[-1] == teacher.shape[-1] == vocab_size:
+        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
     tokens = with_tokens(token_ids)
     ends = None if step_ends is None else with_tokens(step_ends)
     rule = Rule(score, scale, theta, top_k, window=state[2].shape[1])

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
 from motab_kernels.reference import divergence as reference
@@ -240,11 +240,12 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     student, teacher, mask, tau, saved = ctx.saved_tensors
     kind, lam, vocab_size, inplace, check_finite, backend, group = ctx.options
     arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, backend, group)
-    if inplace and student.stride(-1) == 1 and not torch.compiler.is_compiling():
-        gradient = student.detach()
-        write_gradient(*arguments, gradient)
-    else:
+    if is_traced(student, teacher, grad_loss):
         gradient = divergence_backward_op(*arguments)
+    else:
+        over = inplace and student.stride(-1) == 1
+        gradient = student.detach() if over else torch.empty_like(student, memory_format=torch.contiguous_format)
+        write_gradient(*arguments, gradient)
     if check_finite:
         check_finite_gradient(gradient, group=group)
     return (gradient, *(None,) * 10)

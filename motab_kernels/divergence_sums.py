@@ -42,14 +42,3 @@ def merge_sums(parts: Tensor, tau: Tensor | None) -> Tensor:
     return torch.stack(
         (all_t, (f_t * z_t).sum(-1), moved(f_t, g_t, z_t), all_s, (f_s * z_s).sum(-1), moved(f_s, g_s, z_s)), 1
     )
-
-
-def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
-    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
-    # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
-    log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
-    loss = g_t / z_t - log_ratio if kind == "forward_kl" else log_ratio - g_s / z_s
-    loss = torch.where(loss < 0, 0.0, loss)  # rounding; NaN stays
-    saved = torch.stack((top_t, top_s, 1 / z_t, 1 / z_s, log_ratio, loss), 1)
-    return loss if keep is None else loss.masked_fill(~keep, 0), saved

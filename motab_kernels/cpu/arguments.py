@@ -8,9 +8,9 @@ from torch import Tensor
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-def logits(x: Tensor) -> tuple[int, ...]:
+def logits(x: Tensor | None) -> tuple[int, ...]:
     """(B, T, V), contiguous in V."""
-    return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1)
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1))
 
 
 def parameter(x: Tensor | None) -> tuple[int, ...]:

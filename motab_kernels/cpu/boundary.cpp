@@ -64,9 +64,6 @@ static void sum_splits(const BoundaryCall& call, int64_t splits, int64_t begin, 
     }
 }
 
-// A sum of w * x after x has grown by d and w by f.
-static double moved(double f, double total, double d, double z) { return f != 0 ? f * (total + d * z) : 0; }
-
 // Combine the splits of a position in order.
 static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const Partial* parts, int64_t splits, int64_t& argmax) {
     const double inverse = call.temperature.inverse(b);

@@ -1,13 +1,15 @@
-// `divergence_loss`: its sums, terms and gradient, over splits of the vocabulary in parallel. What is done once a position
-// is done in Python.
+// `divergence_loss`: its sums, terms and gradient, over splits of the vocabulary in parallel, and the losses from the sums.
 //
 // B rows, T tokens, V shared vocabulary, R = B * T positions, S splits.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "arguments.h"
+#include "memory.h"
 #include "splits.h"
 #include "threads.h"
 
@@ -42,7 +44,7 @@ struct DivergenceCall {
     Logits student, teacher;
     Parameter temperature;
     const bool* keep;  // null: every position counts
-    const Saved* saved;
+    Saved* saved;
     const float* scale;  // of each position's gradient
     Logits out;
 };
@@ -58,6 +60,28 @@ static void for_each_split(const DivergenceCall& call, const Body& body) {
             body(position, index, split_at(call.student, call.teacher, b, i, index * SPLIT, call.V, c));
         }
     });
+}
+
+// Combine the sums of a position's S splits, in order, to its loss, of the KL kinds alone, and what is saved.
+static float finish(const DivergenceCall& call, int64_t position, const float* sums, int64_t S) {
+    const double c = call.temperature.inverse(position / call.T);
+    const float *top_t = sums, *z_t = sums + S, *g_t = sums + 2 * S, *top_s = sums + 3 * S, *z_s = sums + 4 * S,
+                *g_s = sums + 5 * S;
+    const float all_t = *std::max_element(top_t, top_t + S), all_s = *std::max_element(top_s, top_s + S);
+    double sum_t = 0, sum_s = 0, gap_t = 0, gap_s = 0;
+    for (int64_t i = 0; i < S; ++i) {
+        const double d_t = (double(top_t[i]) - all_t) * c, d_s = (double(top_s[i]) - all_s) * c;
+        const double f_t = std::exp(d_t), f_s = std::exp(d_s);
+        sum_t += f_t * z_t[i], gap_t += moved(f_t, g_t[i], d_t - d_s, z_t[i]);
+        sum_s += f_s * z_s[i], gap_s += moved(f_s, g_s[i], d_t - d_s, z_s[i]);
+    }
+    // No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    const bool exists = sum_t > 0 && sum_s > 0;
+    const double log_ratio = exists ? std::log(sum_t / sum_s) : std::numeric_limits<double>::quiet_NaN();
+    const double loss = call.kind == FORWARD_KL ? gap_t / sum_t - log_ratio : log_ratio - gap_s / sum_s;
+    const float rounded = loss < 0 ? 0 : float(loss);
+    call.saved[position] = {all_t, all_s, float(1 / sum_t), float(1 / sum_s), float(log_ratio), rounded};
+    return rounded;
 }
 
 }  // namespace motab
@@ -78,6 +102,16 @@ extern "C" void motab_divergence_sums(const DivergenceCall* call, float* sums) {
     });
 }
 
+// From (R, 6, S) to the losses (R,), 0 where a position does not count.
+extern "C" void motab_divergence_finish(const DivergenceCall* call, const float* sums, int64_t S, float* loss) {
+    parallel_for(call->B * call->T, call->threads, 1 + 2048 / S, [&](int64_t begin, int64_t end) {
+        for (int64_t position = begin; position < end; ++position) {
+            const bool counts = !call->keep || call->keep[position];
+            loss[position] = counts ? finish(*call, position, sums + position * 6 * S, S) : 0;
+        }
+    });
+}
+
 // To (R, 2, S); 0 of a position that does not count.
 extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, float* terms) {
     const int64_t S = splits_of(call->V);
@@ -93,6 +127,7 @@ extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, fl
 // To `out`, of any type; 0 where the position's scale is 0, whatever its logits.
 extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam) {
     const auto gradient_of = AT_LEVEL(split_gradient);
+    prefer_large_pages(call->out.at(0, 0, 0), call->out.at(call->B - 1, call->T - 1, call->V));
     for_each_split(*call, [&](int64_t position, int64_t index, const Split& split) {
         char* out = call->out.at(position / call->T, position % call->T, index * SPLIT);
         const float scale = call->scale[position];

@@ -13,9 +13,6 @@ from torch import Tensor
 
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
-from motab_kernels.divergence_sums import finish
-
-__all__ = ["divergence_gradient", "divergence_sums", "divergence_terms", "finish"]
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 SPLIT = 4096  # columns, as in splits.h
@@ -24,29 +21,34 @@ NUM_ARGUMENTS = 23  # of 8 bytes each: `DivergenceCall` in divergence.cpp
 
 def _call(
     function: str,
-    student: Tensor,
-    teacher: Tensor,
+    shape: tuple[int, int, int],
     tau: Tensor | None,
     kind: str,
     *numbers: object,
+    sides: tuple[Tensor, Tensor] | None = None,
     keep: Tensor | None = None,
     saved: Tensor | None = None,
     scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    # The tensors that are made here live until the call is over.
+    student, teacher = (None, None) if sides is None else (x if x.stride(-1) == 1 else x.contiguous() for x in sides)
     tau = widened(tau)
     arguments = (ctypes.c_int64 * NUM_ARGUMENTS)(
-        *student.shape,
+        *shape,
         torch.get_num_threads(),
         KINDS.index(kind),
         *logits(student),
         *logits(teacher),
         *parameter(tau),
         *(0 if x is None else x.data_ptr() for x in (keep, saved, scale)),
-        *((0, 0, 0, 0) if out is None else logits(out)),
+        *logits(out),
     )
     getattr(kernels(), f"motab_divergence_{function}")(arguments, *numbers)
+
+
+def _pointer(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _splits(V: int) -> int:
@@ -57,8 +59,17 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
     """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept may hold anything."""
     B, T, V = student.shape
     sums = torch.empty(B * T, 6, _splits(V))
-    _call("sums", student, teacher, tau, kind, ctypes.c_void_p(sums.data_ptr()), keep=keep)
+    _call("sums", (B, T, V), tau, kind, _pointer(sums), sides=(student, teacher), keep=keep)
     return sums
+
+
+def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
+    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
+    R, _, S = sums.shape
+    loss, saved = torch.empty(R), torch.empty(R, 6)
+    shape = R // max(1, T), T, 0
+    _call("finish", shape, tau, kind, _pointer(sums), ctypes.c_int64(S), _pointer(loss), keep=keep, saved=saved)
+    return loss, saved
 
 
 def divergence_terms(
@@ -67,8 +78,8 @@ def divergence_terms(
     """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
     B, T, V = student.shape
     terms = torch.empty(B * T, 2, _splits(V))
-    numbers = ctypes.c_float(lam), ctypes.c_void_p(terms.data_ptr())
-    _call("terms", student, teacher, tau, kind, *numbers, keep=keep, saved=saved)
+    numbers = ctypes.c_float(lam), _pointer(terms)
+    _call("terms", (B, T, V), tau, kind, *numbers, sides=(student, teacher), keep=keep, saved=saved)
     return terms
 
 
@@ -83,5 +94,6 @@ def divergence_gradient(
     out: Tensor,
 ) -> None:
     """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits."""
-    scale = scale.float()
-    _call("gradient", student, teacher, tau, kind, ctypes.c_float(lam), saved=saved, scale=scale, out=out)
+    B, T, V = student.shape
+    sides, scale = (student, teacher), scale.float()
+    _call("gradient", (B, T, V), tau, kind, ctypes.c_float(lam), sides=sides, saved=saved, scale=scale, out=out)

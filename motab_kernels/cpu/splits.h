@@ -23,6 +23,9 @@ struct Split {
 
 inline int64_t splits_of(int64_t V) { return (V + SPLIT - 1) / SPLIT; }
 
+// A sum of w * x over a split, after x has grown by d and w by f = e^d; nothing is left where f is 0, not even of inf.
+inline double moved(double f, double total, double d, double z) { return f != 0 ? f * (total + d * z) : 0; }
+
 // Splits that are worth a thread.
 inline int64_t grain_of(int64_t V) { return 1 + (1 << 14) / std::min(V, SPLIT); }
 

@@ -25,10 +25,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from motab_kernels.divergence_sums import CENTRE, LOG_RATIO, RECIPROCAL_S, RECIPROCAL_T, TOP_S, TOP_T, finish
+from motab_kernels.divergence_sums import (
+    CENTRE,
+    LOG_RATIO,
+    RECIPROCAL_S,
+    RECIPROCAL_T,
+    TOP_S,
+    TOP_T,
+    by_position,
+    merge_sums,
+)
 from motab_kernels.reference.rows import CHUNK, row_sums
-
-__all__ = ["divergence_gradient", "divergence_sums", "divergence_terms", "finish"]
 
 
 def chunks(student: Tensor, teacher: Tensor, tau: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
@@ -62,6 +69,17 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
         sums = (top_t, row_sums(w_t), g_t, top_s, row_sums(w_s), g_s)
         parts.append(torch.stack(sums, -1))
     return torch.cat(parts)[..., None]
+
+
+def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
+    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
+    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
+    # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
+    loss = g_t / z_t - log_ratio if kind == "forward_kl" else log_ratio - g_s / z_s
+    loss = torch.where(loss < 0, 0.0, loss)  # rounding; NaN stays
+    saved = torch.stack((top_t, top_s, 1 / z_t, 1 / z_s, log_ratio, loss), 1)
+    return loss if keep is None else loss.masked_fill(~keep, 0), saved
 
 
 def distributions(s: Tensor, t: Tensor, tau: Tensor, saved: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -109,7 +109,8 @@ def test_a_loss_on_each_instruction_set(library, kind):
     loss.sum().backward()
     expected_loss, expected_gradient = expected(student, teacher, kind)
     torch.testing.assert_close(loss.detach().double(), expected_loss, rtol=3e-6, atol=1e-6)
-    torch.testing.assert_close(student.grad.double(), expected_gradient, rtol=1e-5, atol=2e-7)
+    # Of a loss of 100 nats, of which float32 keeps 4e-6.
+    torch.testing.assert_close(student.grad.double(), expected_gradient, rtol=1e-5, atol=2e-6)
 
 
 @needs_library
