@@ -66,9 +66,11 @@ def train(arguments: list[str], console: Console) -> None:
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
     require(model_name_or_path=args.model_name_or_path, train_file=args.train_file)
-    tokenizer = load_tokenizer(args.model_name_or_path)
+    teacher_name = args.teacher_model_name_or_path
+    tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     model = load_model(args.model_name_or_path, args.dtype)
-    trainer = MotabTrainer(model, args=config, train_dataset=args.train_file, processing_class=tokenizer)
+    teacher = load_model(teacher_name, args.dtype) if teacher_name else None
+    trainer = MotabTrainer(model, teacher, config, train_dataset=args.train_file, processing_class=tokenizer)
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last)
     trainer.save_model()

@@ -78,9 +78,10 @@ class EvaluateArguments(GenerationArguments):
 
 @dataclass
 class TrainArguments:
-    """motab train: cross-entropy on the trajectories of a synthesis."""
+    """motab train: on the trajectories of a synthesis, by cross-entropy or a divergence from the teacher."""
 
     model_name_or_path: str = _setting("", "The student.")
+    teacher_model_name_or_path: str = _setting("", "The teacher, for a loss_type other than cross_entropy.")
     train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
     dtype: str = _setting("float32", "Of the weights.")
 

@@ -1,28 +1,36 @@
-"""Training on trajectories by cross-entropy: the paper's recipe, through transformers' Trainer."""
+"""Training on trajectories through transformers' Trainer: by cross-entropy, the paper's recipe, or by a divergence from
+the teacher at every token."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
 from motab.synthesis import read_trajectories
 from motab.trajectory import AUTHORS, Trajectory
 
 IGNORED = -100
+LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+LOSS_TYPES = get_args(LossType)
 
 
 @dataclass
 class MotabConfig(TrainingArguments):
-    """TrainingArguments with the paper's defaults and one setting more.
+    """TrainingArguments with the paper's defaults and some settings more.
 
     Attributes:
+        loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
+            each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". Trajectories
+            of `OnPolicy` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
+        beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
     """
@@ -31,6 +39,10 @@ class MotabConfig(TrainingArguments):
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
     num_train_epochs: float = 6.0
+    loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
+    beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
+    alpha: float = field(default=0.1, metadata={"help": "Of the skew divergences."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of a divergence."})
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
@@ -39,6 +51,8 @@ class MotabConfig(TrainingArguments):
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
         self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
+        if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
             raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
         if set(self.ignore_authors) >= set(AUTHORS):
@@ -79,17 +93,23 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 class MotabTrainer(Trainer):
-    """Trains a student on trajectories by cross-entropy.
+    """Trains a student on trajectories.
+
+    By a divergence, neither model's logits are held: the loss takes the hidden states and the output embeddings, where
+    these two alone make the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an
+    adapter on the head), and for sharded ones (FSDP, DeepSpeed), it takes the logits. It is the mean over the tokens of
+    a step, however that is cut into micro-batches.
 
     Args:
         model: the student.
-        teacher_model: not needed, since the trajectories hold what the teacher wrote; refused when given.
+        teacher_model: for a divergence, with the student's tokenizer; put on the student's device and in evaluation
+            mode. By cross-entropy it is not needed, since the trajectories hold what the teacher wrote, and refused.
         args: `MotabConfig`.
         train_dataset: trajectories, or the file that `synthesize_to_file` wrote.
         processing_class: the tokenizer, saved with the model.
 
     Raises:
-        ValueError: no trajectories, or a teacher.
+        ValueError: no trajectories, a teacher that is missing or not needed.
     """
 
     def __init__(
@@ -102,12 +122,14 @@ class MotabTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        if teacher_model is not None:
+        args = MotabConfig(output_dir="runs/train") if args is None else args
+        if teacher_model is not None and args.loss_type == "cross_entropy":
             raise ValueError(
                 "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
-                "besides; let motab.synthesize use the teacher, and leave it out here"
+                "besides; leave it out, or set loss_type to a divergence, as forward_kl"
             )
-        args = MotabConfig(output_dir="runs/train") if args is None else args
+        if teacher_model is None and args.loss_type != "cross_entropy":
+            raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
         trajectories = read_trajectories(train_dataset) if isinstance(train_dataset, str | Path) else train_dataset
         if not trajectories:
             raise ValueError("train_dataset must hold at least one trajectory, got none")
@@ -119,3 +141,37 @@ class MotabTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        self.teacher_model = teacher_model
+        if teacher_model is not None:
+            teacher_model.to(self.args.device).eval()
+            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            self.from_heads = not is_sharded and has_plain_head(model) and has_plain_head(teacher_model)
+            self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: int | Tensor | None = None,
+    ) -> Any:
+        if self.teacher_model is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        args = self.args
+        mask = inputs["labels"][:, 1:] != IGNORED
+        inputs = {name: x for name, x in inputs.items() if name != "labels"}
+        if self.from_heads:
+            inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher = self.teacher_model(**inputs)
+        student = model(**inputs)
+        settings = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
+        with self.accelerator.autocast():
+            if self.from_heads:
+                models = self.accelerator.unwrap_model(model), self.teacher_model
+                loss = loss_from_heads(models, (student, teacher), mask, settings, num_items_in_batch)
+            else:
+                loss = loss_from_logits((student, teacher), mask, settings, num_items_in_batch)
+        if args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # over which the gradients are averaged
+        return (loss, student) if return_outputs else loss

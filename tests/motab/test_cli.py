@@ -51,7 +51,11 @@ def test_from_synthesis_to_report(config, tmp_path, capsys):
     model = tmp_path / "model"
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(model)]
     command += ["--train_file", str(out / "trajectories.jsonl"), "--num_train_epochs", "1", "--report_to", "none"]
-    assert main([*command, "--use_cpu", "--save_strategy", "no"]) == 0
+    command += ["--use_cpu", "--save_strategy", "no"]
+    assert main([*command, "--loss_type", "jsd"]) == 2
+    assert "loss_type jsd compares the student with a teacher" in capsys.readouterr().err
+    assert main([*command, "--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")]) == 0
+    assert main(command) == 0
     figures = tmp_path / "figures.json"
     command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
     assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0

@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from conftest import make_model
-from transformers import TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import motab
-from motab.trainer import TrajectoryDataset, collate
+from motab.distillation import has_plain_head
+from motab.trainer import LOSS_TYPES, TrajectoryDataset, collate
 
 
 def trajectory(index, prompt_ids, token_ids, author):
@@ -88,6 +89,95 @@ def test_learns_and_resumes(tmp_path):
     assert whole(ids).logits[0, 1:-1].argmax(-1).tolist() == TRAJECTORIES[0].token_ids
 
 
+def softcapped_model(seed):
+    """Gemma 2 caps its logits."""
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "head_dim": 8, "vocab_size": 12}
+    config = AutoConfig.for_model(
+        "gemma2", **sizes, num_attention_heads=4, num_key_value_heads=2, final_logit_softcapping=2.0, pad_token_id=0
+    )
+    return AutoModelForCausalLM.from_config(config).double().eval()
+
+
+def step(folder, student, teacher, size, **settings):
+    """The loss and the gradient's norm that a step on both trajectories logs."""
+    args = config(
+        folder,
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=2 // size,
+        max_steps=1,
+        logging_steps=1,
+        **settings,
+    )
+    trainer = motab.MotabTrainer(copy.deepcopy(student), teacher, args, train_dataset=TRAJECTORIES)
+    trainer.train()
+    logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
+    return logged["loss"], logged["grad_norm"], trainer
+
+
+@pytest.mark.parametrize(
+    ("make", "make_teacher"),
+    [(make_model, make_model), (softcapped_model, make_model), (make_model, softcapped_model)],
+)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES[1:])
+def test_divergence_by_definition(tmp_path, loss_type, make, make_teacher):
+    """The mean over the targets' tokens but the ignored ones, whatever the micro-batch, and its gradient."""
+    student, teacher = make(3), make_teacher(4)
+    settings = {"loss_type": loss_type, "beta": 0.3, "alpha": 0.2, "temperature": 1.5, "ignore_authors": ["flawed"]}
+    losses = []
+    for t in TRAJECTORIES:
+        ids = torch.tensor([t.prompt_ids + t.token_ids])
+        logits = [model(ids).logits[0] for model in (student, teacher)]
+        q, p = (x.div(1.5).softmax(-1) for x in logits)
+        for place, author in enumerate(t.author, len(t.prompt_ids) - 1):
+            if author != "flawed":
+                losses.append(divergence(loss_type, p[place].detach(), q[place]))
+    expected = sum(losses) / len(losses)
+    expected.backward()
+    norm = torch.nn.utils.get_total_norm([x.grad for x in student.parameters() if x.grad is not None])
+    student.zero_grad()
+    for size in (1, 2):
+        loss, grad_norm, trainer = step(tmp_path / str(size), student, teacher, size, **settings)
+        assert trainer.from_heads == (make is make_teacher)
+        assert loss == pytest.approx(expected.item(), rel=1e-3)
+        assert grad_norm == pytest.approx(norm.item(), rel=1e-3)
+
+
+def divergence(loss_type, p, q):
+    def kl(a, b):
+        return (a * (a / b).log()).sum()
+
+    m = 0.3 * p + 0.7 * q
+    return {
+        "forward_kl": kl(p, q),
+        "reverse_kl": kl(q, p),
+        "jsd": 0.3 * kl(p, m) + 0.7 * kl(q, m),
+        "skew_forward_kl": kl(p, 0.2 * p + 0.8 * q),
+        "skew_reverse_kl": kl(q, 0.8 * p + 0.2 * q),
+        "tvd": (p - q).abs().sum() / 2,
+    }[loss_type]
+
+
+def test_a_head_with_an_adapter_is_not_its_weight(tmp_path):
+    model = make_model(3)
+    assert has_plain_head(model)
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert not has_plain_head(model)
+    assert not model.training
+
+
+def test_a_divergence_leaves_the_teacher_as_it_is_and_closes_in_on_it(tmp_path):
+    student, teacher = make_model(3), make_model(4)
+    before = copy.deepcopy(teacher.state_dict())
+    settings = {"loss_type": "forward_kl", "learning_rate": 1e-2, "num_train_epochs": 30, "logging_steps": 1}
+    args = config(tmp_path, per_device_train_batch_size=2, **settings)
+    trainer = motab.MotabTrainer(student, teacher, args, train_dataset=TRAJECTORIES)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] / 10
+    assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
+
+
 def test_reads_the_file_of_a_synthesis(tmp_path):
     path = tmp_path / "trajectories.jsonl"
     path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
@@ -109,5 +199,9 @@ def test_bad_input(tmp_path):
         config(tmp_path, ignore_authors=["student", "flawed", "stitch", "teacher"])
     with pytest.raises(ValueError, match="at least one trajectory, got none"):
         motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=[])
-    with pytest.raises(ValueError, match="leave it out here"):
+    with pytest.raises(ValueError, match="leave it out, or set loss_type"):
         motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match=r"loss_type forward_kl .* give teacher_model"):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
+        config(tmp_path, loss_type="kl")
