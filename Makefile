@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo smollm2 test lint sanitize cross clean
+.PHONY: demo smollm2 test lint sanitize cross benchmark clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -41,6 +41,12 @@ sanitize: $(READY)
 cross: $(READY)
 	$(BIN)/python -m pip install --quiet ziglang
 	$(BIN)/python tests/motab_kernels/cross_compile.py
+
+# Every op beside eager PyTorch, torch.compile and the peers: table, picture and JSON in build/benchmarks. 8 minutes.
+benchmark: $(READY)
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/cpu.json
+	$(BIN)/python -m benchmarks.report build/cpu.json --out build/benchmarks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

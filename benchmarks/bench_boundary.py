@@ -4,23 +4,22 @@
 
 B rows of T tokens, vocabulary V. Every provider yields both KLs, both entropies and both log-probabilities; ours also
 rank, argmax and the decision. Each is compared with float64 before it is timed. `read` only reads both sides' logits.
-The bytes are those of reading them once, whatever is read: 2 B T V times the element's size. `python -m benchmarks.gpu`
-races the same providers on a GPU.
+The bytes are those of reading them once, whatever is read: 2 B T V times the element's size. No call finds its inputs
+in a cache. `python -m benchmarks.gpu` races the same providers on a GPU.
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
 
 import motab_kernels as mk
-from benchmarks.timing import SHORT, peak_mib, synchronise
+from benchmarks.timing import SHORT, peak_mib, rotations, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 151936
-# Inputs are rotated so that a GPU does not find them in its 50 MB of cache; on the CPU they exceed it anyway.
 POSITIONS = (1, 8, 64, 512) if DEVICE == "cuda" else (1, 64)
-ROTATE = 4 if DEVICE == "cuda" else 1
 NAMES = mk.BoundaryOutput._fields[:6]
 
 
@@ -97,20 +96,18 @@ def check(call, name, student, teacher, tokens):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("provider", [*PROVIDERS, "read"])
 def test_boundary(benchmark, provider, dtype, positions):
-    batches = [inputs((positions,), V, dtype, i) for i in range(ROTATE)]
+    read = 2 * positions * V * dtype.itemsize
+    batches = [inputs((positions,), V, dtype, seed) for seed in range(rotations(read, DEVICE))]
     call = merely_read if provider == "read" else PROVIDERS[provider](*batches[0])
     if call is not merely_read:
         check(call, provider, *batches[0])
+    turns = itertools.cycle(batches)
 
     def run():
-        for batch in batches:
-            call(*batch)
+        call(*next(turns))
         synchronise(DEVICE)
 
     benchmark.group = f"boundary, B = {positions}, {SHORT[dtype]}"
-    benchmark.pedantic(
-        run, rounds=30 if positions == 1 else 10, iterations=10 if positions == 1 else 1, warmup_rounds=2
-    )
-    read = 2 * positions * V * dtype.itemsize * ROTATE
+    benchmark.pedantic(run, rounds=10, iterations=len(batches), warmup_rounds=2)
     benchmark.extra_info["GB/s"] = round(read / benchmark.stats.stats.median / 1e9, 2)
     benchmark.extra_info["peak MiB"] = peak_mib(lambda: call(*batches[0]), DEVICE)

@@ -112,7 +112,7 @@ def test_divergence(benchmark, provider, dtype, kind):
         synchronise(DEVICE)
 
     benchmark.group = f"{kind}, forward and backward, {POSITIONS} x {V}, {SHORT[dtype]}"
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=3)
     moved = 5 * POSITIONS * V * dtype.itemsize
     benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)
     student.grad = None

@@ -22,11 +22,16 @@ def synchronise(device: str) -> None:
 
 
 def rotations(bytes_a_call: int, device: str) -> int:
-    """How many sets of inputs take three times the GPU's cache, so that no call finds its own there."""
-    if device != "cuda":
-        return 1
-    cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(256, max(1, -(-3 * cache // bytes_a_call)))
+    """How many sets of inputs take three times the last cache, so that no call finds its own there."""
+    return min(256, max(1, -(-3 * last_cache(device) // bytes_a_call)))
+
+
+def last_cache(device: str) -> int:
+    """Bytes: a GPU's second level, a CPU's third (Linux; 32 MiB where it does not say)."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(path.read_text().strip().removesuffix("K")) << 10 if path.exists() else 32 << 20
 
 
 def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float:
