@@ -140,6 +140,7 @@ ENTRY void terms_of_kind(const Split& split, const Saved& saved, float lam, Spli
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
         for (int64_t i = 0; i < block.columns; i += LANES) {
+            block.prefetch(i);
             const Terms terms = terms_of<KIND>(pair_of(load(block.s + i), load(block.t + i), row), all_lam);
             divergence += terms.divergence;
             centre += terms.centre;
@@ -186,8 +187,10 @@ ENTRY void gradient_of_kind(
         // read before it is written.
         const bool at_once = out_type == FLOAT32 && block.columns % LANES == 0;
         float* room = at_once ? reinterpret_cast<float*>(target) : room_out;
-        for (int64_t i = 0; i < block.columns; i += LANES)
+        for (int64_t i = 0; i < block.columns; i += LANES) {
+            block.prefetch(i);
             store(room + i, gradient_of<KIND>(load(block.s + i), load(block.t + i), row, centre, all_lam, factor));
+        }
         if (!at_once) from_floats(out_type, room, block.columns, target);
     }
 }

@@ -42,6 +42,7 @@ KERNEL void add_block(Sums& kept, Tops& kept_tops, const Block& block, float m_t
     const Floats all_m_t = all(m_t), all_m_s = all(m_s), c = all(inverse_temperature);
     for (int64_t i = 0; i < block.columns; i += LANES) {
         const Floats t = load(block.t + i), s = load(block.s + i);
+        block.prefetch(i);
         tops.t = larger(t, tops.t);
         tops.s = larger(s, tops.s);
         sums.template add<MASKED>(t, (t - all_m_t) * c, (s - all_m_s) * c);

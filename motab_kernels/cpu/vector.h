@@ -25,15 +25,19 @@ KERNEL float sum(Floats x) {
     return total;
 }
 
+// In pairs, then in pairs of those: short chains.
 KERNEL float largest(Floats x) {
-    float top = x[0];
-    for (int i = 1; i < LANES; ++i) top = x[i] > top ? x[i] : top;
-    return top;
+    float tops[LANES];
+    store(tops, x);
+    for (int width = LANES / 2; width > 0; width /= 2)
+        for (int i = 0; i < width; ++i) tops[i] = tops[i] > tops[i + width] ? tops[i] : tops[i + width];
+    return tops[0];
 }
 
 KERNEL bool has_nan(Floats x) {
     const Ints bad = x != x;
-    int any = 0;
-    for (int i = 0; i < LANES; ++i) any |= bad[i];
+    uint64_t pairs[LANES / 2], any = 0;
+    __builtin_memcpy(pairs, &bad, sizeof pairs);
+    for (int i = 0; i < LANES / 2; ++i) any |= pairs[i];
     return any != 0;
 }
