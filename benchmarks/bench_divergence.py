@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import motab_kernels as mk
-from benchmarks.timing import SHORT, peak_mib, synchronise
+from benchmarks.timing import SHORT, peak_mib, settle, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 V = 151936
@@ -112,6 +112,7 @@ def test_divergence(benchmark, provider, dtype, kind):
         synchronise(DEVICE)
 
     benchmark.group = f"{kind}, forward and backward, {POSITIONS} x {V}, {SHORT[dtype]}"
+    settle(DEVICE)
     benchmark.pedantic(run, rounds=5, warmup_rounds=3)
     moved = 5 * POSITIONS * V * dtype.itemsize
     benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)

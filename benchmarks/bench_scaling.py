@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import bench_boundary, bench_divergence
-from benchmarks.timing import SHORT, synchronise
+from benchmarks.timing import SHORT, settle, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BASE = {"B": 64, "T": 1, "V": 151936} if DEVICE == "cuda" else {"B": 4, "T": 1, "V": 151936}
@@ -49,4 +49,6 @@ def test_scaling(benchmark, provider, op, sizes):
 
     benchmark.group = f"{op}, by size, {SHORT[DTYPE]}"
     benchmark.extra_info.update(sizes, op=op, provider=provider)
-    benchmark.pedantic(run, rounds=7, warmup_rounds=1)
+    if op != "boundary":
+        settle(DEVICE)
+    benchmark.pedantic(run, rounds=7, warmup_rounds=3)
