@@ -152,7 +152,8 @@ def loss_dtype(x: Tensor) -> torch.dtype:
 def _chunk_size(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
     V, item = student_weight.shape[0], student_weight.element_size()
     wide = loss_dtype(student_weight).itemsize
-    position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS
+    copies = 2 if item == 2 and student_weight.device.type == "cpu" else 1  # PyTorch's 16-bit product there makes one
+    position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS * copies
     size = max(1, BUDGET // position)
     return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
 
