@@ -9,7 +9,6 @@ Writes NAME.json (the figures, and what they were measured on), NAME.md and NAME
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
 import platform
@@ -19,10 +18,10 @@ from typing import Any
 
 import torch
 
+from benchmarks.gpu import installed
 from benchmarks.timing import copy_tb_s
 
 Record = dict[str, Any]
-PACKAGES = ("torch", "triton", "transformers", "trl", "liger-kernel")
 
 
 def records_of(run: Record) -> Iterator[Record]:
@@ -37,19 +36,13 @@ def records_of(run: Record) -> Iterator[Record]:
 
 
 def machine(run: Record) -> Record:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "absent"
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else run["machine_info"]["cpu"].get("brand_raw", "a CPU"),
         "threads": torch.get_num_threads(),
         "copy GB/s": round(1e3 * copy_tb_s("cuda" if on_gpu else "cpu", 2 << 30 if on_gpu else 1 << 28), 1),
         "python": platform.python_version(),
-        **versions,
+        **installed(),
         "date": run["datetime"][:10],
         "command": f"OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', '')} pytest benchmarks/ --benchmark-only",
     }
