@@ -154,10 +154,11 @@ def fused_kl_boundary(
     check_parameter("temperature", temperature, minimum=0, strict=True)
 
     B, device = token_ids.shape[0], token_ids.device
-    if state is None:
-        state = boundary.new_state(B, device)
-    check_state(state, B, rule.window, device)
     backend = choose_backend(backend, student_logits, teacher_logits)
+    if state is not None:
+        check_state(state, B, rule.window, device)
+    elif backend != "cpu" or rule.window:  # C++ makes do without one that nobody will see
+        state = boundary.new_state(B, device)
     if out is None:
         out = _empty_output(token_ids)
     else:
@@ -173,7 +174,7 @@ def fused_kl_boundary(
         None if _is_one(temperature) else _on_device("temperature", temperature, B, device),
         _on_device("the boundary's threshold", rule.scale, B, device),
         None if rule.theta is None else _on_device("theta", rule.theta, B, device),
-        [state.counters, state.scores, state.history],
+        [] if state is None else [state.counters, state.scores, state.history],
         list(out),
         workspace,
         rule.score,
@@ -204,11 +205,9 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
 
 def _empty_output(token_ids: Tensor) -> BoundaryOutput:
     """All of the float32 ones in one piece of memory: each allocation costs."""
-    shape, device = token_ids.shape, token_ids.device
-    floats = torch.empty((8, *shape), dtype=torch.float32, device=device).unbind()
-    rank, argmax, stray = (torch.empty(shape, dtype=dtype, device=device) for dtype in REST)
-    kl_t, kl_s, logprob_s, logprob_t, entropy_s, entropy_t, score, threshold = floats
-    return BoundaryOutput(kl_t, kl_s, logprob_s, logprob_t, entropy_s, entropy_t, rank, argmax, score, threshold, stray)
+    floats = torch.empty((8, *token_ids.shape), dtype=torch.float32, device=token_ids.device).unbind()
+    rank, argmax, stray = (torch.empty_like(token_ids, dtype=x, memory_format=torch.contiguous_format) for x in REST)
+    return BoundaryOutput._make((*floats[:6], rank, argmax, *floats[6:], stray))
 
 
 def _fused_kl_boundary(
@@ -232,29 +231,30 @@ def _fused_kl_boundary(
     if token_ids.device.type == "cpu" and backend != "cpu":  # which looks itself
         check_values(token_ids, temperature, vocab_size)
 
+    student, teacher = student_logits, teacher_logits
+    if not student.shape[-1] == teacher.shape[-1] == vocab_size:
+        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
+    rule = Rule(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
+    doubt = None
+    if backend != "torch":
+        student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+        doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
+    if backend == "cpu":
+        if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out):
+            check_values(token_ids, temperature, vocab_size)
+        return
+
     def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
         return x if token_ids.dim() == 2 else x.unsqueeze(1)
 
-    student, teacher = (with_tokens(x) for x in (student_logits, teacher_logits))
-    if not student.shape[-1] == teacher.shape[-1] == vocab_size:
-        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
-    tokens = with_tokens(token_ids)
+    student, teacher, tokens = (with_tokens(x) for x in (student, teacher, token_ids))
     ends = None if step_ends is None else with_tokens(step_ends)
-    rule = Rule(score, scale, theta, top_k, window=state[2].shape[1])
-
     if backend == "torch":
         results = reference.fused_kl_boundary(
             student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
         )
         for target, result in zip(out, results, strict=True):
             target.copy_(result.view(target.shape))
-        return
-
-    doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
-    student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
-    if backend == "cpu":
-        if not cpu.fused_kl_boundary(student, teacher, tokens, ends, temperature, doubt, rule, state, out):
-            check_values(token_ids, temperature, vocab_size)
         return
 
     gpu = triton_kernels("boundary", student.device)

@@ -9,8 +9,10 @@ TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def logits(x: Tensor | None) -> tuple[int, ...]:
-    """(B, T, V), contiguous in V."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1))
+    """(B, T, V) or (B, V), contiguous in V."""
+    if x is None:
+        return 0, 0, 0, 0
+    return x.data_ptr(), TYPES[x.dtype], x.stride(0), x.stride(1) if x.dim() == 3 else 0
 
 
 def parameter(x: Tensor | None) -> tuple[int, ...]:

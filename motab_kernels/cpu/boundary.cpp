@@ -41,7 +41,7 @@ struct BoundaryCall {
     Parameter temperature, scale, theta;
     const float* doubt;
     int64_t score, window;
-    Counters* counters;
+    Counters* counters;  // null, as the two that follow, for a state to forget; window is 0 then
     Scores* scores;
     double* history;
     float *forward_kl, *reverse_kl, *student_logprob, *teacher_logprob, *student_entropy, *teacher_entropy;
@@ -106,6 +106,10 @@ static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const 
 static void decide_row(const BoundaryCall& call, int64_t b, const Partial* partials, int64_t splits) {
     const bool has_theta = call.theta.data != nullptr;
     const Rule rule = {Score(call.score), call.scale[b], has_theta ? call.theta[b] : 0, has_theta, call.window};
+    Counters fresh_counters;
+    Scores fresh_scores;
+    Counters& counters = call.counters ? call.counters[b] : fresh_counters;
+    Scores& scores = call.scores ? call.scores[b] : fresh_scores;
     for (int64_t i = 0; i < call.T; ++i) {
         const int64_t position = b * call.T + i;
         const bool counted = call.token(b, i) != -1;
@@ -117,8 +121,7 @@ static void decide_row(const BoundaryCall& call, int64_t b, const Partial* parti
             const double doubt = call.doubt ? call.doubt[position] : at.teacher_entropy;
             const bool ends = !call.ends || call.ends[b * call.ends_stride_b + i * call.ends_stride_t];
             stray = walk(
-                rule, contribution(at, rule.score), doubt, ends, call.counters[b], call.scores[b],
-                call.history + b * call.window);
+                rule, contribution(at, rule.score), doubt, ends, counters, scores, call.history + b * call.window);
         }
         call.forward_kl[position] = at.forward_kl;
         call.reverse_kl[position] = at.reverse_kl;
@@ -128,8 +131,8 @@ static void decide_row(const BoundaryCall& call, int64_t b, const Partial* parti
         call.teacher_entropy[position] = at.teacher_entropy;
         call.rank[position] = at.rank;
         call.argmax[position] = argmax;
-        call.score_out[position] = counted ? float(call.scores[b].score) : 0;
-        call.threshold[position] = counted ? float(call.scores[b].threshold) : 0;
+        call.score_out[position] = counted ? float(scores.score) : 0;
+        call.threshold[position] = counted ? float(scores.threshold) : 0;
         call.stray[position] = stray;
     }
 }

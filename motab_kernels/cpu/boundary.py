@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -11,13 +11,12 @@ from motab_kernels.boundary_state import SCORES, Rule
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
 
-NUM_ARGUMENTS = 44  # of 8 bytes each: `BoundaryCall` in boundary.cpp
+CALL = struct.Struct("44q")  # `BoundaryCall` in boundary.cpp
 NO_MEMORY = 1
-Arguments = ctypes.c_int64 * NUM_ARGUMENTS
 
 
 def _strided(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1))
+    return (0, 0, 0) if x is None else (x.data_ptr(), x.stride(0), x.stride(1) if x.dim() == 2 else 0)
 
 
 def fused_kl_boundary(
@@ -31,14 +30,17 @@ def fused_kl_boundary(
     state: list[Tensor],
     out: list[Tensor],
 ) -> bool:
-    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors. False where
-    a token or a temperature is out of range, and nothing has been changed.
+    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors,
+    none for one to forget. False where
+    a token or a temperature is out of range, and nothing has been changed. T may be absent: it is 1.
 
     `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
     """
     parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
-    arguments = Arguments(
-        *student_logits.shape,
+    call = CALL.pack(
+        student_logits.shape[0],
+        student_logits.shape[1] if student_logits.dim() == 3 else 1,
+        student_logits.shape[-1],
         torch.get_num_threads(),
         *logits(student_logits),
         *logits(teacher_logits),
@@ -48,10 +50,10 @@ def fused_kl_boundary(
         0 if doubt is None else doubt.data_ptr(),
         SCORES.index(rule.score),
         rule.window,
-        *(x.data_ptr() for x in state),
+        *([x.data_ptr() for x in state] or (0, 0, 0)),
         *(x.data_ptr() for x in out),
     )
-    code = kernels().motab_fused_kl_boundary(arguments)
+    code = kernels().motab_fused_kl_boundary(call)
     if code == NO_MEMORY:
         raise MemoryError("fused_kl_boundary: no memory for its partial sums")
     return code == 0

@@ -26,12 +26,12 @@ struct Statistics {
     int32_t rank;
 };
 
-// What a row remembers; the columns of BoundaryState's tensors.
+// What a row remembers; the columns of BoundaryState's tensors, and what a fresh one holds.
 struct Counters {
-    int32_t tokens, step_tokens, steps, fall_start, breach, rollback;
+    int32_t tokens = 0, step_tokens = 0, steps = 0, fall_start = 0, breach = -1, rollback = -1;
 };
 struct Scores {
-    double total, score, threshold, safety, fall;
+    double total = 0, score = 0, threshold = 0, safety = 0, fall = 0;
 };
 
 inline double contribution(const Statistics& at, Score score) {

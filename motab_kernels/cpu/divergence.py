@@ -7,6 +7,7 @@ B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. Wh
 from __future__ import annotations
 
 import ctypes
+import struct
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from motab_kernels.cpu.library import kernels
 
 KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 SPLIT = 4096  # columns, as in splits.h
-NUM_ARGUMENTS = 23  # of 8 bytes each: `DivergenceCall` in divergence.cpp
+CALL = struct.Struct("23q")  # `DivergenceCall` in divergence.cpp
 
 
 def _call(
@@ -34,7 +35,7 @@ def _call(
     # The tensors that are made here live until the call is over.
     student, teacher = (None, None) if sides is None else (x if x.stride(-1) == 1 else x.contiguous() for x in sides)
     tau = widened(tau)
-    arguments = (ctypes.c_int64 * NUM_ARGUMENTS)(
+    call = CALL.pack(
         *shape,
         torch.get_num_threads(),
         KINDS.index(kind),
@@ -44,7 +45,7 @@ def _call(
         *(0 if x is None else x.data_ptr() for x in (keep, saved, scale)),
         *logits(out),
     )
-    getattr(kernels(), f"motab_divergence_{function}")(arguments, *numbers)
+    getattr(kernels(), f"motab_divergence_{function}")(call, *numbers)
 
 
 def _pointer(x: Tensor) -> ctypes.c_void_p:

@@ -106,11 +106,11 @@ def chunked_statistics(student: Tensor, teacher: Tensor, tokens: Tensor, tau: Te
 
 
 def top_k_entropy(teacher_logits: Tensor, k: int, temperature: Tensor | None) -> Tensor:
-    """Entropy of the renormalised `k` largest of (B, T, V) teacher logits, (B, T)."""
+    """Entropy of the renormalised `k` largest of (B, ..., V) teacher logits, (B, ...)."""
     top = teacher_logits.topk(min(k, teacher_logits.shape[-1])).values
     top = top.to(torch.promote_types(top.dtype, torch.float32))
     if temperature is not None:
-        top = top / temperature.reshape(-1, 1, 1).to(top.dtype)
+        top = top / temperature.reshape(-1, *(1,) * (top.dim() - 1)).to(top.dtype)
     log_p = top.log_softmax(-1)
     return -(log_p.exp() * log_p.clamp_min(torch.finfo(log_p.dtype).min)).sum(-1)
 

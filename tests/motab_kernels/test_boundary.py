@@ -299,6 +299,18 @@ def test_blocks_decide_as_the_whole(name):
                 assert torch.equal(getattr(state, part), getattr(expected_state, part)), part
 
 
+@pytest.mark.parametrize("name", BOUNDARIES)
+@pytest.mark.parametrize("T", [0, 24])
+def test_no_state_decides_as_a_fresh_one(name, T):
+    boundary = BOUNDARIES[name]
+    *inputs, step_ends = stepwise(4, max(T, 1), seed=7)
+    if T == 0:  # (B, V)
+        *inputs, step_ends = (x[:, 0] for x in (*inputs, step_ends))
+    expected = mk.fused_kl_boundary(*inputs, boundary=boundary, state=boundary.new_state(4), step_ends=step_ends)
+    for _ in range(2):  # nothing is left over from call to call
+        assert_equal(mk.fused_kl_boundary(*inputs, boundary=boundary, step_ends=step_ends), expected)
+
+
 @pytest.mark.parametrize(
     ("values", "breach", "rollback"),
     [
