@@ -1,19 +1,33 @@
 """Distil reasoning with a safety boundary: monitored generation with rollback. See `synthesize`."""
 
 from motab.engine import synthesize
-from motab.policies import MotabPolicy, OnPolicy, TeacherOnly
+from motab.policies import (
+    AdaSwitch,
+    MotabPolicy,
+    OnPolicy,
+    RelayOPD,
+    StepSKD,
+    TeacherOnly,
+    TokenSKD,
+    Truncated,
+)
 from motab.synthesis import read_trajectories, synthesize_to_file
 from motab.trainer import MotabConfig, MotabTrainer
 from motab.trajectory import Step, Trajectory
 
 __all__ = [
+    "AdaSwitch",
     "MotabConfig",
     "MotabPolicy",
     "MotabTrainer",
     "OnPolicy",
+    "RelayOPD",
     "Step",
+    "StepSKD",
     "TeacherOnly",
+    "TokenSKD",
     "Trajectory",
+    "Truncated",
     "read_trajectories",
     "synthesize",
     "synthesize_to_file",

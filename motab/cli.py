@@ -38,7 +38,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     names = {}
     if args.policy != "teacher_only":
         names["model_name_or_path"] = args.model_name_or_path
-    if args.policy != "on_policy" or args.teacher_model_name_or_path:
+    if args.policy not in ("on_policy", "truncated") or args.teacher_model_name_or_path:
         names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     require(dataset_name=args.dataset_name, **names)
     policy = args.make_policy()
@@ -107,7 +107,7 @@ def verify(arguments: list[str], console: Console) -> None:
         problems = [
             (t.index != place, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
-            (any(s.accepted != (s.value >= s.threshold) for s in t.steps), "accepts a step below its boundary"),
+            (any(s.accepted and not s.value >= s.threshold for s in t.steps), "accepts a step below its boundary"),
             ((t.breach_step is None) != all(s.accepted for s in t.steps), "and its steps disagree on a breach"),
         ]
         if found := [text for bad, text in problems if bad]:
@@ -140,7 +140,9 @@ def show(arguments: list[str], console: Console) -> None:
         console.print(Text(text, style=_STYLES[author]), end="")
     console.print()
     for place, step in enumerate(trajectory.steps):
-        verdict = "accepted" if step.accepted else f"breach, rolled back to step {trajectory.rollback_step}"
+        verdict = "accepted" if step.accepted else "breach"
+        if place == trajectory.breach_step:
+            verdict += f", rolled back to step {trajectory.rollback_step}"
         console.print(f"step {place}: value {step.value:.3f}, boundary {step.threshold:.3f}, {verdict}")
 
 

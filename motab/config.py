@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from motab.policies import MotabPolicy, OnPolicy, Policy, TeacherOnly
+from motab.policies import POLICIES, Policy
 
 T = TypeVar("T")
 
@@ -46,23 +46,52 @@ class SynthesizeArguments(GenerationArguments):
     dataset_split: str = _setting("train", "Of a hub dataset.")
     output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
     num_samples: int = _setting(1, "Trajectories a question.")
-    policy: Literal["motab", "on_policy", "teacher_only"] = _setting("motab", "Who writes and who watches.")
-    epsilon0: float = _setting(0.2, "Boundary at zero teacher entropy.")
-    theta: float = _setting(1.0, "How much the teacher's entropy relaxes the boundary.")
-    entropy_top_k: int | None = _setting(None, "Entropy of the renormalised top k; exact when not given.")
-    backtrack: Literal["td", "breach", "none"] = _setting("td", "Where the teacher starts after a breach.")
-    stitch: str = _setting("However,", "Phrase before the teacher's text; '' leaves the flawed steps out.")
-    delimiter: str = _setting(".\n\n", "Ends a step.")
+    policy: Literal[
+        "motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"
+    ] = _setting("motab", "Who writes and who watches.")
+    epsilon0: float | None = _setting(None, "Of motab: boundary at zero teacher entropy (0.2).")
+    theta: float | None = _setting(None, "Of motab: how much the teacher's entropy relaxes the boundary (1).")
+    entropy_top_k: int | None = _setting(None, "Of motab: entropy of the renormalised top k; exact when not given.")
+    backtrack: str | None = _setting(None, "Of motab: the teacher starts where td (this), breach or none says.")
+    stitch: str | None = _setting(
+        None, "Of motab: phrase before the teacher's text ('However,'); '' leaves the flawed steps out."
+    )
+    delimiter: str | None = _setting(None, "Ends a step ('.\\n\\n', of relay_opd '\\n\\n').")
+    max_interventions: int | None = _setting(None, "Of motab (1) and relay_opd (2).")
+    gamma: float | None = _setting(None, "Of step_skd: the least ratio of the teacher's value to the student's.")
+    top_k: int | None = _setting(None, "Of token_skd: a token must be among the teacher's k likeliest (25).")
+    factor: float | None = _setting(None, "Of adaswitch: how much of the recent mean divergence is too much.")
+    window: int | None = _setting(None, "Of adaswitch: tokens of that mean.")
+    words: list[str] | None = field(
+        default=None, metadata={"help": "Of relay_opd: those that a teacher reflects with."}
+    )
+    student_top_k: int | None = _setting(None, "Of relay_opd: the student's likeliest tokens that lack the word (5).")
+    paragraphs: int | None = _setting(None, "Of relay_opd: the most that the teacher writes at a time (3).")
+    relay_tokens: int | None = _setting(None, "Of relay_opd: the same in tokens (256).")
+    n: int | None = _setting(None, "Of truncated: tokens to stop after.")
 
     def make_policy(self) -> Policy:
-        """The policy that these settings describe."""
-        if self.policy == "teacher_only":
-            return TeacherOnly()
-        if self.policy == "on_policy":
-            return OnPolicy(self.delimiter)
-        return MotabPolicy(
-            self.epsilon0, self.theta, self.entropy_top_k, self.backtrack, self.stitch or None, self.delimiter
-        )
+        """The policy that these settings describe.
+
+        Raises:
+            ValueError: a setting that the policy needs is missing, one of another policy's is there, or out of range.
+        """
+        kind = POLICIES[self.policy]
+        own = {entry.name: entry for entry in dataclasses.fields(kind)}
+        settings = {entry.name for policy in POLICIES.values() for entry in dataclasses.fields(policy)}
+        given: dict[str, Any] = {name: value for name, value in vars(self).items() if name in settings}
+        given = {name: value for name, value in given.items() if value is not None}
+        if foreign := [name for name in given if name not in own]:
+            raise ValueError(
+                f"--policy {self.policy} has no {', '.join(foreign)}; it takes {', '.join(own) or 'no settings'}"
+            )
+        missing = (name for name, entry in own.items() if entry.default is dataclasses.MISSING and name not in given)
+        require(**dict.fromkeys(missing, ""))
+        if "stitch" in given:
+            given["stitch"] = given["stitch"] or None
+        if "words" in given:
+            given["words"] = tuple(given["words"])
+        return kind(**given)
 
 
 @dataclass

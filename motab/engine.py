@@ -1,4 +1,4 @@
-"""Monitored generation: the student drafts a block, the teacher scores it, breached rows roll back to the teacher.
+"""Monitored generation: the student drafts a block, the teacher scores it, rows that stray roll back to the teacher.
 
 Every row is one trajectory. Each round advances all of them by up to ``block_size`` tokens: a few forward passes,
 one fused call that judges the block, and one transfer that tells the host what happened; the host keeps the books.
@@ -14,10 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import motab_kernels as mk
-from motab.policies import MotabPolicy, OnPolicy, Policy, TeacherOnly
+from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
 from motab.row import STUDENT, TEACHER, Row
-from motab.sampling import choose, stream_key
-from motab.steps import DelimiterAutomaton
+from motab.sampling import choose
+from motab.steps import DelimiterAutomaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
 
@@ -33,7 +33,7 @@ class Engine:
         teacher: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         prompts: Sequence[list[int]],
-        policy: Policy,
+        rules: Rules | None,
         *,
         max_new_tokens: int,
         batch_size: int,
@@ -43,7 +43,7 @@ class Engine:
         seed: int,
         first_index: int,
     ):
-        self.tokenizer, self.policy, self.prompts = tokenizer, policy, prompts
+        self.tokenizer, self.rules, self.prompts = tokenizer, rules, prompts
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
         self.first_index = first_index
@@ -62,11 +62,15 @@ class Engine:
         )
         self.rows: list[Row | None] = [None] * self.batch_size
         self.next_prompt = 0
-        if not isinstance(policy, TeacherOnly):
-            self.automaton = DelimiterAutomaton(tokenizer, policy.delimiter, self.vocab_size, self.device)
+        self.automaton = None
+        if rules is not None:
+            if rules.delimiter is not None:
+                self.automaton = DelimiterAutomaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
             self.automaton_state = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
-            self.boundary = policy.boundary()
-            self.state = self.boundary.new_state(self.batch_size, self.device)
+            self.state = rules.boundary.new_state(self.batch_size, self.device)
+            if rules.reflection:
+                ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
+                self.reflection = torch.tensor(ids, device=self.device)
 
     def run(self) -> Iterator[Trajectory]:
         """Trajectories in the order of the prompts."""
@@ -78,7 +82,7 @@ class Engine:
             self._teacher_round()
             for slot, row in enumerate(self.rows):
                 if row is not None and row.finished:
-                    done[row.index] = row.trajectory(self.tokenizer, self.policy)
+                    done[row.index] = row.trajectory(self.tokenizer)
                     self.rows[slot] = None
             while emitted in done:
                 yield done.pop(emitted)
@@ -92,18 +96,31 @@ class Engine:
                 index = self.first_index + self.next_prompt
                 prompt = fresh[slot] = self.prompts[self.next_prompt]
                 self.next_prompt += 1
-                author = TEACHER if isinstance(self.policy, TeacherOnly) else STUDENT
-                keys = (stream_key(self.seed, index, STUDENT), stream_key(self.seed, index, TEACHER))
-                self.rows[slot] = Row(index, prompt, keys, author, self.max_new_tokens, self.end_ids)
+                turn = TEACHER if self.rules is None else STUDENT
+                self.rows[slot] = Row(
+                    index, prompt, self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn
+                )
         if not fresh:
             return
         for writer in (self.student, self.teacher):
             if writer is not None:
                 writer.start(fresh)
-        if not isinstance(self.policy, TeacherOnly):
-            slots = torch.tensor(list(fresh), device=self.device)
-            self.state.reset_(slots)
-            self.automaton_state[slots] = 0
+        self._begin_turns(list(fresh))
+
+    def _begin_turns(self, slots: list[int]) -> None:
+        """Judge rows anew: another writes now."""
+        if self.rules is not None and slots:
+            index = torch.tensor(slots, device=self.device)
+            self.state.reset_(index)
+            self.automaton_state[index] = 0
+
+    def _steps_ended(self, index: Tensor, tokens: Tensor) -> Tensor:
+        """Which of (b, T) tokens of the rows `index` complete a step."""
+        if self.automaton is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        states, completes = self.automaton.scan(self.automaton_state[index], tokens)
+        self.automaton_state[index] = states[:, -1]
+        return completes
 
     def _active(self, author: int) -> tuple[list[int], list[Row]]:
         pairs = [
@@ -119,8 +136,8 @@ class Engine:
     def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens, logits, which tokens lie within budget and text, and which of them end it; all (b, T, ...)."""
         remaining = [row.remaining for row in rows]
-        count = min(self.block_size, max(remaining))
-        keys = torch.tensor([row.keys[row.author] for row in rows], device=self.device)
+        count = min(self.block_size, max(row.wanted for row in rows))
+        keys = torch.tensor([row.key for row in rows], device=self.device)
         positions = torch.tensor([len(row.records) for row in rows], device=self.device)
         tokens, logits = writer.draft(
             slots,
@@ -141,9 +158,8 @@ class Engine:
         assert self.student is not None
         tokens, logits, valid, last = self._draft(self.student, slots, rows)
         index = torch.tensor(slots, device=self.device)
-        states, completes = self.automaton.scan(self.automaton_state[index], tokens)
-        self.automaton_state[index] = states[:, -1]
-        step_ends = valid & (completes | last)
+        step_ends = valid & (self._steps_ended(index, tokens) | last)
+        strayed = []
         if self.teacher is None:
             (packed,) = self._to_host(torch.stack([tokens, valid.long()], -1))
             for row, block in zip(rows, packed.tolist(), strict=True):
@@ -152,28 +168,47 @@ class Engine:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
             teacher_logits = self.teacher.score(slots, self._pending(rows), tokens)
-            whole = self._spread(index, torch.where(valid, tokens, -1), -1)
-            out = mk.fused_kl_boundary(
-                self._spread(index, logits, 0),
-                self._spread(index, teacher_logits, 0),
-                whole,
-                boundary=self.boundary,
-                state=self.state,
-                step_ends=self._spread(index, step_ends, False),
+            block, rollback = self._to_host(
+                *self._judged(index, rows, (tokens, logits, teacher_logits), valid, step_ends)
             )
-            columns = [whole, self._spread(index, step_ends, False), out.score, out.threshold]
-            columns += [getattr(out, name) for name in STATISTICS]
-            marks = [self.state.breached, self.state.breach_position, self.state.rollback_position]
-            block, marked = self._to_host(
-                torch.stack([column.double() for column in columns], -1),
-                torch.stack([mark.double() for mark in marks], -1),
-            )
-            for slot, row in zip(slots, rows, strict=True):
-                breached, breach_position, rollback_position = map(int, marked[slot].tolist())
-                strays = row.judge(block[slot].tolist(), bool(breached), breach_position)
-                if strays and isinstance(self.policy, MotabPolicy):
-                    row.take_over(self.policy, rollback_position)
+            for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+                if row.judge(block[place].tolist()):
+                    row.take_over(int(rollback[place]), self.tokenizer)
+                    strayed.append(slot)
         self._settle(slots, rows, (self.student, self.teacher))
+        self._begin_turns(strayed)
+
+    def _judged(
+        self, index: Tensor, rows: list[Row], drafted: tuple[Tensor, Tensor, Tensor], valid: Tensor, step_ends: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """For each of (b, T) tokens what `Row.judge` takes, and for each row how much of its turn a rollback keeps."""
+        assert self.rules is not None
+        tokens, logits, teacher_logits = drafted
+        tokens = torch.where(valid, tokens, -1)
+        out = mk.fused_kl_boundary(
+            self._spread(index, logits, 0),
+            self._spread(index, teacher_logits, 0),
+            self._spread(index, tokens, -1),
+            boundary=self.rules.boundary,
+            state=self.state,
+            step_ends=self._spread(index, step_ends, False),
+        )
+        out = mk.BoundaryOutput(*(column[index] for column in out))
+        strays = out.stray
+        if self.rules.reflection:
+            strays = self._reflects(rows, logits, teacher_logits, out.teacher_argmax) & valid
+            step_ends = step_ends & ~strays
+        columns = [tokens, step_ends, strays, out.score, out.threshold]
+        columns += [getattr(out, name) for name in STATISTICS]
+        return torch.stack([column.double() for column in columns], -1), self.state.rollback_position[index]
+
+    def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
+        """Where the teacher's likeliest token is one to reflect with that the student would not write."""
+        assert self.rules is not None
+        # The op's rank is the teacher's: with the sides exchanged, the student's.
+        rank = mk.fused_kl_boundary(teacher_logits, logits, argmax).teacher_rank
+        watched = torch.tensor([row.watched for row in rows], device=self.device)[:, None]
+        return watched & torch.isin(argmax, self.reflection) & (rank >= self.rules.student_top_k)
 
     def _teacher_round(self) -> None:
         """One block of the teacher's own, for the rows that it writes."""
@@ -185,15 +220,28 @@ class Engine:
         logprobs = logits.float().log_softmax(-1)
         entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
         logprob = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+        completes = torch.zeros_like(valid)
+        if self.rules is not None:
+            completes = self._steps_ended(torch.tensor(slots, device=self.device), tokens)
         (packed,) = self._to_host(
-            torch.stack([tokens.double(), valid.double(), logprob.double(), entropy.double()], -1)
+            torch.stack([column.double() for column in (tokens, valid, completes, logprob, entropy)], -1)
         )
         for row, block in zip(rows, packed.tolist(), strict=True):
-            for token, is_valid, token_logprob, token_entropy in block:
-                if is_valid:
-                    known = {"teacher_logprob": token_logprob, "teacher_entropy": token_entropy}
-                    row.write(int(token), [known.get(name) for name in STATISTICS])
+            for token, is_valid, completes_step, token_logprob, token_entropy in block:
+                if not is_valid:
+                    break
+                known = {"teacher_logprob": token_logprob, "teacher_entropy": token_entropy}
+                row.write(int(token), [known.get(name) for name in STATISTICS])
+                if not row.continue_turn(bool(completes_step)):
+                    break
         self._settle(slots, rows, (self.teacher,))
+        returned = {
+            slot: row.text for slot, row in zip(slots, rows, strict=True) if row.author == STUDENT and not row.finished
+        }
+        if returned:
+            assert self.student is not None
+            self.student.catch_up(returned, self.block_size)
+            self._begin_turns(list(returned))
 
     def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
         """Bring the caches back to what the books say: all of a row's tokens but the pending one."""
@@ -245,10 +293,12 @@ def synthesize(
 
     Args:
         student, teacher: causal language models on one device that share a tokenizer; their vocabulary sizes may
-            differ by padding. `TeacherOnly` needs no student; `OnPolicy` needs no teacher (None: nothing is scored).
+            differ by padding. `TeacherOnly` needs no student; `OnPolicy` and `Truncated` need no teacher (None: nothing
+            is scored).
         tokenizer: a fast tokenizer.
         prompts: strings, message lists (rendered with the tokenizer's chat template) or lists of token ids.
-        policy: `MotabPolicy` (default), `OnPolicy` or `TeacherOnly`.
+        policy: `MotabPolicy` (default), `OnPolicy`, `TeacherOnly`, `StepSKD`, `TokenSKD`, `AdaSwitch`, `RelayOPD` or
+            `Truncated`.
         max_new_tokens: budget in tokens of what the models write after the prompt; the flawed steps and the
             phrase that a stitched target holds besides do not count.
         batch_size: trajectories in progress at a time.
@@ -277,11 +327,15 @@ def synthesize(
             raise ValueError(f"{name} must be at least {least}, got {value}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-    if student is None and not isinstance(policy, TeacherOnly):
-        raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly() does without")
-    if teacher is None and not isinstance(policy, OnPolicy):
-        raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy() does without")
-    student = None if isinstance(policy, TeacherOnly) else student
+    rules = None if isinstance(policy, TeacherOnly) else policy.rules
+    if student is None and rules is not None:
+        raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
+    if teacher is None and (rules is None or rules.max_interventions != 0):
+        raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
+    if rules is None:
+        student = None
+    elif rules.max_tokens is not None:
+        max_new_tokens = min(max_new_tokens, rules.max_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
@@ -296,7 +350,7 @@ def synthesize(
         teacher,
         tokenizer,
         encoded,
-        policy,
+        rules,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         block_size=block_size,

@@ -1,13 +1,56 @@
-"""Who writes, who watches, and what happens when the student strays: the settings of one engine."""
+"""Who writes, who watches, and when control changes hands: settings of one engine."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import motab_kernels as mk
 
 Backtrack = Literal["td", "breach", "none"]
+DELIMITER = ".\n\n"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the engine asks of a policy under which the student writes.
+
+    Attributes:
+        boundary: what each step of the student is held to.
+        delimiter: the text that ends a step; None: every token is one.
+        backtrack: where the teacher starts after a breach, see `MotabPolicy`.
+        stitch: the phrase after rolled back steps, which stay in the target; None leaves them out.
+        max_interventions: how often the teacher may take over; None: without limit, 0: never.
+        teacher_steps, teacher_tokens: the student goes on after so many steps or tokens of the teacher's, whatever
+            comes first; both None: the teacher writes to the end.
+        last_to_end: the teacher's last turn is to the end, whatever its length.
+        reflection: the teacher takes over where its likeliest token is one of these words and not among the student's
+            `student_top_k`, whatever the boundary says; nothing is rolled back.
+        max_tokens: the budget, where it is less than that of the run.
+    """
+
+    boundary: mk.EntropyBoundary | mk.FixedBoundary | mk.MovingAverageBoundary
+    delimiter: str | None
+    backtrack: Backtrack = "breach"
+    stitch: str | None = None
+    max_interventions: int | None = None
+    teacher_steps: int | None = None
+    teacher_tokens: int | None = None
+    last_to_end: bool = False
+    reflection: tuple[str, ...] = ()
+    student_top_k: int = 0
+    max_tokens: int | None = None
+
+
+#: A boundary that nothing but a NaN lies below: steps are scored, and none strays.
+SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
+
+
+def _check(name: str, value: float, least: float, kind: str = "an integer") -> None:
+    is_number = isinstance(value, int if kind == "an integer" else (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < least:
+        raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -26,7 +69,8 @@ class MotabPolicy:
         stitch: the phrase between the student's flawed steps and the teacher's text in the training target;
             None leaves the flawed steps out instead.
         delimiter: the text that ends a step.
-        max_interventions: how often the teacher may take over; only 1 (it writes to the end) so far.
+        max_interventions: how often the teacher may take over, >= 1. The last time it writes to the end; before, one
+            step, after which the student goes on, judged by its steps from there. The paper's is 1.
     """
 
     epsilon0: float = 0.2
@@ -34,34 +78,59 @@ class MotabPolicy:
     entropy_top_k: int | None = None
     backtrack: Backtrack = "td"
     stitch: str | None = "However,"
-    delimiter: str = ".\n\n"
+    delimiter: str = DELIMITER
     max_interventions: int = 1
 
     def __post_init__(self) -> None:
         if self.backtrack not in ("td", "breach", "none"):
             raise ValueError(f'backtrack must be "td", "breach" or "none", got {self.backtrack!r}')
-        if self.max_interventions != 1:
-            raise ValueError(
-                f"max_interventions must be 1 (the teacher writes to the end), got {self.max_interventions}"
-            )
         if self.stitch is not None and not self.stitch.strip():
             raise ValueError(f"stitch must hold text, got {self.stitch!r}; None leaves the flawed steps out")
-        self.boundary()  # refuses an epsilon0 or theta out of range
+        _check("max_interventions", self.max_interventions, 1)
+        _ = self.rules  # refuses an epsilon0 or theta out of range
 
-    def boundary(self) -> mk.EntropyBoundary:
-        """The boundary that this policy holds the student to."""
-        return mk.EntropyBoundary(self.epsilon0, self.theta, entropy_top_k=self.entropy_top_k)
+    @property
+    def rules(self) -> Rules:
+        return Rules(
+            mk.EntropyBoundary(self.epsilon0, self.theta, entropy_top_k=self.entropy_top_k),
+            self.delimiter,
+            self.backtrack,
+            self.stitch,
+            self.max_interventions,
+            teacher_steps=1,
+            last_to_end=True,
+        )
 
 
 @dataclass(frozen=True)
 class OnPolicy:
     """The student writes all of it; a teacher, where one is given, scores its steps and never intervenes."""
 
-    delimiter: str = ".\n\n"
+    delimiter: str = DELIMITER
 
-    def boundary(self) -> mk.FixedBoundary:
-        """A boundary that nothing but a NaN lies below, so that steps are scored."""
-        return mk.FixedBoundary(0.0, score="teacher_value")
+    @property
+    def rules(self) -> Rules:
+        return Rules(SCORES_ALONE, self.delimiter, max_interventions=0)
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """`OnPolicy` that stops after ``n`` tokens: the start of a text, where the teacher's guidance is worth most.
+
+    Args:
+        n: tokens that a trajectory may hold, >= 1; `synthesize`'s ``max_new_tokens`` where that is less.
+        delimiter: the text that ends a step.
+    """
+
+    n: int
+    delimiter: str = DELIMITER
+
+    def __post_init__(self) -> None:
+        _check("n", self.n, 1)
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(SCORES_ALONE, self.delimiter, max_interventions=0, max_tokens=self.n)
 
 
 @dataclass(frozen=True)
@@ -69,4 +138,121 @@ class TeacherOnly:
     """The teacher writes all of it: off-policy distillation."""
 
 
-Policy = MotabPolicy | OnPolicy | TeacherOnly
+@dataclass(frozen=True)
+class StepSKD:
+    """Speculative knowledge distillation by steps: a step that the teacher finds much less likely than the student does
+    is left out, the teacher writes it anew, and the student goes on.
+
+    A step is accepted while ``V_teacher >= gamma * V_student``, the geometric means of its tokens' probabilities.
+
+    Args:
+        gamma: >= 0; 0 accepts every step that is not NaN, 1 asks that the teacher find it at least as likely.
+        delimiter: the text that ends a step.
+    """
+
+    gamma: float
+    delimiter: str = DELIMITER
+
+    def __post_init__(self) -> None:
+        _check("gamma", self.gamma, 0, "a finite number")
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(mk.FixedBoundary(self.gamma, score="value_ratio"), self.delimiter, teacher_steps=1)
+
+
+@dataclass(frozen=True)
+class TokenSKD:
+    """Speculative knowledge distillation by tokens: one that is not among the teacher's ``top_k`` likeliest is left
+    out, the teacher writes one in its place, and the student goes on. Source: SKD, arXiv 2410.11325.
+
+    Args:
+        top_k: >= 1; the paper takes 25.
+    """
+
+    top_k: int = 25
+
+    def __post_init__(self) -> None:
+        _check("top_k", self.top_k, 1)
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(mk.FixedBoundary(self.top_k, score="teacher_rank"), None, teacher_tokens=1)
+
+
+@dataclass(frozen=True)
+class AdaSwitch:
+    """The student writes until its distribution strays from the teacher's; the teacher finishes from that token on.
+
+    It strays where ``KL(teacher || student)`` at a token exceeds ``factor`` times its mean at the ``window`` tokens
+    before, of which there must be that many. Source: AdaSwitch, arXiv 2510.07842.
+
+    Args:
+        factor: >= 0.
+        window: tokens to average over, >= 1.
+    """
+
+    factor: float
+    window: int
+
+    def __post_init__(self) -> None:
+        _check("factor", self.factor, 0, "a finite number")
+        _check("window", self.window, 1)
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(mk.MovingAverageBoundary(self.factor, self.window), None, max_interventions=1)
+
+
+@dataclass(frozen=True)
+class RelayOPD:
+    """The teacher relays the student where it would reflect and the student would not: where its likeliest token is one
+    of ``words`` and not among the student's ``student_top_k``. It writes some paragraphs, and the student goes on.
+    Nothing is rolled back.
+
+    Args:
+        words: whole tokens, whatever their case and the space around them; what the tokenizer splits does not count.
+        student_top_k: >= 1.
+        paragraphs, relay_tokens: of the teacher's, whatever comes first; >= 1.
+        max_interventions: >= 1; after that the student is scored alone.
+        delimiter: the text that ends a paragraph.
+    """
+
+    words: tuple[str, ...] = ("wait", "hmm", "but", "however", "actually", "alternatively")
+    student_top_k: int = 5
+    paragraphs: int = 3
+    relay_tokens: int = 256
+    max_interventions: int = 2
+    delimiter: str = "\n\n"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.words, str) or not self.words or not all(word.strip() for word in self.words):
+            raise ValueError(f"words must be a tuple of at least one word, got {self.words!r}")
+        for name in ("student_top_k", "paragraphs", "relay_tokens", "max_interventions"):
+            _check(name, getattr(self, name), 1)
+
+    @property
+    def rules(self) -> Rules:
+        return Rules(
+            SCORES_ALONE,
+            self.delimiter,
+            max_interventions=self.max_interventions,
+            teacher_steps=self.paragraphs,
+            teacher_tokens=self.relay_tokens,
+            reflection=tuple(self.words),
+            student_top_k=self.student_top_k,
+        )
+
+
+#: By name on the command line.
+POLICIES = {
+    "motab": MotabPolicy,
+    "on_policy": OnPolicy,
+    "teacher_only": TeacherOnly,
+    "step_skd": StepSKD,
+    "token_skd": TokenSKD,
+    "adaswitch": AdaSwitch,
+    "relay_opd": RelayOPD,
+    "truncated": Truncated,
+}
+Policy = MotabPolicy | OnPolicy | TeacherOnly | StepSKD | TokenSKD | AdaSwitch | RelayOPD | Truncated

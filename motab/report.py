@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
@@ -21,8 +22,9 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
 
     Returns:
         trajectories, tokens: counts. breach_rate: share of trajectories with a breach. revised: share of targets that
-        hold the stitch. mean_rollback: steps rolled back per breach, None without one. overlong: share that ran out of
-        budget. teacher_share: share of the targets' tokens that the teacher wrote.
+        hold the stitch. mean_rollback: steps rolled back at a trajectory's first breach, None without one. overlong:
+        share that ran out of budget. teacher_share: share of the targets' tokens that the teacher wrote. teacher_runs:
+        how often the teacher begins to write in a target, on average.
     """
     breached = [t for t in trajectories if t.breach_step is not None]
     tokens = sum(len(t.token_ids) for t in trajectories)
@@ -35,6 +37,7 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
         "mean_rollback": mean(_rolled_back(t) for t in breached) if breached else None,
         "overlong": sum(t.finish_reason == "length" for t in trajectories) / count,
         "teacher_share": sum(t.author.count("teacher") for t in trajectories) / max(tokens, 1),
+        "teacher_runs": sum(_teacher_runs(t) for t in trajectories) / count,
     }
 
 
@@ -42,6 +45,10 @@ def _rolled_back(trajectory: Trajectory) -> int:
     assert trajectory.breach_step is not None
     assert trajectory.rollback_step is not None
     return trajectory.breach_step + 1 - trajectory.rollback_step
+
+
+def _teacher_runs(trajectory: Trajectory) -> int:
+    return sum(author == "teacher" for author, _ in itertools.groupby(trajectory.author))
 
 
 def segments(trajectory: Trajectory, decode: Any) -> list[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""The host's books of one trajectory in progress: what was written, how it was judged, and the target made of it."""
+"""The host's books of one trajectory in progress: what was written, how it was judged, and the target made of it.
+
+A row's text is a sequence of *turns*: the student's are 0, 2, 4 ..., the teacher's 1, 3, 5 ...
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from motab.policies import MotabPolicy, Policy
+from motab.policies import Rules
+from motab.sampling import stream_key
 from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
@@ -19,31 +23,52 @@ class Row:
     """One trajectory in progress.
 
     Attributes:
+        rules: those of the policy; None where the teacher writes alone.
+        turn: whose it is.
         records: what the models see after the prompt; a rollback shortens it.
-        author: who writes next, STUDENT or TEACHER.
-        keys: the random streams of the two, see `motab.sampling.stream_key`.
-        kept: how many of the records the student wrote, once the teacher has taken over.
-        flawed: the student's records that were rolled back.
+        turn_start, step_start: where in `records` the turn and the step in progress began.
+        steps: of the target; those of the turn in progress, from `turn_step` on, count places in `records` still.
+        turn_steps: of the teacher, in this turn.
+        target: the training target of the turns before this one.
     """
 
     index: int
     prompt_ids: list[int]
-    keys: tuple[int, int]
-    author: int
+    seed: int
+    rules: Rules | None
     max_new_tokens: int
     end_ids: Collection[int]
+    turn: int = STUDENT
     records: list[Record] = field(default_factory=list)
+    turn_start: int = 0
+    step_start: int = 0
     steps: list[Step] = field(default_factory=list)
-    flawed: list[Record] = field(default_factory=list)
-    kept: int = 0
+    turn_step: int = 0
+    turn_steps: int = 0
+    target: list[tuple[Author, Record]] = field(default_factory=list)
     breach_step: int | None = None
     rollback_step: int | None = None
     ended: bool = False
 
     @property
+    def author(self) -> int:
+        """Who writes, STUDENT or TEACHER."""
+        return self.turn % 2
+
+    @property
+    def key(self) -> int:
+        """The random stream of this turn, see `motab.sampling.stream_key`."""
+        return stream_key(self.seed, self.index, self.turn)
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and text."""
         return len(self.prompt_ids) + len(self.records)
+
+    @property
+    def text(self) -> list[int]:
+        """The tokens that the models see."""
+        return self.prompt_ids + [token for token, _ in self.records]
 
     @property
     def remaining(self) -> int:
@@ -60,61 +85,112 @@ class Row:
         """Whether nothing more is to be written."""
         return self.ended or self.remaining == 0
 
+    @property
+    def watched(self) -> bool:
+        """Whether the teacher takes over if the student strays."""
+        limit = None if self.rules is None else self.rules.max_interventions
+        return limit is None or self.turn // 2 < limit
+
+    @property
+    def turn_limits(self) -> tuple[int | None, int | None]:
+        """Steps and tokens of the teacher's turn in progress; None: no limit."""
+        if self.rules is None or (self.rules.last_to_end and self.turn // 2 + 1 == self.rules.max_interventions):
+            return None, None
+        return self.rules.teacher_steps, self.rules.teacher_tokens
+
+    @property
+    def wanted(self) -> int:
+        """The most tokens that this turn may still hold."""
+        limit = self.turn_limits[1] if self.author == TEACHER else None
+        return self.remaining if limit is None else min(self.remaining, self.turn_start + limit - len(self.records))
+
     def write(self, token: int, statistics: list[float | None]) -> None:
         """Enter one token."""
         self.records.append((token, statistics))
         self.ended = token in self.end_ids
 
-    def judge(self, block: list[list[float]], breached: bool, breach_position: int) -> bool:
-        """Enter one block of the student's, up to a breach; returns whether it breached.
+    def judge(self, block: list[list[float]]) -> bool:
+        """Enter one block of the student's, up to where it strays; returns whether it does and the teacher is to take
+        over.
 
-        A token of the block is its id (-1 ends the block), whether it ends a step, score, threshold, statistics.
+        A token of the block is its id (-1 ends the block), whether it ends a step, whether the student strays with it,
+        score, threshold, statistics.
         """
-        for token, ends_step, score, threshold, *statistics in block:
+        assert self.rules is not None
+        for token, ends_step, strays, score, threshold, *statistics in block:
             if token < 0:
                 return False
             self.write(int(token), list(statistics))
             if ends_step:
-                strays = breached and len(self.records) == breach_position
-                start = self.steps[-1].end if self.steps else 0
-                self.steps.append(Step(start, len(self.records), score, threshold, accepted=not strays))
-                if strays:
-                    return True
+                # Where each token is a step, those that were accepted tell nothing that their statistics do not.
+                if strays or self.rules.delimiter is not None:
+                    step = Step(self.step_start, len(self.records), score, threshold, accepted=not strays)
+                    self.steps.append(step)
+                self.step_start = len(self.records)
+            if strays and self.watched:
+                return True
         return False
 
-    def take_over(self, policy: MotabPolicy, rollback_position: int) -> None:
-        """After a breach: roll back and let the teacher write."""
-        breaching = self.steps[-1]
-        end = breaching.end - self.ended  # nobody writes on behind an end token
-        keep = {"td": rollback_position, "breach": breaching.start, "none": end}[policy.backtrack]
-        self.breach_step = len(self.steps) - 1
-        self.rollback_step = next((i for i, step in enumerate(self.steps) if step.start == keep), len(self.steps))
-        self.records, self.flawed, self.kept = self.records[:keep], self.records[keep:], keep
-        self.author, self.ended = TEACHER, False
-
-    def trajectory(self, tokenizer: PreTrainedTokenizerBase, policy: Policy) -> Trajectory:
-        """The finished trajectory, its parts put together as the policy says."""
-        parts: list[tuple[Author, list[Record]]]
-        if self.breach_step is None:
-            parts = [("student" if self.author == STUDENT else "teacher", self.records)]
+    def take_over(self, rollback_position: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """After the student strayed: roll back and let the teacher write. `rollback_position` counts from the turn's
+        start."""
+        assert self.rules is not None
+        rules = self.rules
+        if rules.reflection:
+            keep = len(self.records) - 1  # the token at which the teacher would reflect
         else:
-            parts = [("student", self.records[: self.kept])]
-            assert isinstance(policy, MotabPolicy)
-            if policy.stitch is None:
-                self._discard_flawed()
-            else:
-                # An end token amid the target would teach to stop there.
-                flawed = [record for record in self.flawed if record[0] not in self.end_ids]
-                parts += [("flawed", flawed), ("stitch", self._phrase(tokenizer, policy.stitch, flawed))]
-                self.steps[-1].end = self.kept + len(flawed) if self.flawed else self.kept
-            parts.append(("teacher", self.records[self.kept :]))
-        records = [record for _, part in parts for record in part]
+            breaching = self.steps[-1]
+            end = breaching.end - self.ended  # nobody writes on behind an end token
+            keep = {"td": self.turn_start + rollback_position, "breach": breaching.start, "none": end}[rules.backtrack]
+            if self.breach_step is None:
+                self.breach_step = len(self.steps) - 1
+                starts = [step.start for step in self.steps]
+                self.rollback_step = starts.index(keep) if keep in starts else len(starts)
+        rolled_back = self.records[keep:]
+        del self.records[keep:]
+        # An end token amid the target would teach to stop there.
+        flawed = [] if rules.stitch is None else [record for record in rolled_back if record[0] not in self.end_ids]
+        kept = len(self.target) + keep - self.turn_start
+        for step in self.steps[self.turn_step :]:
+            if rules.stitch is None and step.start >= keep:
+                step.discarded_ids = [token for token, _ in rolled_back[step.start - keep : step.end - keep]]
+            step.start, step.end = (
+                min(place - self.turn_start + len(self.target), kept + len(flawed)) for place in (step.start, step.end)
+            )
+        self._close_turn("student")
+        self.target += [("flawed", record) for record in flawed]
+        if rules.stitch is not None:
+            self.target += [("stitch", record) for record in self._phrase(tokenizer, rules.stitch)]
+        self.ended = False
+
+    def continue_turn(self, completes_step: bool) -> bool:
+        """Whether the teacher goes on after the token just written; if not, the turn is the student's."""
+        self.turn_steps += completes_step
+        steps, tokens = self.turn_limits
+        is_over = self.turn_steps == steps or len(self.records) - self.turn_start == tokens
+        if is_over and not self.finished:
+            self._close_turn("teacher")
+        return not is_over
+
+    def _close_turn(self, author: Author) -> None:
+        self.target += [(author, record) for record in self.records[self.turn_start :]]
+        self.turn += 1
+        self.turn_start = self.step_start = len(self.records)
+        self.turn_step, self.turn_steps = len(self.steps), 0
+
+    def trajectory(self, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
+        """The finished trajectory."""
+        shift = len(self.target) - self.turn_start
+        for step in self.steps[self.turn_step :]:
+            step.start, step.end = step.start + shift, step.end + shift
+        self._close_turn("student" if self.author == STUDENT else "teacher")
+        records = [record for _, record in self.target]
         token_ids = [token for token, _ in records]
         return Trajectory(
             index=self.index,
             prompt_ids=self.prompt_ids,
             token_ids=token_ids,
-            author=[author for author, part in parts for _ in part],
+            author=[author for author, _ in self.target],
             text=tokenizer.decode(token_ids, skip_special_tokens=True),
             steps=self.steps,
             breach_step=self.breach_step,
@@ -123,16 +199,10 @@ class Row:
             statistics={name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)},
         )
 
-    def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str, flawed: list[Record]) -> list[Record]:
-        before = tokenizer.decode([token for token, _ in self.records[: self.kept] + flawed])
+    def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str) -> list[Record]:
+        """The stitch, set apart from the target by one blank line."""
+        before = tokenizer.decode([token for _, (token, _) in self.target])
         breaks = len(before) - len(before.rstrip("\n"))
         blank = "\n" * max(2 - breaks, 0) if before else ""
         ids = tokenizer.encode(f"{blank}{stitch}\n\n", add_special_tokens=False)
         return [(token, [None] * len(STATISTICS)) for token in ids]
-
-    def _discard_flawed(self) -> None:
-        """Mark the steps that the target leaves out."""
-        for step in self.steps:
-            if step.start >= self.kept:
-                step.discarded_ids = [token for token, _ in self.flawed[step.start - self.kept : step.end - self.kept]]
-                step.start = step.end = self.kept

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -38,12 +39,27 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
     return texts
 
 
+def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], vocab_size: int) -> list[int]:
+    """The ids of all tokens that are one of the words, whatever their case and the space around them.
+
+    Raises:
+        ValueError: none is.
+    """
+    wanted = {word.strip().casefold() for word in words}
+    texts = (text.decode(errors="replace").strip().casefold() for text in token_bytes(tokenizer, vocab_size))
+    ids = [index for index, text in enumerate(texts) if text in wanted]
+    if not ids:
+        raise ValueError(f"none of the words {', '.join(words)} is a token of this tokenizer; give others")
+    return ids
+
+
 def _byte_transitions(delimiter: bytes) -> Tensor:
-    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte."""
+    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte. What completed one
+    counts for none of the next."""
     table = torch.zeros(len(delimiter) + 1, 256, dtype=torch.long)
     for matched in range(len(delimiter) + 1):
         for byte in range(256):
-            text = delimiter[:matched] + bytes([byte])
+            text = delimiter[: matched % len(delimiter)] + bytes([byte])
             table[matched, byte] = next(
                 n for n in range(min(len(text), len(delimiter)), -1, -1) if text.endswith(delimiter[:n])
             )

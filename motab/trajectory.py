@@ -26,9 +26,9 @@ class Step:
     Attributes:
         start, end: the step is ``token_ids[start:end]`` of its trajectory. Of a step that the target leaves
             out (stitch None) both tell where the target goes on, and `discarded_ids` holds its tokens.
-        value: V, the geometric mean teacher probability of its tokens.
+        value: V, the geometric mean teacher probability of its tokens; or what else the policy's boundary looks at.
         threshold: the boundary it was held to.
-        accepted: whether ``value >= threshold``.
+        accepted: whether the value is on the safe side of it (V: ``value >= threshold``).
     """
 
     start: int
@@ -50,9 +50,10 @@ class Trajectory:
         author: for each token ``"student"`` (kept), ``"flawed"`` (kept in the target though rolled back),
             ``"stitch"`` (the revise phrase) or ``"teacher"``.
         text: the target decoded, without special tokens.
-        steps: the student's steps in order, flawed ones included.
-        breach_step: t, the index of the step below the boundary; None without a breach.
-        rollback_step: t*, the first step that was rolled back (t + 1 where none was); None without a breach.
+        steps: the student's steps in order, flawed ones included; of a policy that judges single tokens, those alone
+            that were not accepted.
+        breach_step: t, the index of the first step that was not accepted; None without a breach.
+        rollback_step: t*, the first step that was rolled back then (t + 1 where none was); None without a breach.
         finish_reason: ``"eos"`` or ``"length"``.
         statistics: for each name in `STATISTICS` a number a token in nats (rank: a count), None where it
             does not exist: a teacher's token has `teacher_logprob` and `teacher_entropy` alone.

@@ -44,12 +44,26 @@ class Writer:
     def start(self, prompts: dict[int, list[int]]) -> None:
         """Let rows begin with new prompts: cached but for their last token."""
         self.rollback(dict.fromkeys(prompts, 0))
-        longest = max(map(len, prompts.values())) - 1
-        if longest:
-            padded = [ids[:-1] + [0] * (longest - len(ids) + 1) for ids in prompts.values()]
-            # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
-            self._forward(list(prompts), torch.tensor(padded, device=self.device), logits_to_keep=1)
-            self.rollback({row: len(ids) - 1 for row, ids in prompts.items()})
+        self._feed({row: ids[:-1] for row, ids in prompts.items()})
+
+    def catch_up(self, texts: dict[int, list[int]], block_size: int) -> None:
+        """Read on where another wrote: texts of rows, cached but for their last token. Some tokens at a time, for
+        padding needs room in the cache."""
+        unread = {row: ids[self.lengths[row] : -1] for row, ids in texts.items()}
+        while unread:
+            self._feed({row: ids[:block_size] for row, ids in unread.items()})
+            unread = {row: ids[block_size:] for row, ids in unread.items() if len(ids) > block_size}
+
+    def _feed(self, texts: dict[int, list[int]]) -> None:
+        """Append tokens to rows, a text of its own length each."""
+        longest = max(map(len, texts.values()))
+        if longest == 0:
+            return
+        padded = [ids + [0] * (longest - len(ids)) for ids in texts.values()]
+        lengths = {row: self.lengths[row] + len(ids) for row, ids in texts.items()}
+        # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
+        self._forward(list(texts), torch.tensor(padded, device=self.device), logits_to_keep=1)
+        self.rollback(lengths)
 
     def draft(self, rows: Sequence[int], pending: Tensor, count: int, choose: Choose) -> tuple[Tensor, Tensor]:
         """Write ``count`` tokens a row after the (b,) pending ones; (b, count) ids and their (b, count, V) logits."""

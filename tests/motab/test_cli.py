@@ -1,5 +1,6 @@
 """The commands on the tiny pair, from synthesis to report, and what they refuse."""
 
+import itertools
 import json
 import pathlib
 
@@ -8,6 +9,7 @@ from transformers import AutoTokenizer
 
 import motab
 from motab.cli import main
+from motab.config import SynthesizeArguments, parse
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 TASK = "reasoning-gym:chain_sum?size=6&seed=5&min_terms=4&max_terms=6&min_digits=2&max_digits=2"
@@ -74,6 +76,41 @@ def test_verify_finds_a_changed_file(config, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        ([], motab.MotabPolicy()),
+        (["--stitch", "", "--max_interventions", "3"], motab.MotabPolicy(stitch=None, max_interventions=3)),
+        (["--policy", "on_policy", "--delimiter", "."], motab.OnPolicy(".")),
+        (["--policy", "teacher_only"], motab.TeacherOnly()),
+        (["--policy", "step_skd", "--gamma", "0.5"], motab.StepSKD(0.5)),
+        (["--policy", "token_skd"], motab.TokenSKD(25)),
+        (["--policy", "adaswitch", "--factor", "3", "--window", "20"], motab.AdaSwitch(3.0, 20)),
+        (["--policy", "relay_opd", "--words", "wait", "so"], motab.RelayOPD(words=("wait", "so"))),
+        (["--policy", "truncated", "--n", "64"], motab.Truncated(64)),
+    ],
+)
+def test_policies_by_flags(flags, policy):
+    assert parse(SynthesizeArguments, flags, "synthesize").make_policy() == policy
+
+
+def test_a_policy_that_lacks_a_setting():
+    with pytest.raises(ValueError, match="give --factor and --window"):
+        parse(SynthesizeArguments, ["--policy", "adaswitch"], "synthesize").make_policy()
+
+
+def test_a_policy_that_hands_back(config, tmp_path, capsys):
+    """Several interventions in one trajectory, through the commands that look at it."""
+    out = ["--output_dir", str(tmp_path / "run")]
+    assert main(["synthesize", "--config", config, *out, "--max_interventions", "4", "--temperature", "1"]) == 0
+    trajectories = motab.read_trajectories(tmp_path / "run" / "trajectories.jsonl")
+    pieces = [[author for author, _ in itertools.groupby(t.author)] for t in trajectories]
+    assert any(authors.count("stitch") > 1 and "student" in authors[authors.index("teacher") :] for authors in pieces)
+    assert main(["verify", *out]) == 0
+    assert main(["report", *out]) == 0
+    assert main(["show", *out]) == 0
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--model_name_or_path", "."], "no tokenizer found at ."),
@@ -81,6 +118,8 @@ def test_verify_finds_a_changed_file(config, tmp_path, capsys):
         (["--epsilon0", "-1"], "epsilon0"),
         (["--delimiter", ""], "the step delimiter must hold at least one character"),
         (["--max_new_tokens", "100000"], "reads at most"),
+        (["--policy", "step_skd"], "--policy step_skd has no epsilon0; it takes gamma, delimiter"),
+        (["--gamma", "0.5"], "--policy motab has no gamma; it takes epsilon0, theta"),
     ],
 )
 def test_refusals_leave_nothing(config, tmp_path, capsys, flags, message):

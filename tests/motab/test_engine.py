@@ -218,7 +218,7 @@ def test_a_recurrent_model_is_refused(teacher, tokenizer, prompts):
     ("settings", "message"),
     [
         ({"backtrack": "far"}, "backtrack must be .* got 'far'"),
-        ({"max_interventions": 2}, "max_interventions must be 1 .* got 2"),
+        ({"max_interventions": 0}, "max_interventions must be an integer of at least 1, got 0"),
         ({"stitch": " "}, "stitch must hold text"),
         ({"epsilon0": -0.1}, "epsilon0"),
     ],
@@ -230,7 +230,6 @@ def test_bad_policy(settings, message):
 
 @pytest.mark.parametrize(("end", "blank"), [("ab", "\n\n"), (".\n", "\n"), (".\n\n", ""), ("", "")])
 def test_one_blank_line_before_the_phrase(tokenizer, end, blank):
-    flawed = [(token, []) for token in tokenizer.encode(end)]
-    row = Row(0, [1], (0, 0), 0, 9, [0])
-    phrase = row._phrase(tokenizer, "ab,", flawed)
+    row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (token, [])) for token in tokenizer.encode(end)])
+    phrase = row._phrase(tokenizer, "ab,")
     assert tokenizer.decode([token for token, _ in phrase]) == f"{blank}ab,\n\n"
