@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_linear_divergence.py
 
-N positions, hidden size H, vocabulary V, JSD with beta 0.5. Each gradient is compared with one in
+N positions, hidden size H, vocabulary V; JSD with beta 0.5, and on a GPU forward KL, which is all that fla has, in a
+kernel that runs there alone. Each gradient is compared with one in
 float32 before it is timed. `products` is the time of four matrix products of the size alone: both sides' logits, and
 the two gradients. The peak, on a GPU, is the allocator's, beyond inputs and gradients of the run before.
 `python -m benchmarks.gpu` races the same providers on a GPU.
@@ -20,47 +21,62 @@ from benchmarks.timing import SHORT, peak_mib, synchronise
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (1024, 256, 151936, torch.float32)
+KINDS = ("jsd", "forward_kl") if DEVICE == "cuda" else ("jsd",)
 ROUNDS = 3
+BETAS = {"jsd": 0.5, "forward_kl": 0.0}  # TRL's and Liger's names for them
 
 
-def eager(hidden, weight, teacher_hidden, teacher_weight):
+def eager(kind, hidden, weight, teacher_hidden, teacher_weight):
     log_q = F.linear(hidden, weight).float().log_softmax(-1)
     log_p = F.linear(teacher_hidden, teacher_weight).float().log_softmax(-1)
-    return jsd(log_q, log_p).mean()
+    return divergence(kind, log_q, log_p).mean()
 
 
-def jsd(log_q, log_p):
+def divergence(kind, log_q, log_p):
+    if kind == "forward_kl":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
     log_m = torch.logaddexp(log_p, log_q) - 0.6931471805599453
     return ((log_p.exp() * (log_p - log_m)).sum(-1) + (log_q.exp() * (log_q - log_m)).sum(-1)) / 2
 
 
-def ours(*tensors):
-    return mk.fused_linear_divergence(*tensors, divergence="jsd")
+def ours(kind):
+    return functools.partial(mk.fused_linear_divergence, divergence=kind)
 
 
 @functools.cache
-def compiled():
-    return torch.compile(eager, dynamic=False)
+def compiled(kind):
+    return torch.compile(functools.partial(eager, kind), dynamic=False)
 
 
-def trl():
+def trl(kind):
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     def loss(hidden, weight, teacher_hidden, teacher_weight):
         mask = torch.ones(1, hidden.shape[0], device=hidden.device)
-        return _chunked_divergence_loss(hidden[None], teacher_hidden[None], weight, teacher_weight, mask, beta=0.5)[0]
+        sides = (hidden[None], teacher_hidden[None], weight, teacher_weight)
+        return _chunked_divergence_loss(*sides, mask, beta=BETAS[kind])[0]
 
     return loss
 
 
-def liger():
+def liger(kind):
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
-    jsd = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=DEVICE == "cuda")
+    weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0}
+    module = LigerFusedLinearJSDLoss(**weights, beta=BETAS[kind], compiled=DEVICE == "cuda")
 
     def loss(hidden, weight, teacher_hidden, teacher_weight):
         labels = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        return jsd(hidden, weight, teacher_hidden, teacher_weight, labels)
+        return module(hidden, weight, teacher_hidden, teacher_weight, labels)
+
+    return loss
+
+
+def fla(kind):
+    from fla.modules.fused_kl_div import fused_kl_div_loss
+
+    def loss(hidden, weight, teacher_hidden, teacher_weight):
+        return fused_kl_div_loss(hidden, teacher_hidden, weight, teacher_weight)
 
     return loss
 
@@ -72,7 +88,20 @@ def products(hidden, weight, teacher_hidden, teacher_weight):
     logits.T @ hidden.detach()
 
 
-PROVIDERS = {"ours": lambda: ours, "eager": lambda: eager, "torch.compile": compiled, "trl": trl, "liger": liger}
+#: By name, what makes the call for a divergence.
+PROVIDERS = {
+    "ours": ours,
+    "eager": lambda kind: functools.partial(eager, kind),
+    "torch.compile": compiled,
+    "trl": trl,
+    "liger": liger,
+    "fla": fla,
+}
+
+
+def without(kind):
+    """The providers that lack it."""
+    return () if kind == "forward_kl" else ("fla",)
 
 
 def inputs(positions, hidden_size, vocabulary, dtype, device=DEVICE):
@@ -95,7 +124,7 @@ def gradients(call, leaves):
     return loss.detach(), leaves[0].grad, leaves[1].grad
 
 
-def exact(leaves, rows=128):
+def exact(kind, leaves, rows=128):
     """Loss and gradients, `rows` positions at a time, in float32."""
     hidden, weight, teacher_hidden, teacher_weight = (x.detach() for x in leaves)
     wide = weight.float()
@@ -105,7 +134,7 @@ def exact(leaves, rows=128):
         logits = F.linear(hidden[part].float(), wide).requires_grad_()
         log_q = logits.log_softmax(-1)
         log_p = F.linear(teacher_hidden[part].float(), teacher_weight.float()).log_softmax(-1)
-        mean = jsd(log_q, log_p).sum() / len(hidden)
+        mean = divergence(kind, log_q, log_p).sum() / len(hidden)
         (grad,) = torch.autograd.grad(mean, logits)
         loss += mean.detach()
         grad_hidden[part] = grad @ wide
@@ -114,9 +143,9 @@ def exact(leaves, rows=128):
 
 
 @functools.cache
-def example():
+def example(kind):
     leaves = inputs(N, H, V, DTYPE)
-    return leaves, exact(leaves)
+    return leaves, exact(kind, leaves)
 
 
 def check(call, name, leaves, expected):
@@ -130,17 +159,20 @@ def check(call, name, leaves, expected):
 
 
 @pytest.mark.filterwarnings("ignore")  # the peers' and the compiler's own
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("provider", [*PROVIDERS, "products"])
-def test_linear_divergence(benchmark, provider):
-    package = {"trl": "trl", "liger": "liger_kernel"}.get(provider)
+def test_linear_divergence(benchmark, provider, kind):
+    package = {"trl": "trl", "liger": "liger_kernel", "fla": "fla"}.get(provider)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed")
-    benchmark.group = f"fused linear JSD, {N} x {H} x {V}, {SHORT[DTYPE]}"
-    leaves, expected = example()
+    if provider in without(kind):
+        pytest.skip(f"{provider} has no {kind}")
+    benchmark.group = f"fused linear {kind}, {N} x {H} x {V}, {SHORT[DTYPE]}"
+    leaves, expected = example(kind)
     if provider == "products":
         benchmark.pedantic(products, args=leaves, rounds=ROUNDS, warmup_rounds=1)
         return
-    call = PROVIDERS[provider]()
+    call = PROVIDERS[provider](kind)
     benchmark.extra_info.update(check(call, provider, leaves, expected))
 
     def run():

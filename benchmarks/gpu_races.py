@@ -36,6 +36,7 @@ class Plan(NamedTuple):
     divergence: tuple[int, int, torch.dtype] = (8192, QWEN, torch.bfloat16)  # R, V
     kinds: tuple[str, ...] = ("forward_kl", "jsd", "tvd", "reverse_kl")
     linear: tuple[int, int, int, torch.dtype] = (8192, 4096, QWEN, torch.bfloat16)  # N, H, V
+    linear_kinds: tuple[str, ...] = ("jsd", "forward_kl")
 
 
 def race(record: Record, body: Callable[[], Record]) -> Record:
@@ -142,25 +143,26 @@ def divergence(plan: Plan) -> Iterator[Record]:
 def linear(plan: Plan) -> Iterator[Record]:
     N, H, V, dtype = plan.linear
     leaves = bench_linear_divergence.inputs(N, H, V, dtype, plan.device)
-    expected = bench_linear_divergence.exact(leaves)
-    case_name = f"jsd forward + backward, {N} x {H} x {V} {SHORT[dtype]}"
-    providers = {"products": lambda: None, **chosen(plan, bench_linear_divergence.PROVIDERS)}
-    for name, make in providers.items():
+    for kind in plan.linear_kinds:
+        expected = bench_linear_divergence.exact(kind, leaves)
+        case_name = f"{kind} forward + backward, {N} x {H} x {V} {SHORT[dtype]}"
+        found = chosen(plan, bench_linear_divergence.PROVIDERS, bench_linear_divergence.without(kind))
+        for name, make in {"products": None, **found}.items():
 
-        def body(name: str = name, make: Any = make) -> Record:
-            errors: Record = {}
-            if name == "products":
-                call = functools.partial(bench_linear_divergence.products, *leaves)
-            else:
-                loss = make()
-                errors = bench_linear_divergence.check(loss, name, leaves, expected)
-                call = functools.partial(bench_linear_divergence.gradients, loss, leaves)
-            for x in leaves:
-                x.grad = None
-            peak = peak_mib(call, plan.device)
-            return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak} | errors
+            def body(name: str = name, make: Any = make, kind: str = kind, expected: Any = expected) -> Record:
+                errors: Record = {}
+                if name == "products":
+                    call = functools.partial(bench_linear_divergence.products, *leaves)
+                else:
+                    loss = make(kind)
+                    errors = bench_linear_divergence.check(loss, name, leaves, expected)
+                    call = functools.partial(bench_linear_divergence.gradients, loss, leaves)
+                for x in leaves:
+                    x.grad = None
+                peak = peak_mib(call, plan.device)
+                return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak} | errors
 
-        yield race({"op": "linear", "case": case_name, "provider": name}, body)
+            yield race({"op": "linear", "case": case_name, "provider": name}, body)
 
 
 def figures(ms: float, moved: int) -> Record:

@@ -42,7 +42,7 @@ def test_stages(monkeypatch):
         "B=2 T=3 V=50 fp32": [*ours, given],
         "B=3 T=1 V=40 bf16": ["eager", "absent", given],
         **dict.fromkeys(losses, ours),
-        "jsd forward + backward, 6 x 8 x 40 fp32": [*ours, "products"],
+        **{f"{kind} forward + backward, 6 x 8 x 40 fp32": [*ours, "products"] for kind in TINY.linear_kinds},
     }
     assert sorted((r["case"], r["provider"]) for r in records) == sorted(
         (case, name) for case, names in expected.items() for name in names
