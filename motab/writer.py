@@ -28,7 +28,8 @@ class Writer:
         """Feed (b, q) tokens to the given rows; (b, q, V) logits over the shared vocabulary."""
         whole = list(rows) == list(range(len(self.lengths)))
         index = None if whole else torch.tensor(rows, device=self.device)
-        inputs = self.cache.prepare(token_ids.shape[1], rows=index)
+        longest = max(self.lengths[row] for row in rows)
+        inputs = self.cache.prepare(token_ids.shape[1], rows=index, max_length=longest)
         logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
         for row in rows:
             self.lengths[row] += token_ids.shape[1]

@@ -100,7 +100,8 @@ class RaggedKVCache(Cache):
     Attributes:
         lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
         visible_length: a bound on ``max(lengths)`` that the host knows without asking the device; each forward pass
-            reads that many slots (and its own). A forward pass raises it by q, a truncation lowers it where it can.
+            reads that many slots (and its own), or fewer where ``prepare`` is told of a lower bound on its rows. A
+            forward pass raises it to what it reads, a truncation lowers it where it can.
 
     Keys and values are allocated, zeroed, at the first forward pass. What a layer hands to the attention is a view of
     them (a copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
@@ -144,13 +145,15 @@ class RaggedKVCache(Cache):
 
     # ---------------------------------------------------------------- a forward pass
 
-    def prepare(self, num_tokens: int, rows: Tensor | None = None) -> dict[str, Any]:
+    def prepare(self, num_tokens: int, rows: Tensor | None = None, *, max_length: int | None = None) -> dict[str, Any]:
         """What the model must be given, besides ``input_ids``, to append ``num_tokens`` tokens to each row.
 
         Args:
             num_tokens: q, the width of the coming ``input_ids``.
             rows: (b,) int64 on the cache's device, distinct: the rows that ``input_ids`` (b, q) feeds, in its order.
                 None: all rows in order, which saves a copy of the visible keys and values.
+            max_length: a bound on these rows' lengths that the host knows, where they are shorter than others; what
+                lies beyond is not read, and need not have room for q more. None: ``visible_length``.
 
         Returns:
             ``cache`` (this one; ``past_key_values`` before transformers 5.24), ``position_ids`` (b, q), ``use_cache``
@@ -161,7 +164,7 @@ class RaggedKVCache(Cache):
         Raises:
             ValueError: a wrong argument, tokens that would not fit, or an attention that reads no such mask.
         """
-        step = self._begin(num_tokens, rows)
+        step = self._begin(num_tokens, rows, max_length)
         key_slots = torch.arange(step.visible_length, device=self.device)
         causal = (key_slots <= step.slots[:, :, None])[:, None]
         masks = {"full_attention": self._as_attention_mask(causal)}
@@ -183,7 +186,7 @@ class RaggedKVCache(Cache):
         """Called by the model: append to one layer, return all that it can see; the last layer ends the pass."""
         if self._step is None:
             self._require_uniform()
-            self._step = self._begin(key_states.shape[2], None)
+            self._step = self._begin(key_states.shape[2], None, None)
         step = self._step
         expected = (tuple(step.slots.shape), self.dtype, self.device)
         got = ((key_states.shape[0], key_states.shape[2]), key_states.dtype, key_states.device)
@@ -198,22 +201,27 @@ class RaggedKVCache(Cache):
             else:
                 self.lengths.index_add_(0, step.rows, torch.full_like(step.rows, step.slots.shape[1]))
                 self._is_uniform = False
-            self.visible_length = step.visible_length
+            self.visible_length = max(self.visible_length, step.visible_length)
             self._step = None
         return visible
 
-    def _begin(self, num_tokens: int, rows: Tensor | None) -> _Step:
+    def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> _Step:
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"expected num_tokens to be a positive int, got {num_tokens!r}")
-        visible_length = self.visible_length + num_tokens
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
+            raise ValueError(f"expected max_length to be None or an int of at least 0, got {max_length!r}")
+        bound = self.visible_length if max_length is None else min(max_length, self.visible_length)
+        visible_length = bound + num_tokens
         if visible_length > self.max_length:
             raise ValueError(
-                f"expected at most max_length = {self.max_length} tokens a row, got up to {self.visible_length} cached "
-                f"+ {num_tokens} new: build the cache with a larger max_length, or pass truncate_kv_cache_ the "
-                "max_length= that bounds the new lengths if the rows are shorter than that"
+                f"expected at most max_length = {self.max_length} tokens a row, got up to {bound} cached "
+                f"+ {num_tokens} new: build the cache with a larger max_length, or pass prepare or truncate_kv_cache_ "
+                "the max_length= that bounds the rows' lengths if they are shorter than that"
             )
         rows = self._check_rows(rows)
         lengths = self.lengths if rows is None else self.lengths[rows]
+        if self.device.type == "cpu" and bool((lengths > bound).any()):
+            raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
         return _Step(rows, lengths[:, None] + torch.arange(num_tokens, device=self.device), visible_length)
 
     def _check_rows(self, rows: Tensor | None) -> Tensor | None:
@@ -302,8 +310,9 @@ class RaggedKVCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The rows' one length; the bound on it while a prepared forward pass runs."""
-        if self._step is None:
-            self._require_uniform()
+        if self._step is not None:
+            return self._step.visible_length - self._step.slots.shape[1]
+        self._require_uniform()
         return self.visible_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

@@ -149,6 +149,17 @@ def test_batch_and_block_change_nothing(student, teacher, tokenizer, prompts, po
             assert [(s.start, s.end, s.accepted) for s in a.steps] == [(s.start, s.end, s.accepted) for s in b.steps]
 
 
+@pytest.mark.parametrize("policy", [POLICY, motab.StepSKD(0.7), motab.TeacherOnly()])
+def test_a_long_prompt_arrives_beside_a_long_text(student, teacher, tokenizer, policy):
+    """A prompt of 60 tokens and a text of up to 40 in caches of 60 + 40 + 4."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(1, len(tokenizer), (60,), generator=generator).tolist() for _ in range(8)]
+    together = run(student, teacher, tokenizer, prompts, policy, temperature=1.0)
+    alone = run(student, teacher, tokenizer, prompts, policy, temperature=1.0, batch_size=1)
+    assert [t.token_ids for t in together] == [t.token_ids for t in alone]
+    assert len({len(t.token_ids) for t in together}) > 2  # they end one by one
+
+
 @pytest.mark.parametrize("backtrack", ["td", "breach", "none"])
 @pytest.mark.parametrize("budget", [1, 2, 3, 17])
 def test_short_budgets(student, teacher, tokenizer, prompts, backtrack, budget):

@@ -74,12 +74,15 @@ class Book:
         self.tokens = [[] for _ in range(BATCH)]
 
     @torch.no_grad()
-    def append(self, counts, rows=None):
+    def append(self, counts, rows=None, bounded=False):
         """Feed counts[i] random tokens to row rows[i], right-padded; check every logit against a fresh pass."""
         order = list(range(BATCH)) if rows is None else rows
         width = max(counts)
         input_ids = torch.randint(3, VOCAB, (len(order), width))
-        inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows))
+        bound = max(len(self.tokens[row]) for row in order) if bounded else None
+        inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows), max_length=bound)
+        if bounded:  # what lies beyond is not read
+            assert self.cache.get_mask_sizes(width, 0) == (bound + width, 0)
         logits = self.model(input_ids=input_ids, **inputs).logits
         for index, (row, count) in enumerate(zip(order, counts, strict=True)):
             self.tokens[row] += input_ids[index, :count].tolist()
@@ -108,11 +111,21 @@ def test_any_history_equals_a_fresh_pass(model):
     book.append([7, 3, 9])
     for _ in range(8):
         rows = torch.randperm(BATCH, generator=generator)[: 1 + draw(BATCH)].tolist()
-        book.append([1 + draw(6) for _ in rows], rows)
+        book.append([1 + draw(6) for _ in rows], rows, bounded=bool(draw(2)))
         if draw(2):
             book.truncate([draw(len(tokens) + 1) for tokens in book.tokens])
     book.truncate([0, min(2, len(book.tokens[1])), 0])
     book.append([4, 1, 8])
+
+
+def test_a_short_row_fits_beside_a_full_one(model):
+    """The room that a row needs is its own: 60 + 9 would exceed 64."""
+    book = Book(model, ragged_cache(model))
+    book.append([60, 2, 1])
+    with pytest.raises(ValueError, match=r"at most max_length = 64 .* got up to 60 cached \+ 9 new"):
+        book.cache.prepare(9, rows=torch.tensor([1, 2]))
+    book.append([5, 9], rows=[1, 2], bounded=True)
+    book.append([4, 1, 3])
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
@@ -228,6 +241,8 @@ def test_wrong_lengths(llama, new_lengths, message):
     book.append([7, 3, 9])
     with pytest.raises(ValueError, match=message):
         mk.truncate_kv_cache_(book.cache, new_lengths)
+    with pytest.raises(ValueError, match=r"max_length to bound the rows' lengths \[7, 3, 9\], got 8"):
+        book.cache.prepare(1, max_length=8)
     assert book.cache.lengths.tolist() == [7, 3, 9]
 
 
@@ -244,6 +259,8 @@ def test_wrong_arguments(llama):
             cache.prepare(1, rows=rows)
     with pytest.raises(ValueError, match="rows to be None or"):
         cache.prepare(1, rows=[0])
+    with pytest.raises(ValueError, match="max_length to be None or an int of at least 0, got -1"):
+        cache.prepare(1, max_length=-1)
     with pytest.raises(ValueError, match=r"expected keys of .* = \(\(3, 3\), torch.float64"):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(3) | {"position_ids": None})
     with pytest.raises(ValueError, match="no_grad"):
