@@ -11,6 +11,7 @@ from motab.policies import (
     TokenSKD,
     Truncated,
 )
+from motab.rollouts import Rollouts
 from motab.synthesis import read_trajectories, synthesize_to_file
 from motab.trainer import MotabConfig, MotabTrainer
 from motab.trajectory import Step, Trajectory
@@ -22,6 +23,7 @@ __all__ = [
     "MotabTrainer",
     "OnPolicy",
     "RelayOPD",
+    "Rollouts",
     "Step",
     "StepSKD",
     "TeacherOnly",

@@ -17,7 +17,7 @@ import motab_kernels as mk
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
 from motab.row import STUDENT, TEACHER, Row
 from motab.sampling import choose
-from motab.steps import DelimiterAutomaton, tokens_of_words
+from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
 
@@ -65,7 +65,7 @@ class Engine:
         self.automaton = None
         if rules is not None:
             if rules.delimiter is not None:
-                self.automaton = DelimiterAutomaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
+                self.automaton = delimiter_automaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
             self.automaton_state = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
             self.state = rules.boundary.new_state(self.batch_size, self.device)
             if rules.reflection:

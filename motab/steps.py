@@ -6,6 +6,7 @@ entries finds it in every case with one gather a token, with no decoding and no 
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
+@functools.lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
     """The bytes each token id writes; empty for special tokens and for ids beyond the tokenizer's vocabulary."""
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
@@ -117,3 +119,7 @@ class DelimiterAutomaton:
             state = self.next_state[state, token]
             states.append(state)
         return torch.stack(states, 1), torch.stack(ends, 1)
+
+
+#: The same for the same arguments: a trainer asks at every step, and a large vocabulary takes a second.
+delimiter_automaton = functools.lru_cache(maxsize=4)(DelimiterAutomaton)

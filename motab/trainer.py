@@ -1,9 +1,10 @@
 """Training on trajectories through transformers' Trainer: by cross-entropy, the paper's recipe, or by a divergence from
-the teacher at every token."""
+the teacher at every token; on trajectories that are written, or that the student writes as it trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +15,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
+from motab.engine import Prompt
+from motab.policies import TeacherOnly
+from motab.report import figures
+from motab.rollouts import Rollouts
 from motab.synthesis import read_trajectories
 from motab.trajectory import AUTHORS, Trajectory
 
@@ -28,8 +33,8 @@ class MotabConfig(TrainingArguments):
 
     Attributes:
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
-            each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". Trajectories
-            of `OnPolicy` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
+            each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
+            `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
         beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
@@ -93,7 +98,8 @@ def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
 
 
 class MotabTrainer(Trainer):
-    """Trains a student on trajectories.
+    """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
+    what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
 
     By a divergence, neither model's logits are held: the loss takes the hidden states and the output embeddings, where
     these two alone make the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an
@@ -102,14 +108,17 @@ class MotabTrainer(Trainer):
 
     Args:
         model: the student.
-        teacher_model: for a divergence, with the student's tokenizer; put on the student's device and in evaluation
-            mode. By cross-entropy it is not needed, since the trajectories hold what the teacher wrote, and refused.
+        teacher_model: for a divergence, and for what a policy of `Rollouts` has it write or score, with the student's
+            tokenizer; put on the student's device and in evaluation mode. By cross-entropy on trajectories that are
+            written it is not needed, and refused.
         args: `MotabConfig`.
-        train_dataset: trajectories, or the file that `synthesize_to_file` wrote.
-        processing_class: the tokenizer, saved with the model.
+        train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
+        processing_class: the tokenizer, saved with the model; `Rollouts` need it.
 
     Raises:
-        ValueError: no trajectories, a teacher that is missing or not needed.
+        ValueError: no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
+            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); in
+            training, what `synthesize` refuses.
     """
 
     def __init__(
@@ -118,35 +127,75 @@ class MotabTrainer(Trainer):
         teacher_model: PreTrainedModel | None = None,
         args: MotabConfig | None = None,
         *,
-        train_dataset: Sequence[Trajectory] | str | Path,
+        train_dataset: Sequence[Trajectory] | str | Path | Rollouts,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
         args = MotabConfig(output_dir="runs/train") if args is None else args
-        if teacher_model is not None and args.loss_type == "cross_entropy":
+        self.rollouts: Rollouts | None = None
+        self.written: list[Trajectory] = []  # since the last entry of the log
+        by_divergence = args.loss_type != "cross_entropy"
+        if teacher_model is not None and not by_divergence and not isinstance(train_dataset, Rollouts):
             raise ValueError(
                 "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
                 "besides; leave it out, or set loss_type to a divergence, as forward_kl"
             )
-        if teacher_model is None and args.loss_type != "cross_entropy":
+        if teacher_model is None and by_divergence:
             raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
-        trajectories = read_trajectories(train_dataset) if isinstance(train_dataset, str | Path) else train_dataset
-        if not trajectories:
-            raise ValueError("train_dataset must hold at least one trajectory, got none")
+        dataset: Rollouts | TrajectoryDataset
+        if isinstance(train_dataset, Rollouts):
+            dataset = self.rollouts = train_dataset
+            if isinstance(train_dataset.policy, TeacherOnly):
+                raise ValueError("Rollouts are the student's, got policy TeacherOnly; write those once, by synthesize")
+            if processing_class is None:
+                raise ValueError("Rollouts need the tokenizer; give processing_class")
+        else:
+            trajectories = read_trajectories(train_dataset) if isinstance(train_dataset, str | Path) else train_dataset
+            dataset = TrajectoryDataset(trajectories, args.ignore_authors)
+        if not len(dataset):
+            raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         super().__init__(
             model=model,
             args=args,
-            train_dataset=TrajectoryDataset(trajectories, args.ignore_authors),
-            data_collator=collate,
+            train_dataset=dataset,
+            data_collator=list if self.rollouts is not None else collate,
             processing_class=processing_class,
             **kwargs,
         )
         self.teacher_model = teacher_model
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if is_sharded and self.rollouts is not None:
+            raise ValueError("Rollouts need whole models, got sharded ones; take DDP, or write trajectories beforehand")
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
-            is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if teacher_model is not None and by_divergence:
             self.from_heads = not is_sharded and has_plain_head(model) and has_plain_head(teacher_model)
             self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""
+        if self.rollouts is not None:
+            epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _write(self, batches: Sequence[list[Prompt]]) -> Iterator[dict[str, Tensor]]:
+        assert self.rollouts is not None
+        prompts = [prompt for batch in batches for prompt in batch]
+        # No place is written twice in a run, or by two processes: each trajectory has random numbers of its own.
+        step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
+        place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        writers = (self.model, self.teacher_model, self.processing_class)
+        trajectories = self.rollouts.write(*writers, prompts, seed=self.args.seed, first_index=place)
+        self.written += trajectories
+        examples = iter(TrajectoryDataset(trajectories, self.args.ignore_authors))
+        return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Trainer's, with the figures of what was written since the last entry."""
+        if self.written and "loss" in logs:
+            logs |= {name: value for name, value in figures(self.written).items() if value is not None}
+            self.written = []
+        super().log(logs, start_time)
 
     def compute_loss(
         self,
@@ -155,8 +204,9 @@ class MotabTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        if self.teacher_model is None:
+        if self.args.loss_type == "cross_entropy":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert self.teacher_model is not None
         args = self.args
         mask = inputs["labels"][:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}

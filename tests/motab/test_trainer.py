@@ -197,7 +197,7 @@ def test_bad_input(tmp_path):
         config(tmp_path, ignore_authors=["me"])
     with pytest.raises(ValueError, match="names every author"):
         config(tmp_path, ignore_authors=["student", "flawed", "stitch", "teacher"])
-    with pytest.raises(ValueError, match="at least one trajectory, got none"):
+    with pytest.raises(ValueError, match="at least one trajectory or prompt, got none"):
         motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=[])
     with pytest.raises(ValueError, match="leave it out, or set loss_type"):
         motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)

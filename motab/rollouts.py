@@ -1,0 +1,71 @@
+"""Prompts on which the student writes afresh at every step of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from motab.engine import Prompt, synthesize
+from motab.policies import MotabPolicy, Policy
+from motab.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Rollouts(Dataset[Prompt]):
+    """What `MotabTrainer` takes in place of trajectories that are already written.
+
+    Before each optimizer step the student, as it is then, and the teacher write one trajectory for each of the step's
+    prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation, with `MotabPolicy`
+    the same monitored.
+
+    Args:
+        prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
+        policy, max_new_tokens, batch_size, block_size, temperature, top_p: as for `synthesize`. ``batch_size`` is of
+            the writing alone; more than a device's prompts of a step are of no use.
+    """
+
+    prompts: Sequence[Prompt]
+    policy: Policy = field(default_factory=MotabPolicy)
+    max_new_tokens: int = 1024
+    batch_size: int = 8
+    block_size: int = 16
+    temperature: float = 0.6
+    top_p: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self.prompts[index]
+
+    def write(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: Sequence[Prompt],
+        *,
+        seed: int,
+        first_index: int,
+    ) -> list[Trajectory]:
+        """One trajectory for each of some prompts; the models are in evaluation mode meanwhile.
+
+        Raises:
+            ValueError: all that `synthesize` refuses.
+        """
+        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        was_training = student.training
+        student.eval()
+        try:
+            return list(
+                synthesize(student, teacher, tokenizer, prompts, **settings, seed=seed, first_index=first_index)
+            )
+        finally:
+            student.train(was_training)
+
+
+_SETTINGS = ("policy", "max_new_tokens", "batch_size", "block_size", "temperature", "top_p")

@@ -1,0 +1,153 @@
+"""Training on what the student writes as it trains."""
+
+import copy
+
+import pytest
+import torch
+from conftest import make_model
+from test_trainer import StopAt, config
+
+import motab
+
+POLICIES = {
+    "on-policy": motab.OnPolicy(),
+    "motab": motab.MotabPolicy(0.3, 0.5, stitch="ab,"),
+    "token skd": motab.TokenSKD(2),
+}
+SETTINGS = {"max_new_tokens": 12, "batch_size": 3, "block_size": 4, "temperature": 1.0}
+
+
+class Recording(motab.MotabTrainer):
+    """Keeps the student that wrote, what it wrote, and the batches that were made of it."""
+
+    def __init__(self, *arguments, **settings):
+        self.steps = []
+        super().__init__(*arguments, **settings)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        student = copy.deepcopy(self.model)
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.steps.append((student.eval(), self.written[:], batches, count))
+        return batches, count
+
+
+def train(folder, student, teacher, tokenizer, prompts, policy, trainer=Recording, resume=None, stop=None, **settings):
+    settings = {"learning_rate": 3e-2, "per_device_train_batch_size": 2, "logging_steps": 1, **settings}
+    rollouts = motab.Rollouts(prompts, policy, **SETTINGS)
+    args = config(folder, lr_scheduler_type="constant", lr_scheduler_kwargs={}, **settings)
+    trainer = trainer(copy.deepcopy(student), teacher, args, train_dataset=rollouts, processing_class=tokenizer)
+    if stop:
+        trainer.add_callback(StopAt(stop))
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("loss_type", ["reverse_kl", "cross_entropy"])
+def test_each_step_trains_on_what_its_own_student_writes(
+    tmp_path, student, teacher, tokenizer, prompts, name, loss_type
+):
+    trainer = train(
+        tmp_path,
+        *(student, teacher, tokenizer, prompts, POLICIES[name]),
+        loss_type=loss_type,
+        gradient_accumulation_steps=2,
+        max_steps=4,
+    )
+    places, texts = [], []
+    assert len(trainer.steps) == 4
+    for writer, trajectories, batches, count in trainer.steps:
+        assert len(trajectories) == 4  # two micro-batches of two
+        offset = trajectories[0].index
+        expected = motab.synthesize(
+            *(writer, teacher, tokenizer, [t.prompt_ids for t in trajectories]),
+            policy=POLICIES[name],
+            seed=trainer.args.seed,
+            first_index=offset,
+            **SETTINGS,
+        )
+        assert [t.token_ids for t in expected] == [t.token_ids for t in trajectories]
+        rows = [row for batch in batches for row in batch["input_ids"].tolist()]
+        for row, t in zip(rows, trajectories, strict=True):
+            assert row[: len(t.prompt_ids + t.token_ids)] == t.prompt_ids + t.token_ids
+        assert int(count) == sum(len(t.token_ids) for t in trajectories)
+        places += [t.index for t in trajectories]
+        texts += [t.token_ids for t in trajectories]
+    assert len(set(places)) == len(places)
+    assert sorted(t.prompt_ids for _, ts, *_ in trainer.steps[:3] for t in ts) == sorted(prompts)  # an epoch
+    # The student learned, so that what the first one would write is not what the last one wrote.
+    writer, trajectories, *_ = trainer.steps[3]
+    stale = motab.synthesize(
+        *(student, teacher, tokenizer, [t.prompt_ids for t in trajectories]),
+        policy=POLICIES[name],
+        seed=trainer.args.seed,
+        first_index=trajectories[0].index,
+        **SETTINGS,
+    )
+    assert [t.token_ids for t in stale] != [t.token_ids for t in trajectories]
+
+
+def test_the_log_holds_the_figures(tmp_path, student, teacher, tokenizer, prompts):
+    trainer = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], loss_type="jsd", max_steps=3)
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    for entry, (_, trajectories, *_) in zip(entries, trainer.steps, strict=True):
+        assert entry["breach_rate"] == sum(t.breach_step is not None for t in trajectories) / len(trajectories)
+        assert entry["tokens"] == sum(len(t.token_ids) for t in trajectories)
+    assert trainer.model.training
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
+    student = copy.deepcopy(student)
+    student.config.attention_dropout = dropout  # which must not be there when it writes
+    for layer in student.model.layers:
+        layer.self_attn.attention_dropout = dropout
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "loss_type": "forward_kl"}
+    arguments = (student, teacher, tokenizer, prompts, POLICIES["motab"])
+    whole = train(tmp_path / "whole", *arguments, **settings)
+    train(tmp_path / "halves", *arguments, stop=2, **settings)
+    resumed = train(tmp_path / "halves", *arguments, resume=True, **settings)
+    for x, y in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer, prompts):
+    settings = {"learning_rate": 1e-2, "num_train_epochs": 40, "per_device_train_batch_size": 12}
+    trainer = train(
+        tmp_path,
+        *(make_model(3), teacher, tokenizer, prompts, motab.OnPolicy()),
+        trainer=motab.MotabTrainer,
+        loss_type="reverse_kl",
+        **settings,
+    )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_dataset": motab.Rollouts([])}, "at least one trajectory or prompt, got none"),
+        (
+            {"train_dataset": motab.Rollouts([[1]], motab.TeacherOnly())},
+            "Rollouts are the student's, got .*TeacherOnly",
+        ),
+        ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
+        ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
+    ],
+)
+def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
+    arguments = {
+        "model": copy.deepcopy(student),
+        "teacher_model": teacher,
+        "args": config(tmp_path, loss_type="jsd"),
+        "train_dataset": motab.Rollouts([[1]], motab.OnPolicy()),
+        "processing_class": tokenizer,
+    }
+    with pytest.raises(ValueError, match=message):
+        motab.MotabTrainer(**{**arguments, **change})
+
+
+def test_a_policy_without_its_teacher(tmp_path, student, tokenizer, prompts):
+    with pytest.raises(ValueError, match="MotabPolicy needs a teacher, got None"):
+        train(tmp_path, student, None, tokenizer, prompts, motab.MotabPolicy(), trainer=motab.MotabTrainer)
