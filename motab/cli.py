@@ -58,19 +58,28 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 
 def train(arguments: list[str], console: Console) -> None:
-    """Train on trajectories."""
+    """Train on trajectories, written beforehand or as it trains."""
     from transformers.trainer_utils import get_last_checkpoint
 
+    from motab.data import load_problems
+    from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
     from motab.trainer import MotabConfig, MotabTrainer
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
-    require(model_name_or_path=args.model_name_or_path, train_file=args.train_file)
+    require(model_name_or_path=args.model_name_or_path)
+    if bool(args.train_file) == bool(args.dataset_name):
+        got = f"{args.train_file!r} and {args.dataset_name!r}"
+        raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
     teacher_name = args.teacher_model_name_or_path
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
+    data = args.train_file
+    if args.dataset_name:
+        problems = load_problems(args.dataset_name, args.dataset_split)
+        data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
     model = load_model(args.model_name_or_path, args.dtype)
     teacher = load_model(teacher_name, args.dtype) if teacher_name else None
-    trainer = MotabTrainer(model, teacher, config, train_dataset=args.train_file, processing_class=tokenizer)
+    trainer = MotabTrainer(model, teacher, config, train_dataset=data, processing_class=tokenizer)
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last)
     trainer.save_model()

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
+from motab.engine import Prompt
 from motab.policies import POLICIES, Policy
+from motab.rollouts import Rollouts
 
 T = TypeVar("T")
 
@@ -37,15 +40,9 @@ class GenerationArguments:
 
 
 @dataclass
-class SynthesizeArguments(GenerationArguments):
-    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
+class PolicyArguments:
+    """Who writes and who watches."""
 
-    model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher.")
-    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
-    dataset_split: str = _setting("train", "Of a hub dataset.")
-    output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
-    num_samples: int = _setting(1, "Trajectories a question.")
     policy: Literal[
         "motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"
     ] = _setting("motab", "Who writes and who watches.")
@@ -95,6 +92,18 @@ class SynthesizeArguments(GenerationArguments):
 
 
 @dataclass
+class SynthesizeArguments(PolicyArguments, GenerationArguments):
+    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
+
+    model_name_or_path: str = _setting("", "The student.")
+    teacher_model_name_or_path: str = _setting("", "The teacher.")
+    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
+    dataset_split: str = _setting("train", "Of a hub dataset.")
+    output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
+    num_samples: int = _setting(1, "Trajectories a question.")
+
+
+@dataclass
 class EvaluateArguments(GenerationArguments):
     """motab evaluate: accuracy of a model on problems with answers."""
 
@@ -106,13 +115,32 @@ class EvaluateArguments(GenerationArguments):
 
 
 @dataclass
-class TrainArguments:
-    """motab train: on the trajectories of a synthesis, by cross-entropy or a divergence from the teacher."""
+class TrainArguments(PolicyArguments):
+    """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
 
     model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher, for a loss_type other than cross_entropy.")
+    teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
     train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
+    dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
+    dataset_split: str = _setting("train", "Of a hub dataset.")
+    max_new_tokens: int = _setting(1024, "Of what is written as it trains, as the next ones: budget after the prompt.")
+    rollout_batch_size: int = _setting(8, "Trajectories in progress at a time.")
+    block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
+    rollout_temperature: float = _setting(0.6, "0 is greedy.")
+    top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
     dtype: str = _setting("float32", "Of the weights.")
+
+    def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
+        """What these settings have the student write on."""
+        return Rollouts(
+            prompts,
+            self.make_policy(),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.rollout_batch_size,
+            block_size=self.block_size,
+            temperature=self.rollout_temperature,
+            top_p=self.top_p,
+        )
 
 
 def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:

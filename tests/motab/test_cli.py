@@ -75,6 +75,25 @@ def test_verify_finds_a_changed_file(config, tmp_path, capsys):
     assert "trajectory 0 has" in capsys.readouterr().err
 
 
+def test_training_as_it_writes(tmp_path, capsys):
+    """From problems to a model, and again from its last checkpoint."""
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    command += ["--teacher_model_name_or_path", str(TINY / "teacher"), "--loss_type", "reverse_kl", "--use_cpu"]
+    command += ["--max_new_tokens", "24", "--per_device_train_batch_size", "3", "--report_to", "none"]
+    command += ["--save_steps", "1", "--logging_steps", "1", "--num_train_epochs", "1"]
+    assert main(command) == 2
+    assert "give --train_file, or --dataset_name to write on as it trains" in capsys.readouterr().err
+    command += ["--dataset_name", TASK, "--policy", "step_skd"]
+    assert main(command) == 2
+    assert "give --gamma" in capsys.readouterr().err
+    assert main([*command, "--gamma", "0.5", "--max_steps", "1"]) == 0
+    assert main([*command, "--gamma", "0.5"]) == 0
+    state = json.loads((tmp_path / "model" / "checkpoint-2" / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [(entry["step"], entry["trajectories"]) for entry in steps] == [(1, 3), (2, 3)]
+    assert any(entry["teacher_share"] > 0 for entry in steps)
+
+
 @pytest.mark.parametrize(
     ("flags", "policy"),
     [
