@@ -185,22 +185,20 @@ class Engine:
         assert self.rules is not None
         tokens, logits, teacher_logits = drafted
         tokens = torch.where(valid, tokens, -1)
+        whole = (self.state.counters, self.state.scores, self.state.history)
+        state = mk.BoundaryState.of(*(x[index] for x in whole))
         out = mk.fused_kl_boundary(
-            self._spread(index, logits, 0),
-            self._spread(index, teacher_logits, 0),
-            self._spread(index, tokens, -1),
-            boundary=self.rules.boundary,
-            state=self.state,
-            step_ends=self._spread(index, step_ends, False),
+            logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
         )
-        out = mk.BoundaryOutput(*(column[index] for column in out))
+        for x, part in zip(whole, (state.counters, state.scores, state.history), strict=True):
+            x.index_copy_(0, index, part)
         strays = out.stray
         if self.rules.reflection:
             strays = self._reflects(rows, logits, teacher_logits, out.teacher_argmax) & valid
             step_ends = step_ends & ~strays
         columns = [tokens, step_ends, strays, out.score, out.threshold]
         columns += [getattr(out, name) for name in STATISTICS]
-        return torch.stack([column.double() for column in columns], -1), self.state.rollback_position[index]
+        return torch.stack([column.double() for column in columns], -1), state.rollback_position
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
         """Where the teacher's likeliest token is one to reflect with that the student would not write."""
@@ -217,14 +215,12 @@ class Engine:
             return
         assert self.teacher is not None
         tokens, logits, valid, _ = self._draft(self.teacher, slots, rows)
-        logprobs = logits.float().log_softmax(-1)
-        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-        logprob = logprobs.gather(-1, tokens[..., None]).squeeze(-1)
+        own = mk.fused_kl_boundary(logits, logits, tokens)  # for the teacher's numbers alone
         completes = torch.zeros_like(valid)
         if self.rules is not None:
             completes = self._steps_ended(torch.tensor(slots, device=self.device), tokens)
         (packed,) = self._to_host(
-            torch.stack([column.double() for column in (tokens, valid, completes, logprob, entropy)], -1)
+            torch.stack([x.double() for x in (tokens, valid, completes, own.teacher_logprob, own.teacher_entropy)], -1)
         )
         for row, block in zip(rows, packed.tolist(), strict=True):
             for token, is_valid, completes_step, token_logprob, token_entropy in block:
@@ -248,12 +244,6 @@ class Engine:
         for writer in writers:
             if writer is not None:
                 writer.rollback({slot: row.length - 1 for slot, row in zip(slots, rows, strict=True)})
-
-    def _spread(self, index: Tensor, values: Tensor, fill: float) -> Tensor:
-        """(b, ...) values of some rows as (B, ...); the others hold ``fill``."""
-        if len(index) == self.batch_size:
-            return values
-        return values.new_full((self.batch_size, *values.shape[1:]), fill).index_copy_(0, index, values)
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
         """The one place where the host waits for the device: one transfer for all that a round has to tell."""
