@@ -63,8 +63,8 @@ def synthesize_to_file(
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:
     """The trajectories of a finished or interrupted file; a last line cut short is left out."""
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    return [Trajectory.from_json(line) for line in lines if line.endswith("\n")]
+    with Path(path).open("rb") as lines:
+        return [Trajectory.from_json(line.decode("utf-8")) for line in lines if line.endswith(b"\n")]
 
 
 def _write(

@@ -78,6 +78,15 @@ def test_torn_line_and_other_settings(tmp_path, student, teacher, tokenizer, pro
     assert path.read_bytes() == content
 
 
+def test_a_line_ends_at_a_newline_alone(tmp_path):
+    path = tmp_path / "t.jsonl"
+    text = "\u2028 \x85 \r\n"  # at all of which str.splitlines splits, and JSON leaves the first two as they are
+    found = [motab.Trajectory(i, [1], [2], ["student"], text, [], None, None, "eos") for i in range(2)]
+    torn = found[0].to_json().encode()[: found[0].to_json().encode().index(b"\xe2") + 1]
+    path.write_bytes("".join(t.to_json() + "\n" for t in found).encode() + torn)
+    assert motab.read_trajectories(path) == found
+
+
 def test_refused_input_leaves_no_file(tmp_path, student, teacher, tokenizer):
     path = tmp_path / "new" / "t.jsonl"
     with pytest.raises(ValueError, match="prompt 0 is empty"):
