@@ -32,6 +32,8 @@ class MotabConfig(TrainingArguments):
     """TrainingArguments with the paper's defaults and some settings more.
 
     Attributes:
+        ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
+            output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
             each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
             `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
@@ -44,6 +46,7 @@ class MotabConfig(TrainingArguments):
     lr_scheduler_type: str = "cosine_with_min_lr"
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
     num_train_epochs: float = 6.0
+    ddp_find_unused_parameters: bool | None = False
     loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
     beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
     alpha: float = field(default=0.1, metadata={"help": "Of the skew divergences."})
@@ -53,6 +56,8 @@ class MotabConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Unless told so, each of several processes on a CPU takes itself for the only one.
+        self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
         self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
@@ -104,7 +109,7 @@ class MotabTrainer(Trainer):
     By a divergence, neither model's logits are held: the loss takes the hidden states and the output embeddings, where
     these two alone make the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an
     adapter on the head), and for sharded ones (FSDP, DeepSpeed), it takes the logits. It is the mean over the tokens of
-    a step, however that is cut into micro-batches.
+    a step, however that is cut into micro-batches and among processes.
 
     Args:
         model: the student.
@@ -174,9 +179,19 @@ class MotabTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""
-        if self.rollouts is not None:
+        if self.rollouts is not None:  # a prompt that accelerate repeats gets a trajectory of its own
             epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        else:
+            epoch_iterator = map(self._without_repeats, epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Of an epoch's last batch, ignore the rows that accelerate repeats so that every process has as many."""
+        state = self.accelerator.gradient_state
+        if state.end_of_dataloader and state.remainder > 0:
+            rows = len(batch["labels"])
+            batch["labels"][max(state.remainder - self.args.process_index * rows, 0) :] = IGNORED
+        return batch
 
     def _write(self, batches: Sequence[list[Prompt]]) -> Iterator[dict[str, Tensor]]:
         assert self.rollouts is not None
