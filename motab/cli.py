@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import transformers
+from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
@@ -32,9 +33,10 @@ def synthesize(arguments: list[str], console: Console) -> None:
     from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
-    from motab.synthesis import synthesize_to_file
+    from motab.synthesis import share_of_main, synthesize_to_file
 
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
+    state = _state(console)
     names = {}
     if args.policy != "teacher_only":
         names["model_name_or_path"] = args.model_name_or_path
@@ -51,8 +53,10 @@ def synthesize(arguments: list[str], console: Console) -> None:
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
-    tokenizer.save_pretrained(args.output_dir)
-    for _ in watch(found, len(prompts), "synthesize", console):
+    if state.is_main_process:
+        tokenizer.save_pretrained(args.output_dir)
+    total = share_of_main(len(prompts), args.batch_size, state.num_processes)
+    for _ in watch(found, total, "synthesize", console):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")
 
@@ -67,6 +71,7 @@ def train(arguments: list[str], console: Console) -> None:
     from motab.trainer import MotabConfig, MotabTrainer
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
+    _state(console)
     require(model_name_or_path=args.model_name_or_path)
     if bool(args.train_file) == bool(args.dataset_name):
         got = f"{args.train_file!r} and {args.dataset_name!r}"
@@ -96,17 +101,27 @@ def evaluate(arguments: list[str], console: Console) -> None:
     from motab.models import load_model, load_tokenizer
 
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
+    state = _state(console)
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype)
     result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
-    if args.output_file:
+    if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps(asdict(result)))
     console.print(
         f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
         f"out of budget {result.overlong:.1%}"
     )
+
+
+def _state(console: Console) -> PartialState:
+    """accelerate's state of this process; in all but the main one the console falls silent."""
+    from motab.processes import process_state
+
+    state = process_state()
+    console.quiet = not state.is_main_process
+    return state
 
 
 def verify(arguments: list[str], console: Console) -> None:

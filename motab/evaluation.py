@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab.data import Problem
 from motab.engine import synthesize
 from motab.policies import OnPolicy
+from motab.processes import Processes
 
 # The places where a text states its answer, best first; in each the last one counts.
 _STATED = (
@@ -83,6 +84,9 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer problems and verify the answers.
 
+    Of several processes (`accelerate launch`, torchrun) each calls this, with the model on its own device, answers its
+    share of the problems and returns the result of all.
+
     Args:
         samples: answers to each problem.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
@@ -95,12 +99,21 @@ def evaluate(
     if samples < 1 or (samples > 1 and temperature == 0):
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(samples)]
+    options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
+    texts = synthesize(model, None, tokenizer, prompts, **options)
+    processes = Processes()
+    first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
+    if processes.count > 1:  # all have seen that none of the prompts is refused
+        share = prompts[first * samples : end * samples]
+        texts = synthesize(model, None, tokenizer, share, first_index=first * samples, **options)
     right, overlong = [0.0] * len(problems), 0
-    texts = synthesize(model, None, tokenizer, prompts, policy=OnPolicy(), temperature=temperature, **settings)
     for trajectory in texts:
         place = trajectory.index // samples
         right[place] += is_correct(trajectory.text, problems[place]) / samples
         overlong += trajectory.finish_reason == "length"
+    shares = processes.gather((right[first:end], overlong))
+    right = [share for part, _ in shares for share in part]
+    overlong = sum(part for _, part in shares)
     mean = sum(right) / len(right)
     spread = sum((share - mean) ** 2 for share in right) / max(len(right) - 1, 1)
     return Evaluation(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from motab.processes import process_state
 
 
 def load_model(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the accelerator where there is one.
+    """A causal language model in evaluation mode, on the accelerator where there is one; of several
+    processes each takes its own.
 
     Raises:
         ValueError: what is named is not a model.
@@ -19,8 +21,7 @@ def load_model(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
             f"{name_or_path!r} is not a causal language model (expected a hub name or a folder with config.json and "
             f"weights): {error}"
         ) from error
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return model.to(device).eval()
+    return model.to(process_state().device).eval()
 
 
 def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:

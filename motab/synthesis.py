@@ -1,19 +1,23 @@
-"""`synthesize` into a JSONL file, so that an interrupted run goes on where it stopped and ends with the same file."""
+"""`synthesize` into a JSONL file, by one process or several: an interrupted run goes on where it stopped and ends with
+the same file."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Sequence
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import Prompt, synthesize
-from motab.files import write_whole
+from motab.files import whole_file, write_whole
 from motab.policies import MotabPolicy, Policy
+from motab.processes import Processes
 from motab.trajectory import Trajectory
 
 GROUP_BATCHES = 16
@@ -36,8 +40,14 @@ def synthesize_to_file(
     writes the group in which it stopped again, and yields what was not there yet: so the rows of every batch are the
     ones that they would have been, and the file ends the same to the last bit of its statistics.
 
+    Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device. It takes whole
+    groups, each into a file of its own in ``path.parts``, and yields its own trajectories; when all have finished, the
+    main process appends the groups to ``path``. The file is that of one process, and the run can be gone on with by
+    another number of them.
+
     Args:
-        path: the file; ``path.settings.json`` beside it holds the settings it was begun with.
+        path: the file, where every process sees it; ``path.settings.json`` beside it holds the settings it was begun
+            with.
         settings: as for `synthesize`.
 
     Raises:
@@ -57,8 +67,27 @@ def synthesize_to_file(
         "batch_size": batch_size,
         **settings,
     }
-    _same_run(path, begun)
-    return _write(path, student, teacher, tokenizer, prompts, batch_size * GROUP_BATCHES, options)
+    size = batch_size * GROUP_BATCHES
+    groups = range(0, len(prompts), size)
+    processes = Processes()
+    if processes.index == 0 and processes.count > len(groups):
+        warnings.warn(
+            f"{len(prompts)} prompts make {len(groups)} groups of {size} (16 batches), so that some of "
+            f"{processes.count} processes write nothing; lower batch_size",
+            stacklevel=2,
+        )
+    written, missing = processes.from_main(lambda: _begin(path, begun, groups))
+
+    def write(first: int) -> Iterator[Trajectory]:
+        return synthesize(student, teacher, tokenizer, prompts[first : first + size], first_index=first, **options)
+
+    return _write(path, groups, written, missing, write, processes)
+
+
+def share_of_main(prompts: int, batch_size: int, processes: int) -> int:
+    """How many of the prompts the main process writes on, where nothing is written yet."""
+    size = batch_size * GROUP_BATCHES
+    return sum(min(size, prompts - first) for first in range(0, prompts, size * processes))
 
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:
@@ -69,35 +98,56 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
 
 def _write(
     path: Path,
-    student: PreTrainedModel | None,
-    teacher: PreTrainedModel | None,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    group_size: int,
-    options: dict[str, Any],
+    groups: range,
+    written: int,
+    missing: Sequence[int],
+    write: Callable[[int], Iterator[Trajectory]],
+    processes: Processes,
 ) -> Iterator[Trajectory]:
-    written = _whole_lines(path)
+    if processes.count > 1:
+        for first in missing[processes.index :: processes.count]:
+            with whole_file(_part(path, first)) as part:
+                for trajectory in write(first):
+                    part.write(trajectory.to_json() + "\n")
+                    if trajectory.index >= written:
+                        yield trajectory
+        processes.wait()
+    if processes.index == 0:
+        yield from _append(path, groups, written, write)
+    processes.wait()
+
+
+def _append(
+    path: Path, groups: range, written: int, write: Callable[[int], Iterator[Trajectory]]
+) -> Iterator[Trajectory]:
+    """Bring the file to its end, with the groups that have a file of their own and by writing the others."""
     with path.open("a", encoding="utf-8") as file:
-        for first in range(written // group_size * group_size, len(prompts), group_size):
-            group = prompts[first : first + group_size]
-            for trajectory in synthesize(student, teacher, tokenizer, group, first_index=first, **options):
+        for first in groups[written // groups.step :]:
+            part = _part(path, first)
+            if part.exists():
+                with part.open(encoding="utf-8") as lines:
+                    file.writelines(islice(lines, max(written - first, 0), None))
+                file.flush()
+                part.unlink()
+                continue
+            for trajectory in write(first):
                 if trajectory.index >= written:
                     file.write(trajectory.to_json() + "\n")
                     file.flush()
                     yield trajectory
+    shutil.rmtree(_parts(path), ignore_errors=True)
 
 
-def _whole_lines(path: Path) -> int:
-    """How many lines the file holds, after a last one that was cut short has been taken off."""
-    if not path.exists():
-        return 0
-    content = path.read_bytes()
-    os.truncate(path, content.rfind(b"\n") + 1)
-    return content.count(b"\n")
+def _parts(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")
 
 
-def _same_run(path: Path, begun: dict[str, Any]) -> None:
-    """Note what the file is made with, or refuse it where it was begun with something else."""
+def _part(path: Path, first: int) -> Path:
+    return _parts(path) / f"{first}.jsonl"
+
+
+def _begin(path: Path, begun: dict[str, Any], groups: range) -> tuple[int, list[int]]:
+    """Begin a file, or refuse to go on with it; how many lines it holds, and which groups are still to be written."""
     beside = path.with_name(path.name + ".settings.json")
     begun = json.loads(json.dumps(begun))
     if path.exists():
@@ -109,5 +159,20 @@ def _same_run(path: Path, begun: dict[str, Any]) -> None:
                 + ", ".join(f"{name}: {before.get(name)!r} there, {begun.get(name)!r} now" for name in other)
                 + "); give another path, or remove it to start anew"
             )
-        return
-    write_whole(beside, json.dumps(begun, indent=1))
+    else:
+        shutil.rmtree(_parts(path), ignore_errors=True)  # of a file that was removed to start anew
+        write_whole(beside, json.dumps(begun, indent=1))
+        path.touch()
+    written = _whole_lines(path)
+    return written, [first for first in groups[written // groups.step :] if not _part(path, first).exists()]
+
+
+def _whole_lines(path: Path) -> int:
+    """How many lines the file holds, after a last one that was cut short has been taken off."""
+    count = end = 0
+    with path.open("rb+") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                count, end = count + 1, end + len(line)
+        file.truncate(end)
+    return count

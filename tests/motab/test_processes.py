@@ -1,0 +1,255 @@
+"""Training, synthesis and evaluation in two processes, against one.
+
+Two processes, started once, run every call below and write down what came out; then one alone runs the same.
+"""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import test_synthesis
+import torch
+from conftest import make_model, teacher, tokenizer
+from test_cli import TASK, TINY
+from test_trainer import config, softcapped_model, trajectory
+
+import motab
+from motab.cli import main
+from motab.data import Problem
+from motab.evaluation import evaluate
+from motab.files import write_whole
+
+RANKS = 2
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed here")
+
+
+# What a process runs: `rank` of `count`.
+
+
+def trajectories():
+    """Eleven, of which no two processes' shares hold as many tokens."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 12, (11, 2), generator=generator).tolist()
+    ids = [[torch.randint(0, 12, (n,), generator=generator).tolist() for n in pair] for pair in lengths]
+    authors = [["flawed"] + ["student"] * (len(tokens) - 1) for _, tokens in ids]
+    return [trajectory(i, *pair, author) for i, (pair, author) in enumerate(zip(ids, authors, strict=True))]
+
+
+TRAININGS = {
+    "cross_entropy": ("cross_entropy", make_model),
+    "heads": ("jsd", make_model),
+    "logits": ("reverse_kl", softcapped_model),
+}
+
+
+def train(folder, count, kind, accumulation):
+    """Four trajectories a step, three in the epoch's last: losses, norms of the gradients, weights."""
+    loss_type, make = TRAININGS[kind]
+    args = config(
+        folder,
+        loss_type=loss_type,
+        per_device_train_batch_size=4 // count // accumulation,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=2,
+        logging_steps=1,
+        ignore_authors=["flawed"],
+        optim="sgd",
+        learning_rate=0.1,
+    )
+    model = make(3).float()
+    other = None if loss_type == "cross_entropy" else make_model(4).float()
+    trainer = motab.MotabTrainer(model, other, args, train_dataset=trajectories())
+    assert kind == "cross_entropy" or trainer.from_heads == (kind == "heads")
+    trainer.train()
+    logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    return torch.tensor(logged), {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def write(path, prompts=test_synthesis.PROMPTS, **changes):
+    student = make_model(1).float()
+    models = student, teacher.__wrapped__(student).float(), tokenizer.__wrapped__()
+    settings = {**test_synthesis.SETTINGS, **changes}
+    return motab.synthesize_to_file(path, *models, prompts, policy=test_synthesis.POLICY, **settings)
+
+
+def message(call, *arguments, **settings):
+    try:
+        call(*arguments, **settings)
+    except ValueError as error:
+        return str(error)
+
+
+def measure():
+    problems = [Problem(text, answer, {}) for text, answer in (("ab.", "1"), ("c,a", "2"), ("b", "3"))]
+    model = make_model(1).float()
+    return [
+        evaluate(model, tokenizer.__wrapped__(), problems[:size], samples=2, temperature=1.0, max_new_tokens=9)
+        for size in (3, 1)
+    ]
+
+
+def commands(folder, rank):
+    """What the commands print; each process names files of its own, where it may."""
+    pair = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
+    task = ["--dataset_name", TASK, "--max_new_tokens", "140", "--batch_size", "1"]
+    file, model = folder / "commands" / "trajectories.jsonl", folder / f"model-{rank}"
+    training = ["--train_file", str(file), "--loss_type", "jsd", "--num_train_epochs", "1", "--report_to", "none"]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(["synthesize", *pair, *task, "--num_samples", "5", "--output_dir", str(file.parent)]) == 0
+        assert main(["train", *pair, *training, "--output_dir", str(model)]) == 0
+        figures = ["--output_file", str(folder / f"figures-{rank}.json")]
+        assert main(["evaluate", *pair[:2], *task, *figures]) == 0
+    return printed.getvalue()
+
+
+def join(rank, count, folder):
+    """What a launcher and accelerate do."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
+
+
+def fail_in_one(rank, count, folder):
+    join(rank, count, folder)
+    for t in write(folder / "t.jsonl"):
+        if t.index == 40:
+            raise RuntimeError("out of memory")
+
+
+def process_main(rank, count, folder):
+    if count > 1:
+        join(rank, count, folder)
+    found = {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
+    cut, begun = (folder / name / "t.jsonl" for name in ("cut", "begun"))
+    found["whole"] = [t.index for t in write(folder / f"by {count}" / "t.jsonl")]
+    found["other settings"] = message(write, folder / f"by {count}" / "t.jsonl", seed=4)
+    found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
+    found["evaluation"] = measure()
+    if count > 1:
+        found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]
+        torch.distributed.barrier()
+        if rank == 0:  # what one process leaves that is killed in the second group
+            content = (folder / "by 2" / "t.jsonl").read_bytes()
+            settings = (folder / "by 2" / "t.jsonl.settings.json").read_text()
+            write_whole(begun.with_name("t.jsonl.settings.json"), settings)
+            begun.write_bytes(content[: len(content) // 2])
+            shutil.copytree(cut.parent, folder / "cut for two")
+        torch.distributed.barrier()
+        found["begun"] = [t.index for t in write(begun)]
+        found["cut for two"] = [t.index for t in write(folder / "cut for two" / "t.jsonl")]
+        found["printed"] = commands(folder, rank)
+    else:
+        found["cut"] = [t.index for t in write(cut)]
+    torch.save(found, folder / f"{count}-{rank}.pt")
+
+
+def start(rank, count, folder, call=process_main):
+    here = Path(__file__).resolve()
+    path = os.pathsep.join(
+        [*map(str, (here.parents[2], here.parents[1], here.parent)), os.environ.get("PYTHONPATH", "")]
+    )
+    command = [sys.executable, str(here), call.__name__, str(rank), str(count), str(folder)]
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(running):
+    try:
+        written = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [process.returncode for process in running], "\n".join(written)
+
+
+# What it must come to.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("processes")
+    for count in (RANKS, 1):
+        codes, written = finish([start(rank, count, folder) for rank in range(count)])
+        assert codes == [0] * count, written
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    """What each of two found."""
+    return [torch.load(folder / f"2-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return torch.load(folder / "1-0.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", TRAININGS)
+def test_training(ranks, alone, kind, accumulation):
+    for found in ranks:
+        torch.testing.assert_close(found[kind, accumulation], alone[kind, accumulation], rtol=1e-5, atol=1e-6)
+
+
+def test_a_file_is_that_of_one_process(ranks, alone, folder):
+    content = (folder / "by 1" / "t.jsonl").read_bytes()
+    assert alone["whole"] == list(range(90))
+    assert [found["whole"] for found in ranks] == [[*range(32), *range(64, 90)], [*range(32, 64)]]
+    assert (folder / "by 2" / "t.jsonl").read_bytes() == content
+    assert {path.name for path in (folder / "by 2").iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
+
+
+def test_interrupted_and_gone_on_with_by_another_number(ranks, alone, folder):
+    """By two and then by one, by one and then by two, by two and again by two."""
+    content = (folder / "by 1" / "t.jsonl").read_bytes()
+    for name in ("cut", "begun", "cut for two"):
+        assert (folder / name / "t.jsonl").read_bytes() == content
+        assert {path.name for path in (folder / name).iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
+    # The groups are 0 to 31, 32 to 63 and 64 to 89; the first alone was whole.
+    assert [found["cut"] for found in ranks] == [[*range(32), *range(64, 72)], [*range(32, 52)]]
+    assert alone["cut"] == [*range(32, 90)]
+    assert [found["cut for two"] for found in ranks] == [[*range(32, 64)], [*range(64, 90)]]
+    lines = content[: len(content) // 2].count(b"\n")
+    assert sorted(ranks[0]["begun"] + ranks[1]["begun"]) == [*range(lines, 90)]
+
+
+def test_bad_input_is_refused_in_every_process(ranks, alone, folder):
+    for found in (*ranks, alone):
+        assert "was begun with other settings (seed: 3 there, 4 now)" in found["other settings"]
+        assert found["bad prompt"].startswith("prompt 0 is empty")
+    assert not (folder / "bad").exists()
+
+
+def test_no_process_waits_for_one_that_failed(tmp_path):
+    codes, written = finish([start(rank, RANKS, tmp_path, fail_in_one) for rank in range(RANKS)])
+    assert codes == [1, 1]
+    assert "out of memory" in written
+    assert "Connection closed by peer" in written
+
+
+def test_evaluation(ranks, alone):
+    for found in ranks:
+        assert found["evaluation"] == alone["evaluation"]
+
+
+def test_commands_print_and_save_once(ranks, folder):
+    first, second = (found["printed"] for found in ranks)
+    assert second == ""
+    for line in ("trajectories.jsonl: 30 trajectories", "the trained model", "accuracy"):
+        assert first.count(line) == 1
+    assert (folder / "model-0" / "model.safetensors").exists()
+    assert not list(folder.glob("model-1/**/*.safetensors"))
+    assert json.loads((folder / "figures-0.json").read_text())["problems"] == 6
+    assert not (folder / "figures-1.json").exists()
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
