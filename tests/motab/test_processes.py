@@ -16,9 +16,13 @@ from pathlib import Path
 import pytest
 import test_synthesis
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from conftest import make_model, teacher, tokenizer
 from test_cli import TASK, TINY
 from test_trainer import config, softcapped_model, trajectory
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 import motab
 from motab.cli import main
@@ -49,7 +53,7 @@ TRAININGS = {
 }
 
 
-def train(folder, count, kind, accumulation):
+def train(folder, count, kind, accumulation, **sharding):
     """Four trajectories a step, three in the epoch's last: losses, norms of the gradients, weights."""
     loss_type, make = TRAININGS[kind]
     args = config(
@@ -62,14 +66,30 @@ def train(folder, count, kind, accumulation):
         ignore_authors=["flawed"],
         optim="sgd",
         learning_rate=0.1,
+        **sharding,
     )
     model = make(3).float()
     other = None if loss_type == "cross_entropy" else make_model(4).float()
     trainer = motab.MotabTrainer(model, other, args, train_dataset=trajectories())
-    assert kind == "cross_entropy" or trainer.from_heads == (kind == "heads")
+    assert kind == "cross_entropy" or trainer.from_heads == (kind == "heads" and not sharding)
     trainer.train()
     logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    if sharding:
+        assert isinstance(next(trainer.model.parameters()), DTensor)
+        trainer.save_model()
+        torch.distributed.barrier()  # the main process saves
+        model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.tensor(logged), {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def train_sharded(folder, count):
+    """By FSDP2, which accelerate uses on accelerators alone: it is told that this is one. The last that a process does,
+    since transformers leaves its settings in the environment."""
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+        return {kind: train(folder / kind, count, kind, 2, **sharding) for kind in ("cross_entropy", "heads")}
 
 
 def write(path, prompts=test_synthesis.PROMPTS, **changes):
@@ -126,12 +146,13 @@ def fail_in_one(rank, count, folder):
 def process_main(rank, count, folder):
     if count > 1:
         join(rank, count, folder)
-    found = {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
+    found = {}  # synthesis first: transformers' arguments tell accelerate of the CPU as well
     cut, begun = (folder / name / "t.jsonl" for name in ("cut", "begun"))
     found["whole"] = [t.index for t in write(folder / f"by {count}" / "t.jsonl")]
     found["other settings"] = message(write, folder / f"by {count}" / "t.jsonl", seed=4)
     found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
     found["evaluation"] = measure()
+    found |= {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]
         torch.distributed.barrier()
@@ -145,6 +166,7 @@ def process_main(rank, count, folder):
         found["begun"] = [t.index for t in write(begun)]
         found["cut for two"] = [t.index for t in write(folder / "cut for two" / "t.jsonl")]
         found["printed"] = commands(folder, rank)
+        found["sharded"] = train_sharded(folder / "sharded", count)
     else:
         found["cut"] = [t.index for t in write(cut)]
     torch.save(found, folder / f"{count}-{rank}.pt")
@@ -197,6 +219,13 @@ def alone(folder):
 def test_training(ranks, alone, kind, accumulation):
     for found in ranks:
         torch.testing.assert_close(found[kind, accumulation], alone[kind, accumulation], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "heads"])
+def test_training_with_sharded_weights(ranks, alone, kind):
+    """From logits then, of the same models."""
+    for found in ranks:
+        torch.testing.assert_close(found["sharded"][kind], alone[kind, 2], rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_is_that_of_one_process(ranks, alone, folder):
