@@ -262,6 +262,10 @@ def test_no_process_waits_for_one_that_failed(tmp_path):
     assert codes == [1, 1]
     assert "out of memory" in written
     assert "Connection closed by peer" in written
+    assert (
+        tmp_path / "t.jsonl"
+    ).read_bytes() == b""  # the first has kept what it wrote, and done nothing of the other's
+    assert {path.name for path in (tmp_path / "t.jsonl.parts").iterdir()} == {"0.jsonl", "64.jsonl", "32.jsonl.tmp"}
 
 
 def test_evaluation(ranks, alone):
