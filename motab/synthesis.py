@@ -72,8 +72,8 @@ def synthesize_to_file(
     processes = Processes()
     if processes.index == 0 and processes.count > len(groups):
         warnings.warn(
-            f"{len(prompts)} prompts make {len(groups)} groups of {size} (16 batches), so that some of "
-            f"{processes.count} processes write nothing; lower batch_size",
+            f"expected a group of {size} prompts (16 batches) for each of {processes.count} processes, got "
+            f"{len(prompts)} prompts, so that some processes write nothing; lower batch_size",
             stacklevel=2,
         )
     written, missing = processes.from_main(lambda: _begin(path, begun, groups))

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -165,6 +166,9 @@ def process_main(rank, count, folder):
         torch.distributed.barrier()
         found["begun"] = [t.index for t in write(begun)]
         found["cut for two"] = [t.index for t in write(folder / "cut for two" / "t.jsonl")]
+        with warnings.catch_warnings(record=True) as warned:
+            found["few"] = [t.index for t in write(folder / "few" / "t.jsonl", test_synthesis.PROMPTS[:3])]
+        found["warned"] = [str(warning.message) for warning in warned if "a group" in str(warning.message)]
         found["printed"] = commands(folder, rank)
         found["sharded"] = train_sharded(folder / "sharded", count)
     else:
@@ -255,6 +259,13 @@ def test_bad_input_is_refused_in_every_process(ranks, alone, folder):
         assert "was begun with other settings (seed: 3 there, 4 now)" in found["other settings"]
         assert found["bad prompt"].startswith("prompt 0 is empty")
     assert not (folder / "bad").exists()
+
+
+def test_fewer_groups_than_processes(ranks):
+    assert [found["few"] for found in ranks] == [[0, 1, 2], []]
+    (warned,), none = (found["warned"] for found in ranks)
+    assert warned.startswith("expected a group of 32 prompts (16 batches) for each of 2 processes, got 3 prompts")
+    assert none == []
 
 
 def test_no_process_waits_for_one_that_failed(tmp_path):
