@@ -93,6 +93,26 @@ def train_sharded(folder, count):
         return {kind: train(folder / kind, count, kind, 2, **sharding) for kind in ("cross_entropy", "heads")}
 
 
+PROMPTS = [[1, 2], [3], [4, 5, 6], [7]]
+
+
+def train_once(folder, data, count=1):
+    """One step of four trajectories, given or written by both processes: those of this one, and the weights."""
+    args = config(
+        folder,
+        loss_type="reverse_kl",
+        max_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        per_device_train_batch_size=4 // count,
+    )
+    student = make_model(1).float()
+    other = teacher.__wrapped__(make_model(1)).float()
+    trainer = motab.MotabTrainer(student, other, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
+    trainer.train()
+    return trainer.written, {name: parameter.detach() for name, parameter in student.named_parameters()}
+
+
 def write(path, prompts=test_synthesis.PROMPTS, **changes):
     student = make_model(1).float()
     models = student, teacher.__wrapped__(student).float(), tokenizer.__wrapped__()
@@ -169,6 +189,8 @@ def process_main(rank, count, folder):
         with warnings.catch_warnings(record=True) as warned:
             found["few"] = [t.index for t in write(folder / "few" / "t.jsonl", test_synthesis.PROMPTS[:3])]
         found["warned"] = [str(warning.message) for warning in warned if "a group" in str(warning.message)]
+        rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
+        found["afresh"] = train_once(folder / "afresh", rollouts, count)
         found["printed"] = commands(folder, rank)
         found["sharded"] = train_sharded(folder / "sharded", count)
     else:
@@ -230,6 +252,16 @@ def test_training_with_sharded_weights(ranks, alone, kind):
     """From logits then, of the same models."""
     for found in ranks:
         torch.testing.assert_close(found["sharded"][kind], alone[kind, 2], rtol=1e-5, atol=1e-6)
+
+
+def test_training_on_what_both_write(ranks, tmp_path):
+    """Each writes on its own prompts; the step is one on all that was written."""
+    (first, weights), (second, same) = (found["afresh"] for found in ranks)
+    assert sorted(t.prompt_ids for t in first + second) == sorted(PROMPTS)
+    assert len({t.index for t in first + second}) == len(PROMPTS)
+    torch.testing.assert_close(weights, same, rtol=0, atol=0)
+    _, expected = train_once(tmp_path, first + second)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_is_that_of_one_process(ranks, alone, folder):
