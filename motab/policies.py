@@ -212,6 +212,7 @@ class RelayOPD:
 
     Args:
         words: whole tokens, whatever their case and the space around them; what the tokenizer splits does not count.
+            The default is a list of this library's.
         student_top_k: >= 1.
         paragraphs, relay_tokens: of the teacher's, whatever comes first; >= 1.
         max_interventions: >= 1; after that the student is scored alone.
