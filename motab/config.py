@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
-from motab.engine import Prompt
 from motab.policies import POLICIES, Policy
+from motab.prompts import Prompt
 from motab.rollouts import Rollouts
 
 T = TypeVar("T")

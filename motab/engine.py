@@ -7,7 +7,7 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,13 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import motab_kernels as mk
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
+from motab.prompts import Prompt, encode_prompts, end_tokens
 from motab.row import STUDENT, TEACHER, Row
 from motab.sampling import choose
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
-
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
 
 class Engine:
@@ -52,7 +51,7 @@ class Engine:
         models = [model for model in (student, teacher) if model is not None]
         self.device = models[0].device
         self.vocab_size = min(model.config.get_text_config().vocab_size for model in models)
-        self.end_ids = _end_ids(models, tokenizer)
+        self.end_ids = end_tokens(models, tokenizer)
         self.end_tensor = torch.tensor(self.end_ids, device=self.device)
         # A block may run past the budget by its own length before it is cut.
         max_length = max(map(len, prompts)) + max_new_tokens + block_size
@@ -253,14 +252,6 @@ class Engine:
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
 
-def _end_ids(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    ids = {tokenizer.eos_token_id}
-    for model in models:
-        own = model.generation_config.eos_token_id if model.generation_config is not None else None
-        ids.update(own if isinstance(own, list) else [own])
-    return sorted(token for token in ids if token is not None)
-
-
 def synthesize(
     student: PreTrainedModel | None,
     teacher: PreTrainedModel | None,
@@ -328,11 +319,8 @@ def synthesize(
         max_new_tokens = min(max_new_tokens, rules.max_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
-    for model in (student, teacher):
-        if model is not None:
-            _check_vocabulary(model, tokenizer)
-            _check_context(model, encoded, max_new_tokens)
+    models = [model for model in (student, teacher) if model is not None]
+    encoded = encode_prompts(prompts, tokenizer, models, max_new_tokens)
     if not encoded:
         return iter(())
     engine = Engine(
@@ -361,34 +349,3 @@ def _without_gradients(engine: Engine) -> Iterator[Trajectory]:
         if trajectory is None:
             return
         yield trajectory
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
-    else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-    if not ids:
-        raise ValueError(f"prompt {index} is empty: a prompt must hold at least one token, got {prompt!r}")
-    return list(ids)
-
-
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    size = model.config.get_text_config().vocab_size
-    if len(tokenizer) > size:
-        raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} knows only {size}; student and "
-            "teacher must share the tokenizer that both were trained with"
-        )
-
-
-def _check_context(model: PreTrainedModel, prompts: Sequence[list[int]], max_new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    for index, ids in enumerate(prompts):
-        if limit is not None and len(ids) + max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {index} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but "
-                f"{type(model).__name__} reads at most {limit}; shorten the prompt or lower max_new_tokens"
-            )

@@ -9,8 +9,9 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import Prompt, synthesize
+from motab.engine import synthesize
 from motab.policies import MotabPolicy, Policy
+from motab.prompts import Prompt
 from motab.trajectory import Trajectory
 
 

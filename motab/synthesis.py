@@ -14,10 +14,11 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import Prompt, synthesize
+from motab.engine import synthesize
 from motab.files import whole_file, write_whole
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
+from motab.prompts import Prompt
 from motab.trajectory import Trajectory
 
 GROUP_BATCHES = 16

@@ -15,8 +15,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
 from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
-from motab.engine import Prompt
 from motab.policies import TeacherOnly
+from motab.prompts import Prompt
 from motab.report import figures
 from motab.rollouts import Rollouts
 from motab.synthesis import read_trajectories
