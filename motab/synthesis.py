@@ -43,7 +43,8 @@ def synthesize_to_file(
 
     Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device. It takes whole
     groups, each into a file of its own in ``path.parts``, and yields its own trajectories; when all have finished, the
-    main process appends the groups to ``path``. The file is that of one process, and the run can be gone on with by
+    main process appends the groups to ``path``. So every process must exhaust its iterator, also where that yields
+    nothing: the others wait for it at the end. The file is that of one process, and the run can be gone on with by
     another number of them.
 
     Args:
