@@ -73,14 +73,12 @@ def train(arguments: list[str], console: Console) -> None:
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
     _state(console)
     require(model_name_or_path=args.model_name_or_path)
-    if bool(args.train_file) == bool(args.dataset_name):
-        got = f"{args.train_file!r} and {args.dataset_name!r}"
-        raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
+    args.check_source()
     teacher_name = args.teacher_model_name_or_path
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     data = args.train_file
     if args.dataset_name:
-        problems = load_problems(args.dataset_name, args.dataset_split)
+        problems = load_problems(args.dataset_name, args.dataset_split or "train")
         data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
     model = load_model(args.model_name_or_path, args.dtype)
     teacher = load_model(teacher_name, args.dtype) if teacher_name else None

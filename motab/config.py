@@ -43,9 +43,10 @@ class GenerationArguments:
 class PolicyArguments:
     """Who writes and who watches."""
 
-    policy: Literal[
-        "motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"
-    ] = _setting("motab", "Who writes and who watches.")
+    policy: (
+        Literal["motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"]
+        | None
+    ) = _setting(None, "Who writes and who watches (motab).")
     epsilon0: float | None = _setting(None, "Of motab: boundary at zero teacher entropy (0.2).")
     theta: float | None = _setting(None, "Of motab: how much the teacher's entropy relaxes the boundary (1).")
     entropy_top_k: int | None = _setting(None, "Of motab: entropy of the renormalised top k; exact when not given.")
@@ -73,14 +74,15 @@ class PolicyArguments:
         Raises:
             ValueError: a setting that the policy needs is missing, one of another policy's is there, or out of range.
         """
-        kind = POLICIES[self.policy]
+        policy = self.policy or "motab"
+        kind = POLICIES[policy]
         own = {entry.name: entry for entry in dataclasses.fields(kind)}
-        settings = {entry.name for policy in POLICIES.values() for entry in dataclasses.fields(policy)}
+        settings = {entry.name for each in POLICIES.values() for entry in dataclasses.fields(each)}
         given: dict[str, Any] = {name: value for name, value in vars(self).items() if name in settings}
         given = {name: value for name, value in given.items() if value is not None}
         if foreign := [name for name in given if name not in own]:
             raise ValueError(
-                f"--policy {self.policy} has no {', '.join(foreign)}; it takes {', '.join(own) or 'no settings'}"
+                f"--policy {policy} has no {', '.join(foreign)}; it takes {', '.join(own) or 'no settings'}"
             )
         missing = (name for name, entry in own.items() if entry.default is dataclasses.MISSING and name not in given)
         require(**dict.fromkeys(missing, ""))
@@ -114,6 +116,16 @@ class EvaluateArguments(GenerationArguments):
     output_file: str | None = _setting(None, "Write the figures to this JSON file as well.")
 
 
+#: Settings of `motab train`, and what `Rollouts` calls them.
+_OF_ROLLOUTS = {
+    "max_new_tokens": "max_new_tokens",
+    "rollout_batch_size": "batch_size",
+    "block_size": "block_size",
+    "rollout_temperature": "temperature",
+    "top_p": "top_p",
+}
+
+
 @dataclass
 class TrainArguments(PolicyArguments):
     """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
@@ -122,25 +134,36 @@ class TrainArguments(PolicyArguments):
     teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
     train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
     dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
-    dataset_split: str = _setting("train", "Of a hub dataset.")
-    max_new_tokens: int = _setting(1024, "Of what is written as it trains, as the next ones: budget after the prompt.")
-    rollout_batch_size: int = _setting(8, "Trajectories in progress at a time.")
-    block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
-    rollout_temperature: float = _setting(0.6, "0 is greedy.")
-    top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
+    dataset_split: str | None = _setting(None, "Of a hub dataset (train).")
+    max_new_tokens: int | None = _setting(None, "Of what is written as it trains: budget after the prompt (1024).")
+    rollout_batch_size: int | None = _setting(None, "The same: trajectories in progress at a time (8).")
+    block_size: int | None = _setting(None, "The same: tokens that the student drafts before the teacher looks (16).")
+    rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
+    top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     dtype: str = _setting("float32", "Of the weights.")
+
+    def check_source(self) -> None:
+        """Refuse none or two of the sources, and settings of the writing where nothing is written.
+
+        Raises:
+            ValueError: names the settings, and the way out.
+        """
+        if bool(self.train_file) == bool(self.dataset_name):
+            got = f"{self.train_file!r} and {self.dataset_name!r}"
+            raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
+        writing = [entry.name for entry in dataclasses.fields(PolicyArguments)]
+        writing += ["dataset_split", *_OF_ROLLOUTS]
+        given = [f"--{name}" for name in writing if getattr(self, name) is not None]
+        if self.train_file and given:
+            raise ValueError(
+                f"--train_file is trained on as it was written, got {', '.join(given)} besides: leave them out, or "
+                "give --dataset_name in place of --train_file to write as it trains"
+            )
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
         """What these settings have the student write on."""
-        return Rollouts(
-            prompts,
-            self.make_policy(),
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.rollout_batch_size,
-            block_size=self.block_size,
-            temperature=self.rollout_temperature,
-            top_p=self.top_p,
-        )
+        given = {name: getattr(self, own) for own, name in _OF_ROLLOUTS.items() if getattr(self, own) is not None}
+        return Rollouts(prompts, self.make_policy(), **given)
 
 
 def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:

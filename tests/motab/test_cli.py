@@ -117,6 +117,34 @@ def test_a_policy_that_lacks_a_setting():
         parse(SynthesizeArguments, ["--policy", "adaswitch"], "synthesize").make_policy()
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--policy", "motab"], "--policy besides"),
+        (["--gamma", "0.5"], "--gamma besides"),
+        (["--stitch", ""], "--stitch besides"),
+        (["--dataset_split", "train"], "--dataset_split besides"),
+        (["--rollout_temperature", "0"], "--rollout_temperature besides"),
+        (["--max_new_tokens", "1024", "--top_p", "1"], "--max_new_tokens, --top_p besides"),
+        (["--rollout_batch_size", "8", "--block_size", "16"], "--rollout_batch_size, --block_size besides"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, named, in_file):
+    """The defaults too: who gives one thinks that something is written."""
+    if in_file:
+        path = tmp_path / "config.yaml"
+        path.write_text(
+            "".join(f"{name[2:]}: {value!r}\n" for name, value in zip(flags[::2], flags[1::2], strict=True))
+        )
+        flags = ["--config", str(path)]
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    assert main([*command, "--train_file", "none.jsonl", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"--train_file is trained on as it was written, got {named}" in error
+    assert "leave them out, or give --dataset_name in place of --train_file" in error
+
+
 def test_a_policy_that_hands_back(config, tmp_path, capsys):
     """Several interventions in one trajectory, through the commands that look at it."""
     out = ["--output_dir", str(tmp_path / "run")]
