@@ -49,19 +49,25 @@ def machine(run: Record) -> Record:
 
 
 def table(facts: Record, records: list[Record]) -> str:
-    """Each provider's time and what it is of ours: above 1 we are faster, below 1 we lose."""
-    ours = {r["case"]: r["ms"] for r in records if r["provider"] == "ours"}
+    """Each provider's time and what it is of ours: above 1 we are faster, below 1 we lose. Where tokens were counted it
+    is the time for one that is compared."""
+
+    def cost(r: Record) -> float:
+        return r["ms"] / r.get("tokens", 1)
+
+    ours = {r["case"]: cost(r) for r in records if r["provider"] == "ours"}
     lines = [
         ", ".join(f"{name} {value}" for name, value in facts.items() if name != "command") + f": `{facts['command']}`",
         "",
-        "| case | provider | ms | over ours | GB/s | peak MiB |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
+        "| case | provider | ms | over ours | GB/s | peak MiB | tokens/s |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in records:
         if "op" in r:  # of the scaling: in the picture
             continue
-        ratio = f"{r['ms'] / ours[r['case']]:.2f}" if r["case"] in ours else ""
+        ratio = f"{cost(r) / ours[r['case']]:.2f}" if r["case"] in ours else ""
         cells = [shown(r["ms"]), ratio, shown(r.get("GB/s")), "" if "peak MiB" not in r else f"{r['peak MiB']:.0f}"]
+        cells.append(shown(1e3 / cost(r) if "tokens" in r else None))
         lines.append(f"| {r['case']} | {r['provider']} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -12,6 +12,8 @@ RUN = {
     "benchmarks": [
         {"group": "boundary", "name": "test[ours]", "params": {"provider": "ours"}, "extra_info": {"GB/s": 20.0}},
         {"group": "boundary", "name": "test[eager]", "params": {"provider": "eager"}, "extra_info": {"peak MiB": 12.3}},
+        {"group": "writing", "name": "test[ours]", "params": {"provider": "ours"}, "extra_info": {"tokens": 8}},
+        {"group": "writing", "name": "test[few]", "params": {"provider": "few"}, "extra_info": {"tokens": 4}},
         {"group": None, "name": "test_ragged", "params": None, "extra_info": {}},
         *(
             {
@@ -42,11 +44,18 @@ def results(tmp_path, monkeypatch):
 def test_table(results):
     """Eager's 4 ms are 4 times ours; the scaling is in the picture alone."""
     text = (results / "cpu.md").read_text()
-    assert "| boundary | ours | 1 | 1.00 | 20 |  |" in text
-    assert "| boundary | eager | 4 | 4.00 |  | 12 |" in text
-    assert "| test_ragged | test_ragged | 9 |  |  |  |" in text
+    assert "| boundary | ours | 1 | 1.00 | 20 |  |  |" in text
+    assert "| boundary | eager | 4 | 4.00 |  | 12 |  |" in text
+    assert "| test_ragged | test_ragged | 25 |  |  |  |  |" in text
     assert "by size" not in text
     assert "copy GB/s 20.0" in text
+
+
+def test_tokens_are_what_is_compared(results):
+    """8 tokens in our 9 ms against 4 in 16: a token takes 3.56 times as long."""
+    text = (results / "cpu.md").read_text()
+    assert "| writing | ours | 9 | 1.00 |  |  | 889 |" in text
+    assert "| writing | few | 16 | 3.56 |  |  | 250 |" in text
 
 
 def test_json_says_what_ran_and_not_where(results):
@@ -55,7 +64,7 @@ def test_json_says_what_ran_and_not_where(results):
     published = json.loads(text)
     assert published["machine"]["date"] == "2026-11-24"
     assert published["records"][1] == {"case": "boundary", "provider": "eager", "ms": 4.0, "peak MiB": 12.3}
-    assert len(published["records"]) == 11
+    assert len(published["records"]) == 13
 
 
 def test_picture_and_nothing_unfinished(results):

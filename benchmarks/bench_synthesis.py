@@ -1,0 +1,222 @@
+"""Monitored generation from end to end on the tiny pair: ours beside what is done today, and beside no monitoring.
+
+    OMP_NUM_THREADS=2 pytest benchmarks/bench_synthesis.py
+
+The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a time. Who takes part:
+
+- ours: `motab.synthesize` with `MotabPolicy`.
+- sent anew: the same trajectories, made as the paper's pipeline does: one at a time whatever the batch, no cache kept
+  between steps, the whole context sent for each, the teacher asked twice a step. On plain `generate` and forward
+  passes in this process, so without the cost of a server.
+- ours, no teacher: `OnPolicy`; what the engine costs beside `generate`, which writes the same.
+- generate: transformers' own, the student alone. With a forward pass of the teacher over its text as well: "generate,
+  then score". Nobody intervenes, so after a breach they write something else than ours: a lower bound of what
+  monitoring may cost.
+
+What each writes is compared token by token before it is timed. Texts differ in length and number, so the report's
+ratios are of the time for a token: of those in the result that a model wrote, so not the stitched phrase.
+"""
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import StoppingCriteria
+
+import motab
+from benchmarks.timing import synchronise
+from motab.data import load_problems
+from motab.demo import TASK, TINY, TRAIN_SEED
+from motab.models import load_model, load_tokenizer
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+POLICY = motab.MotabPolicy(epsilon0=0.2, theta=1.0)
+NEW = 160
+MANY, FEW = 32, 8  # prompts: in a batch, and where there is one at a time; 2 of the 8 breach, 9 of the 32
+
+
+class Pair:
+    """Both models, their tokenizer and the demo's first prompts as token ids."""
+
+    def __init__(self):
+        self.student, self.teacher = (load_model(str(TINY / name)) for name in ("student", "teacher"))
+        self.tokenizer = load_tokenizer(str(TINY / "student"))
+        problems = load_problems(f"reasoning-gym:{TASK}&size={MANY}&seed={TRAIN_SEED}")
+        self.prompts = [
+            self.tokenizer.apply_chat_template(p.messages(), add_generation_prompt=True, return_dict=False)
+            for p in problems
+        ]
+
+
+@dataclass
+class Result:
+    """What was written after one prompt; ``phrase`` counts the tokens that no model wrote, ``scores`` are the
+    teacher's log-probabilities."""
+
+    token_ids: list[int]
+    breach_step: int | None = None
+    rollback_step: int | None = None
+    phrase: int = 0
+    scores: list[float] | None = None
+
+
+# ---------------------------------------------------------------- who takes part: a result for each prompt
+
+
+def ours(pair, prompts, batch_size, policy=POLICY, teacher=True):
+    settings = {"policy": policy, "max_new_tokens": NEW, "batch_size": batch_size, "temperature": 0.0}
+    written = motab.synthesize(pair.student, pair.teacher if teacher else None, pair.tokenizer, prompts, **settings)
+    return [Result(t.token_ids, t.breach_step, t.rollback_step, t.author.count("stitch")) for t in written]
+
+
+def ours_alone(pair, prompts, batch_size):
+    return ours(pair, prompts, batch_size, motab.OnPolicy(), teacher=False)
+
+
+class StepEnd(StoppingCriteria):
+    """Stops `generate` when the text after the first ``start`` tokens holds the delimiter."""
+
+    def __init__(self, tokenizer, start):
+        self.tokenizer, self.start = tokenizer, start
+
+    def __call__(self, input_ids, scores, **kwargs):
+        ended = POLICY.delimiter in self.tokenizer.decode(input_ids[0, self.start :])
+        return torch.tensor([ended], device=input_ids.device)
+
+
+def write(model, context, count, stopping=()):
+    """What one call of a server would return: up to ``count`` tokens after the context."""
+    ids = torch.tensor([context], device=DEVICE)
+    mask = torch.ones_like(ids)
+    out = model.generate(
+        ids, attention_mask=mask, max_new_tokens=count, do_sample=False, stopping_criteria=list(stopping)
+    )
+    return out[0, len(context) :].tolist()
+
+
+@torch.no_grad()
+def logprobs(model, ids, kept):
+    """Of the tokens that may follow each of the last ``kept``."""
+    return model(torch.tensor([ids], device=DEVICE), logits_to_keep=kept).logits[0].log_softmax(-1)
+
+
+def sent_anew(pair, prompt):
+    """One trajectory."""
+    end, text = pair.tokenizer.eos_token_id, []
+    starts, values = [], []
+    while len(text) < NEW and text[-1:] != [end]:
+        context = prompt + text
+        step = write(pair.student, context, NEW - len(text), [StepEnd(pair.tokenizer, len(context))])
+        first = logprobs(pair.teacher, context, 1)[0]
+        entropy = -float((first.exp() * first).sum())
+        column = torch.tensor(step, device=DEVICE)[:, None]
+        values.append(math.exp(float(logprobs(pair.teacher, context + step[:-1], len(step)).gather(1, column).mean())))
+        starts.append(len(text))
+        text += step
+        if not values[-1] >= POLICY.epsilon0 * math.exp(-POLICY.theta * entropy):
+            break
+    else:
+        return Result(text)
+    falls = [after - before for before, after in itertools.pairwise(values)]
+    back = falls.index(min(falls)) + 1 if falls else 0
+    safe = text[: starts[back]]
+    flawed = text[:-1] if text[-1] == end else text
+    written = pair.tokenizer.decode(flawed)
+    blank = "\n" * max(0, 2 - (len(written) - len(written.rstrip("\n"))))
+    phrase = pair.tokenizer.encode(f"{blank}{POLICY.stitch}\n\n", add_special_tokens=False)
+    takeover = write(pair.teacher, prompt + safe, NEW - len(safe))
+    return Result(flawed + phrase + takeover, len(values) - 1, back, phrase=len(phrase))
+
+
+def generated(pair, prompts):
+    """The student's own texts after the prompts, padded on the left: (b, S) ids, their mask, where the texts begin."""
+    start = max(map(len, prompts))
+    ids = torch.tensor([[pair.tokenizer.pad_token_id] * (start - len(p)) + p for p in prompts], device=DEVICE)
+    mask = torch.tensor([[0] * (start - len(p)) + [1] * len(p) for p in prompts], device=DEVICE)
+    return pair.student.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False), mask, start
+
+
+def texts_of(pair, ids):
+    """Each row up to its end token."""
+    end = pair.tokenizer.eos_token_id
+    return [row[: row.index(end) + 1] if end in row else row for row in ids.tolist()]
+
+
+def generate(pair, prompts, batch_size):
+    results = []
+    for first in range(0, len(prompts), batch_size):
+        ids, _, start = generated(pair, prompts[first : first + batch_size])
+        results += [Result(text) for text in texts_of(pair, ids[:, start:])]
+    return results
+
+
+@torch.no_grad()
+def generate_then_score(pair, prompts, batch_size):
+    results = []
+    for first in range(0, len(prompts), batch_size):
+        ids, mask, start = generated(pair, prompts[first : first + batch_size])
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - start), value=1)
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        logits = pair.teacher(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        scores = logits[:, start - 1 : -1].log_softmax(-1).gather(2, ids[:, start:, None])[..., 0].tolist()
+        texts = texts_of(pair, ids[:, start:])
+        results += [Result(text, scores=row[: len(text)]) for text, row in zip(texts, scores, strict=True)]
+    return results
+
+
+PROVIDERS = {
+    "ours": ours,
+    "sent anew": lambda pair, prompts, batch_size: [sent_anew(pair, prompt) for prompt in prompts],
+    "ours, no teacher": ours_alone,
+    "generate": generate,
+    "generate, then score": generate_then_score,
+}
+
+
+# ---------------------------------------------------------------- the race
+
+
+@functools.cache
+def pair():
+    return Pair()
+
+
+@functools.cache
+def expected(monitored):
+    """Of the first prompts: what monitored generation must write, and what the student writes alone with the teacher's
+    log-probabilities."""
+    if monitored:
+        return PROVIDERS["sent anew"](pair(), pair().prompts[:FEW], 1)
+    return generate_then_score(pair(), pair().prompts[:FEW], 1)
+
+
+def check(provider, results):
+    monitored = provider in ("ours", "sent anew")
+    known = expected(monitored)
+    assert any(result.breach_step is not None for result in known) == monitored
+    for result, other in zip(results[:FEW], known, strict=True):
+        assert result.token_ids == other.token_ids
+        assert (result.breach_step, result.rollback_step) == (other.breach_step, other.rollback_step)
+        if result.scores is not None:
+            torch.testing.assert_close(torch.tensor(result.scores), torch.tensor(other.scores), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_synthesis(benchmark, provider, batch_size):
+    one_by_one = batch_size == 1 or provider == "sent anew"
+    prompts = pair().prompts[: FEW if one_by_one else MANY]
+
+    def run():
+        results = PROVIDERS[provider](pair(), prompts, batch_size)
+        synchronise(DEVICE)
+        return results
+
+    results = run()
+    check(provider, results)
+    benchmark.group = f"synthesis, {batch_size} at a time"
+    benchmark.extra_info["tokens"] = sum(len(result.token_ids) - result.phrase for result in results)
+    benchmark.pedantic(run, rounds=1 if provider == "sent anew" else 2 if one_by_one else 3)
