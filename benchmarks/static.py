@@ -6,8 +6,9 @@ Each kernel is compiled ahead of time for each target. Columns: registers a thre
 main loop, the longest in the machine code, per column of one position (a pair of a student's and a teacher's
 logit): instructions, special-function instructions; then how often, in one turn, it loads 128 bits, loads
 fewer, waits at a barrier or passes a value between lanes. Then, *predicted* and not measured, for each device the time
-to issue the loop's instructions and that of its special functions, over the time of its bytes. To be run without
-TRITON_INTERPRET.
+to issue the loop's instructions and that of its special functions, over the time of its bytes. The kernels of ragged
+attention have a table of their own: shared memory, and how often the main loop loads 128 bits, straight into shared
+memory or not, and fewer. To be run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from motab_kernels.gpu import boundary, divergence
+from motab_kernels.gpu import attention, boundary, divergence
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -40,8 +41,9 @@ V = 151936
 
 # What each kind of instruction is called: NVIDIA's SASS, then AMD's.
 SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|sqrt|rsq)_")
-WIDE_LOAD = re.compile(r"LDG\.E(\.\w+)*\.128|(buffer|global)_load_dwordx4")
-LOAD = re.compile(r"LDG|(buffer|global)_load")
+WIDE_LOAD = re.compile(r"LDG(STS)?\.E(\.\w+)*\.128\b|(buffer|global)_load_dwordx4")
+COPY = re.compile(r"LDGSTS")  # from global to shared memory, while the program goes on
+LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
 BARRIER = re.compile(r"BAR\.|s_barrier")
 SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
 
@@ -66,6 +68,10 @@ DEVICES = {
 }
 
 
+def count(pattern: re.Pattern[str], lines: list[str]) -> int:
+    return sum(1 for line in lines if pattern.search(line))
+
+
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One kernel on one target; the loop's figures are 0 where a kernel has no loop over the vocabulary."""
@@ -83,6 +89,23 @@ class Report:
     shuffles: int = 0
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionReport:
+    """One kernel of ragged attention on one target; no loop's figures where it does not read the cache."""
+
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    tile: str = ""  # queries x slots
+    needed: int = 0  # 128-bit loads of a thread for a tile of keys and one of values
+    wide_loads: int = 0
+    copies: int = 0
+    narrow_loads: int = 0
+
+
 def compiled(
     kernel: Any,
     target: str,
@@ -90,6 +113,7 @@ def compiled(
     constants: dict[str, Any],
     num_warps: int,
     aligned: tuple[str, ...] = (),
+    **options: int,
 ) -> Any:
     """Compile; arguments without a type are int32. Pointers and `aligned` integers are divisible by 16."""
     names = kernel.arg_names
@@ -97,7 +121,7 @@ def compiled(
     by_16 = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in aligned]
     attributes = {(i,): [["tt.divisibility", 16]] for i in by_16}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **options})
 
 
 def lines_of(binary: Any, target: str) -> list[str]:
@@ -164,21 +188,17 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
     loop = main_loop(lines_of(binary, target))
     threads = settings.num_warps * TARGETS[target].warp_size
     pairs = settings.lanes * settings.per_lane / threads
-
-    def count(pattern: re.Pattern[str]) -> int:
-        return sum(1 for line in loop if pattern.search(line))
-
     return Report(
         name,
         dtype,
         target,
         *registers_and_spills(binary, target),
         instructions=len(loop) / pairs,
-        special=count(SPECIAL) / pairs,
-        wide_loads=count(WIDE_LOAD),
-        narrow_loads=count(LOAD) - count(WIDE_LOAD),
-        barriers=count(BARRIER),
-        shuffles=count(SHUFFLE),
+        special=count(SPECIAL, loop) / pairs,
+        wide_loads=count(WIDE_LOAD, loop),
+        narrow_loads=count(LOAD, loop) - count(WIDE_LOAD, loop),
+        barriers=count(BARRIER, loop),
+        shuffles=count(SHUFFLE, loop),
     )
 
 
@@ -228,6 +248,69 @@ def decide_report(target: str) -> Report:
     return Report("decide", "bf16", target, *registers_and_spills(binary, target))
 
 
+def attention_report(
+    dtype: str, target: str, D: int, GROUP: int, T: int, HAS_WINDOW: bool, softcap: bool
+) -> AttentionReport:
+    settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
+    kernel = attention.split_kernel
+    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], settings)
+    of_inputs = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
+    types = {n: f"*{dtype}" if n in of_inputs else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
+    types |= {"lengths_ptr": "*i64", "rows_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
+    aligned = tuple(n for n in kernel.arg_names if re.match(r"(query|keys|values|out)_stride_", n))
+    flags = {"HAS_ROWS": True, "HAS_SINKS": True, "HAS_SOFTCAP": softcap, "HAS_WINDOW": HAS_WINDOW}
+    num_warps = tiles.pop("num_warps")
+    constants = {
+        **flags,
+        "IS_SPLIT": True,
+        "SPLIT": settings.split,
+        "GROUP": GROUP,
+        "D": D,
+        **tiles,
+    }
+    if T == 1:
+        constants["T"] = 1  # as a launch has it
+    binary = compiled(kernel, target, types, constants, num_warps, aligned, num_stages=settings.num_stages)
+    loop = main_loop(lines_of(binary, target))
+    threads = num_warps * TARGETS[target].warp_size
+    options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}"
+    return AttentionReport(
+        f"attention D={D} GROUP={GROUP} T={T}{options}",
+        dtype,
+        target,
+        *registers_and_spills(binary, target),
+        binary.metadata.shared,
+        f"{tiles['M_BLOCK']} x {tiles['N_BLOCK']}",
+        2 * tiles["N_BLOCK"] * D * BYTES[dtype] // 16 // threads,
+        count(WIDE_LOAD, loop),
+        count(COPY, loop),
+        count(LOAD, loop) - count(WIDE_LOAD, loop),
+    )
+
+
+def combine_report(target: str) -> AttentionReport:
+    settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
+    kernel = attention.combine_kernel
+    types = {"partial_ptr": "*fp32", "lengths_ptr": "*i64", "sinks_ptr": "*fp32", "out_ptr": "*bf16"}
+    constants = {"HAS_SINKS": True, "GROUP": 4, "D": 128, "D_BLOCK": 128}
+    constants |= {"SPLIT": settings.split, "S_BLOCK": settings.splits}
+    binary = compiled(kernel, target, types, constants, settings.num_warps)
+    return AttentionReport(
+        "combine D=128", "bf16", target, *registers_and_spills(binary, target), binary.metadata.shared
+    )
+
+
+def attention_reports() -> Iterator[AttentionReport]:
+    """A token drafted and a block scored by models like Qwen3; like gpt-oss and Gemma 2, with what those have."""
+    for target in TARGETS:
+        for T in (1, 16):
+            yield attention_report("bf16", target, 128, 4, T, HAS_WINDOW=False, softcap=False)
+        yield attention_report("fp32", target, 128, 4, 16, HAS_WINDOW=False, softcap=False)
+        yield attention_report("bf16", target, 64, 8, 16, HAS_WINDOW=True, softcap=False)
+        yield attention_report("bf16", target, 256, 2, 16, HAS_WINDOW=True, softcap=True)
+        yield combine_report(target)
+
+
 def predicted(report: Report, name: str) -> str:
     """Issue and special-function time of the main loop over the time of its bytes; memory sets the pace below 1."""
     device = DEVICES[name]
@@ -246,16 +329,22 @@ def reports() -> Iterator[Report]:
         yield decide_report(target)
 
 
+def print_table(kind: type, rows: Iterator[Any], devices: Iterable[str] = ()) -> None:
+    names = [field.name for field in dataclasses.fields(kind)] + [f"{name} issue, special" for name in devices]
+    print("| " + " | ".join(names) + " |")
+    print("| " + " | ".join(["---"] * len(names)) + " |")
+    for report in rows:
+        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in dataclasses.astuple(report)]
+        print("| " + " | ".join(cells + [predicted(report, name) for name in devices]) + " |", flush=True)
+
+
 def main() -> None:
     if "--json" in sys.argv:
-        print(json.dumps([dataclasses.asdict(report) for report in reports()]))
+        print(json.dumps([dataclasses.asdict(report) for report in (*reports(), *attention_reports())]))
         return
-    names = [field.name for field in dataclasses.fields(Report)]
-    print("| " + " | ".join([*names, *(f"{name} issue, special" for name in DEVICES)]) + " |")
-    print("| " + " | ".join(["---"] * (len(names) + len(DEVICES))) + " |")
-    for report in reports():
-        cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in dataclasses.astuple(report)]
-        print("| " + " | ".join(cells + [predicted(report, name) for name in DEVICES]) + " |", flush=True)
+    print_table(Report, reports(), DEVICES)
+    print()
+    print_table(AttentionReport, attention_reports())
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from motab_kernels.attention import ragged_attention
 from motab_kernels.boundary import (
     BoundaryOutput,
     BoundaryState,
@@ -31,6 +32,7 @@ __all__ = [
     "divergence_loss",
     "fused_kl_boundary",
     "fused_linear_divergence",
+    "ragged_attention",
     "truncate_kv_cache_",
 ]
 

@@ -20,8 +20,8 @@ if not HAS_LIBRARY:  # warned of once a process: here, where no test fails of it
 
 
 def round_as_a_gpu_rounds(monkeypatch):
-    """The interpreter rounds a multiply-add twice, a GPU once: in float64 the product is exact. And it cuts float32 to
-    bfloat16, which a GPU rounds."""
+    """The interpreter rounds a multiply-add twice, a GPU once: in float64 the product is exact. It cuts float32 to
+    bfloat16, which a GPU rounds. And it multiplies matrices of bfloat16 as if their bits were whole numbers."""
     if not HAS_TRITON:
         return
     from motab_kernels.gpu import INTERPRETED
@@ -46,6 +46,18 @@ def round_as_a_gpu_rounds(monkeypatch):
         return TensorHandle(rounded.view(np.uint16), tl.bfloat16)
 
     monkeypatch.setattr(InterpreterBuilder, "create_fp_trunc", fp_trunc)
+    multiply = InterpreterBuilder.create_dot
+
+    def dot(self, a, b, *rest):
+        return multiply(self, widened(a), widened(b), *rest)
+
+    def widened(x):
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        numbers = torch.from_numpy(x.data.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+        return TensorHandle(numbers.float().numpy(), tl.float32)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.fixture(autouse=True)

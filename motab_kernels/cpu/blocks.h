@@ -4,16 +4,8 @@ constexpr int64_t BLOCK = 1024;  // columns; what stays in L1
 
 // The columns where they lie, or converted into `room`; then some without probability, up to a whole vector.
 ENTRY const float* as_floats(int64_t type, const void* logits, int64_t columns, float* room) {
-    if (type == FLOAT32) {
-        if (columns % LANES == 0) return static_cast<const float*>(logits);
-        std::memcpy(room, logits, columns * sizeof(float));
-    } else {
-        const auto* x = static_cast<const uint16_t*>(logits);
-        if (type == BFLOAT16)
-            for (int64_t i = 0; i < columns; ++i) room[i] = from_bfloat16(x[i]);
-        else
-            for (int64_t i = 0; i < columns; ++i) room[i] = from_float16(x[i]);
-    }
+    if (type == FLOAT32 && columns % LANES == 0) return static_cast<const float*>(logits);
+    to_floats(type, logits, columns, room);
     for (int64_t i = columns; i % LANES; ++i) room[i] = -__builtin_inff();
     return room;
 }
@@ -37,15 +29,4 @@ KERNEL Block block_of(const Split& split, int64_t start, float* room_s, float* r
     const char *s = split.student + start * bytes_s, *t = split.teacher + start * bytes_t;
     return {as_floats(split.student_type, s, columns, room_s), as_floats(split.teacher_type, t, columns, room_t),
             columns, s + columns * bytes_s, t + columns * bytes_t, bytes_s, bytes_t};
-}
-
-// Write the columns in `room` to where they belong.
-[[maybe_unused]] ENTRY void from_floats(int64_t type, const float* room, int64_t columns, void* out) {
-    auto* y = static_cast<uint16_t*>(out);
-    if (type == FLOAT32)
-        std::memcpy(out, room, columns * sizeof(float));
-    else if (type == BFLOAT16)
-        for (int64_t i = 0; i < columns; ++i) y[i] = to_bfloat16(room[i]);
-    else
-        for (int64_t i = 0; i < columns; ++i) y[i] = to_float16(room[i]);
 }

@@ -6,6 +6,7 @@
 namespace motab {
 namespace LEVEL {
 
+#include "convert.h"
 #include "vector.h"
 
 #include "blocks.h"

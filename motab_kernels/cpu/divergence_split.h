@@ -8,6 +8,7 @@
 namespace motab {
 namespace LEVEL {
 
+#include "convert.h"
 #include "vector.h"
 
 #include "blocks.h"

@@ -22,7 +22,11 @@ SANITIZERS = {
     "tsan": ["-pthread", "-fsanitize=thread"],
 }
 # A fork's child has one thread and no sanitizer; the other starts processes that load the library as it was installed.
-TESTS = [str(HERE / "test_cpu.py"), str(HERE / "test_kv_cache.py"), "-k", "not forked and not missing and not gpu"]
+TESTS = [
+    *(str(HERE / f"test_{name}.py") for name in ("cpu", "attention", "kv_cache")),
+    "-k",
+    "not forked and not missing and not gpu",
+]
 
 
 def main() -> int:

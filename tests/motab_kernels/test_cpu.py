@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from attention_cases import expected as expected_attention
+from attention_cases import random_case
 from boundary_cases import assert_equal, assert_matches_definition, random_inputs
 from divergence_cases import every_kind, expected, logits, options
 
@@ -63,6 +65,17 @@ def test_what_an_exponential_and_a_logarithm_lack(library):
     for function in (library.motab_one_less_exp, library.motab_log):
         assert apply(function, ends)[0] == 0
         assert apply(function, ends)[1:3].isnan().all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(library, dtype):
+    """Of few and of many queries, with whole vectors and without."""
+    for T, D, given in ((1, 64, {}), (30, 24, {"window": 90, "softcap": 3.0, "sinks": torch.randn(6)})):
+        *tensors, lengths, rows = random_case([0, 150, 64], T=T, group=3, D=D, dtype=dtype)
+        out = mk.ragged_attention(*tensors, lengths, rows=rows, **given, backend="cpu")
+        exact = expected_attention(*tensors, lengths, rows, **given)
+        assert (out.double() - exact).abs().max() < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
 @needs_library

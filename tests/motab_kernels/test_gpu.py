@@ -9,6 +9,8 @@ import warnings
 
 import pytest
 import torch
+from attention_cases import assert_matches_definition as assert_attention
+from attention_cases import random_case
 from boundary_cases import (
     BOUNDARIES,
     STATISTICS,
@@ -361,6 +363,74 @@ def test_linear_in_a_graph_is_the_loss_of_the_logits(kind, seed):
             assert relative_error(x.grad, y.grad) < 1e-3  # of float32 products
 
 
+def attention(query, keys, values, lengths, rows=None, **options):
+    """On the GPU, strides as they are; back on the host."""
+    gpu = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE) for x in (query, keys, values)]
+    for x, y in zip(gpu, (query, keys, values), strict=True):
+        x.copy_(y)
+    options = {name: on_device(x) for name, x in {"rows": rows, **options}.items()}
+    return mk.ragged_attention(*gpu, lengths.to(DEVICE), **options).cpu()
+
+
+SINKS = torch.linspace(-1, 4, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("T", [1, 16, 64, 90])  # beyond 64 there are no splits
+@pytest.mark.parametrize(
+    ("group", "D", "options"),
+    [
+        (4, 128, {}),
+        (8, 64, {"window": 128, "sinks": SINKS}),
+        (2, 256, {"window": 700, "softcap": 20.0}),
+        (1, 80, {"scale": -0.3}),
+        (7, 8, {"softcap": 0.5, "sinks": SINKS[:7]}),
+    ],
+)
+def test_attention(dtype, T, group, D, options, seed):
+    """Rows of no token, of a split of 256 to the slot, and of many; aligned and not."""
+    H = 1 if "sinks" in options or T > 16 else 2
+    for gap in (8, 3):
+        lengths = [0, 256 - T, 63, 1900] if T < 64 else [5, 700]
+        case = random_case(lengths, T, H, group, D, dtype, seed=seed, gap=gap)
+        assert_attention(attention(*case, **options), *case, **options)
+
+
+@pytest.mark.parametrize("T", [1, 16, 90])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_of_a_row_does_not_depend_on_its_batch(dtype, T, seed):
+    case = query, keys, values, lengths, rows = random_case([3, 400, 1000, 256], T, D=64, dtype=dtype, seed=seed)
+    whole = attention(*case)
+    assert torch.equal(attention(*case, visible_length=1000 + T), whole)
+    for i in range(4):
+        alone = attention(query[i : i + 1], keys, values, lengths[i : i + 1], rows[i : i + 1])
+        assert torch.equal(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("T", [1, 16, 90])
+def test_attention_in_a_graph_follows_what_changes(T, seed, no_wait):
+    """Lengths, rows, queries and the cache change between replays, and the host waits for none of it."""
+    case = random_case([900, 900, 900], T, D=64, dtype=torch.bfloat16, seed=seed, gap=0)
+    tensors = [x.to(DEVICE) for x in case]
+    query, keys, values, lengths, rows = tensors
+    held = {}
+
+    def call():
+        held["out"] = mk.ragged_attention(query, keys, values, lengths, rows=rows, window=600)
+
+    graph = captured(call)
+    for step, new in enumerate(([3, 900, 257], [850, 0, 511])):
+        other = random_case(new, T, D=64, dtype=torch.bfloat16, seed=seed + 1 + step, gap=0, spare=909 - max(new))
+        fresh = [x.to(DEVICE) for x in other]
+        torch.cuda.synchronize()
+        no_wait()
+        for x, y in zip(tensors, fresh, strict=True):
+            x.copy_(y)
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("default")
+        assert_attention(held["out"].cpu(), *other, window=600)
+
+
 def free_memory():
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
@@ -405,6 +475,20 @@ def test_a_cache_of_more_elements_than_32_bits_count():
     gpu.realign_([storage], [0, S - 70], [S, 50], S, clear_padding=False)
     assert torch.equal(storage[1, :, S - 50 :], expected_tail)
     assert torch.equal(storage[0, 0, :64], untouched)
+
+
+@pytest.mark.skipif(free_memory() < 12 << 30, reason="needs 12 GiB")
+@pytest.mark.parametrize("axis", ["slots", "rows"])
+def test_attention_over_more_elements_than_32_bits_count(axis):
+    """The last slots of a row, or of all rows, are beyond 2^31 elements; a window keeps the rest out."""
+    B, H, D = (1, 8, 128) if axis == "slots" else (5, 8, 128)
+    S = 2**31 // (H * D) + 600 if axis == "slots" else 2**29 // (H * D) + 600
+    storage = torch.empty(B, S, H, D, dtype=torch.bfloat16, device=DEVICE).normal_().transpose(1, 2)
+    query = torch.randn(1, H, 1, D, dtype=torch.bfloat16, device=DEVICE)
+    lengths, rows = torch.tensor([S - 1], device=DEVICE), torch.tensor([B - 1], device=DEVICE)
+    out = mk.ragged_attention(query, storage, storage, lengths, rows=rows, window=100)
+    last = storage[B - 1 :, :, S - 100 :].cpu()
+    assert_attention(out.cpu(), query.cpu(), last, last, torch.tensor([99]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])

@@ -8,6 +8,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from attention_cases import random_case
 from sanitizer import Sanitizer
 
 import motab_kernels as mk
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from motab_kernels.gpu import INTERPRETED, boundary, divergence, kv_cache
+from motab_kernels.gpu import INTERPRETED, attention, boundary, divergence, kv_cache
 
 pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter"),
@@ -52,6 +53,14 @@ def run_cache():
     kv_cache.realign_([padded(3, 1, 40, 5), padded(3, 2, 40, 5)], [0, 3, 31], [20, 25, 9], 25, clear_padding=True)
 
 
+def run_attention():
+    """The rows end where their memory ends: those of the cache with the slots, the heads in the middle of a tile."""
+    for T in (1, 17):
+        query, keys, values, lengths, rows = random_case([3, 40], T, H=1, group=3, D=5, spare=0)
+        sinks = torch.zeros(3)
+        mk.ragged_attention(query, keys, values, lengths, rows=rows, sinks=sinks, backend="triton")
+
+
 # Each kernel with the masks that are taken from it.
 KERNELS = {
     "partial_kernel": (boundary, run_boundary, *TAIL),
@@ -61,6 +70,8 @@ KERNELS = {
     "terms_kernel": (divergence, run_losses, *TAIL),
     "gradient_kernel": (divergence, run_losses, *TAIL),
     "_realign_kernel": (kv_cache, run_cache, "(word < head_size)", "(word >= 0)"),
+    "split_kernel": (attention, run_attention, "(slot[:, None] < end) & ", ""),
+    "combine_kernel": (attention, run_attention, "there = split < end", "there = split >= 0"),
 }
 
 
@@ -69,9 +80,11 @@ def small_tiles(monkeypatch):
     """Of 32 columns, one a split: three splits, of which the last has a tail alone."""
     monkeypatch.setattr(boundary, "settings_for", lambda device: boundary.Settings(lanes=2, tiles=1))
     monkeypatch.setattr(divergence, "settings_for", lambda device: divergence.Settings(lanes=2, tiles=1, rows=4))
+    small = attention.Settings(split=32, queries=16, slots=16, split_tokens=16, splits=4)
+    monkeypatch.setattr(attention, "settings_for", lambda device: small)
 
 
-@pytest.mark.parametrize("run", [run_boundary, run_losses, run_cache])
+@pytest.mark.parametrize("run", [run_boundary, run_losses, run_cache, run_attention])
 def test_kernels_stay_within_their_tensors(run):
     run()
 
@@ -98,7 +111,7 @@ def test_all_kernels_are_tested():
     """Each that a launcher starts: `name[grid](...)`."""
     started = {
         match
-        for module in (boundary, divergence, kv_cache)
+        for module in (attention, boundary, divergence, kv_cache)
         for match in re.findall(r"(\w+)\[\(", inspect.getsource(module))
     }
     assert started == set(KERNELS)

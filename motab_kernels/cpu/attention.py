@@ -1,0 +1,56 @@
+"""`ragged_attention` in C++: one call, on torch's number of threads."""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from motab_kernels.cpu.arguments import TYPES
+from motab_kernels.cpu.library import kernels
+
+CALL = struct.Struct("27q2d")  # `AttentionCall` in attention.cpp
+
+
+def _heads(x: Tensor) -> tuple[int, ...]:
+    return x.data_ptr(), *x.stride()[:3]
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    out: Tensor,
+) -> None:
+    """Write `out` (b, H_q, T, D), contiguous in D; `softcap` 0 is none."""
+    b, H_q, T, D = query.shape
+    # The tensors that are made here live until the call is over.
+    lengths = lengths.contiguous()
+    rows = None if rows is None else rows.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    call = CALL.pack(
+        b,
+        H_q,
+        keys.shape[1],
+        T,
+        D,
+        TYPES[query.dtype],
+        torch.get_num_threads(),
+        *_heads(query),
+        *_heads(keys),
+        *_heads(values),
+        *_heads(out),
+        *(0 if x is None else x.data_ptr() for x in (lengths, rows, sinks)),
+        window,
+        scale,
+        softcap,
+    )
+    if not kernels().motab_ragged_attention(call):
+        raise MemoryError("ragged_attention: no memory for its sums")

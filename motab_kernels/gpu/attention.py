@@ -1,0 +1,141 @@
+"""`ragged_attention` on Triton, flash decoding: one launch reads keys and values, the slots of a row split among
+programs; a second combines the splits.
+
+b rows of queries, T new tokens, H_q and H heads of queries and of keys, S slots, D head size. No atomics, no wait of
+the host. The formulas are in `attention_split`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from motab_kernels.gpu.attention_combine import combine_kernel
+from motab_kernels.gpu.attention_split import split_kernel
+from motab_kernels.gpu.online_softmax import LOG2_E
+from motab_kernels.gpu.tuned import tuned
+
+
+class Settings(NamedTuple):
+    """How the work is cut."""
+
+    split: int = 256  # slots, a multiple of a tile's
+    queries: int = 64  # of a tile, at most
+    sums: int = 8192  # of a tile's queries, at most: they are in registers
+    slots: int = 64  # of a tile, at most
+    elements: int = 8192  # of a tile of keys, at most
+    num_warps: int = 4
+    float32_warps: int = 8  # its products are the threads' own on NVIDIA: with 4 warps they spill
+    num_stages: int = 2
+    split_tokens: int = 64  # more new tokens than this make programs enough without splits
+    splits: int = 16  # that are combined at a time
+
+
+DEFAULT = Settings()
+HIP = Settings(float32_warps=4)  # where a wave has 64 threads, and matrix units take float32
+
+
+def settings_for(device: torch.device) -> Settings:
+    return tuned("attention", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
+
+
+def blocks(queries: int, D: int, itemsize: int, settings: Settings) -> dict[str, int]:
+    """The sizes of tiles: of queries, of slots and of a head, at least 16 each for `tl.dot`; and the warps.
+
+    Of float32, whose products use no tensor core, a quarter: a thread keeps its factors in registers.
+    """
+    size, share = max(16, triton.next_power_of_2(D)), 4 if itemsize == 4 else 1
+    most = min(settings.queries, settings.sums // size) // share
+    return {
+        "M_BLOCK": max(16, min(most, triton.next_power_of_2(queries))),
+        "N_BLOCK": max(16, min(settings.slots, settings.elements // share // size)),
+        "D_BLOCK": size,
+        "num_warps": settings.float32_warps if itemsize == 4 else settings.num_warps,
+    }
+
+
+def ragged_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    visible_length: int,
+    out: Tensor,
+) -> None:
+    """Write `out` (b, H_q, T, D); `softcap` 0 is none.
+
+    `lengths` are taken to be between 0 and `visible_length` - T: no more splits have a place in the workspace.
+    """
+    b, H_q, T, D = query.shape
+    H, S = keys.shape[1:3]
+    settings = settings_for(query.device)
+    queries = T * H_q // H
+    tiles = blocks(queries, D, query.element_size(), settings)
+    splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, settings.split)
+    is_split = T <= settings.split_tokens
+    # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep 16 bytes aligned.
+    shape = (b * H * queries, splits, D + 4) if is_split else (0,)
+    partial = torch.empty(shape, dtype=torch.float32, device=query.device)
+    # An absent tensor's pointer is never read.
+    shared = {
+        "lengths_ptr": lengths,
+        "sinks_ptr": query if sinks is None else sinks,
+        "partial_ptr": partial,
+        "out_ptr": out,
+        "lengths_stride_b": lengths.stride(0),
+        "sinks_stride_h": 0 if sinks is None else sinks.stride(0),
+        "out_stride_b": out.stride(0),
+        "out_stride_h": out.stride(1),
+        "out_stride_t": out.stride(2),
+        "window": window,
+        "visible_length": visible_length,
+        "T": T,
+        "H": H,
+        "HAS_SINKS": sinks is not None,
+        "GROUP": H_q // H,
+        "D": D,
+        "SPLIT": settings.split,
+    }
+    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+        split_kernel[(b * H * triton.cdiv(queries, tiles["M_BLOCK"]), splits)](
+            query_ptr=query,
+            keys_ptr=keys,
+            values_ptr=values,
+            rows_ptr=lengths if rows is None else rows,
+            query_stride_b=query.stride(0),
+            query_stride_h=query.stride(1),
+            query_stride_t=query.stride(2),
+            keys_stride_b=keys.stride(0),
+            keys_stride_h=keys.stride(1),
+            keys_stride_s=keys.stride(2),
+            values_stride_b=values.stride(0),
+            values_stride_h=values.stride(1),
+            values_stride_s=values.stride(2),
+            rows_stride_b=0 if rows is None else rows.stride(0),
+            scale=scale / softcap if softcap else scale * LOG2_E.value,
+            softcap=softcap * LOG2_E.value,
+            HAS_ROWS=rows is not None,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_WINDOW=window < S,
+            IS_SPLIT=is_split,
+            num_stages=settings.num_stages,
+            **shared,
+            **tiles,
+        )
+        if is_split:
+            combine_kernel[(b * H * queries,)](
+                **shared,
+                S=splits,
+                S_BLOCK=settings.splits,
+                D_BLOCK=tiles["D_BLOCK"],
+                num_warps=settings.num_warps,
+            )

@@ -1,0 +1,73 @@
+"""The definition that `ragged_attention` is tested against, and the inputs, for every backend."""
+
+import torch
+
+
+def expected(
+    query,
+    keys,
+    values,
+    lengths,
+    rows=None,
+    scale=None,
+    window=None,
+    softcap=None,
+    sinks=None,
+    dtype=torch.float64,
+):
+    """(b, H_q, T, D) in `dtype`, one query at a time; in the inputs' own dtype this is eager attention."""
+    b, H_q, T, D = query.shape
+    query, keys, values = (x.to(dtype) for x in (query, keys, values))
+    out = torch.empty(b, H_q, T, D, dtype=dtype)
+    for i in range(b):
+        row = i if rows is None else int(rows[i])
+        for head in range(H_q):
+            kv_head = head // (H_q // keys.shape[1])
+            for j in range(T):
+                end = int(lengths[i]) + j + 1
+                seen = slice(0 if window is None else max(0, end - window), end)
+                scores = keys[row, kv_head, seen] @ query[i, head, j] * (D**-0.5 if scale is None else scale)
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                if sinks is not None:
+                    scores = torch.cat((sinks[head : head + 1].to(dtype), scores))
+                weights = scores.softmax(0)
+                if sinks is not None:
+                    weights = weights[1:]
+                out[i, head, j] = weights @ values[row, kv_head, seen]
+    return out
+
+
+def assert_matches_definition(out, *case, **options):
+    """No further from float64 than eager attention in the same dtype, and a little slack for a luckier rounding."""
+    dtype, exact = case[0].dtype, expected(*case, **options)
+    eager = expected(*case, **options, dtype=dtype)
+    assert out.dtype == dtype
+    assert out.shape == exact.shape
+    slack = {torch.float32: 5e-7, torch.float16: 1e-4, torch.bfloat16: 1e-3}[dtype]
+    assert (out - exact).abs().max() <= (eager - exact).abs().max() + slack
+
+
+def random_case(lengths, T=1, H=2, group=2, D=16, dtype=torch.float32, seed=0, spare=9, gap=3):
+    """Query, keys, values, lengths and rows, of H key-value heads with `group` query heads each.
+
+    Everything that may not be read is NaN: `spare` slots (S is `max(lengths) + T + spare`) and all others at or beyond
+    a row's `lengths + T`, a row of the cache that no row of queries has, and the gaps of `gap` elements between what
+    lies apart. The rows of the cache are shuffled; keys lie in memory as (B, H, S, D), values as (B, S, H, D), the
+    query as (b, T, H * group, D).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    b, S = len(lengths), max(lengths) + T + spare
+    rows = torch.randperm(b + 1, generator=generator)[:b]
+
+    def apart(*shape):
+        *leading, size, D = shape
+        return torch.full((*leading, size + 1, D + gap), torch.nan, dtype=dtype)[..., :size, :D]
+
+    query = apart(b, T, H * group, D).transpose(1, 2)
+    query[:] = torch.randn(query.shape, generator=generator)
+    keys, values = apart(b + 1, H, S, D), apart(b + 1, S, H, D).transpose(1, 2)
+    for row, length in zip(rows.tolist(), lengths, strict=True):
+        for x in (keys, values):
+            x[row, :, : length + T] = torch.randn(H, length + T, D, generator=generator)
+    return query, keys, values, torch.tensor(lengths), rows

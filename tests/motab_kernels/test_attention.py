@@ -1,0 +1,164 @@
+"""`ragged_attention` against its definition in float64, read one query at a time."""
+
+import math
+
+import pytest
+import torch
+from attention_cases import assert_matches_definition, expected, random_case
+
+import motab_kernels as mk
+from motab_kernels.attention import ragged_attention_op
+from motab_kernels.backend import HAS_LIBRARY
+
+BACKENDS = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels"))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+LENGTHS = [0, 200, 63, 130]  # a tile has 64 slots
+
+
+def settings(heads, seed=0):
+    sinks = 2 * torch.randn(heads, generator=torch.Generator().manual_seed(seed))
+    return {
+        "plain": {},
+        "window": {"window": 70},
+        "narrow window": {"window": 1},
+        "softcap": {"softcap": 2.0},
+        "sinks": {"sinks": sinks},
+        "all": {"window": 100, "softcap": 5.0, "sinks": sinks, "scale": 0.3},
+    }
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("group", "D"), [(1, 64), (2, 80), (3, 8), (7, 128)])
+@pytest.mark.parametrize("T", [1, 5])
+def test_matches_the_definition(backend, dtype, group, D, T):
+    """Few queries of a head, which take their keys as they lie, and many."""
+    *tensors, lengths, rows = random_case(LENGTHS, T=T, group=group, D=D, dtype=dtype, seed=group * T)
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, backend=backend)
+    assert_matches_definition(out, *tensors, lengths, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", settings(1))
+@pytest.mark.parametrize("T", [1, 40])
+def test_settings(backend, name, T):
+    *tensors, lengths, rows = random_case(LENGTHS, T=T, group=2, dtype=torch.float32, seed=T)
+    options = settings(4)[name]
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, **options, backend=backend)
+    assert_matches_definition(out, *tensors, lengths, rows, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [1, 40])
+def test_what_no_token_sees_does_not_matter(backend, T):
+    """In front of the window too; what is behind a row is NaN in each case here."""
+    *tensors, lengths, rows = random_case(LENGTHS, T=T)
+    for row, length in zip(rows.tolist(), LENGTHS, strict=True):
+        for x in tensors[1:]:
+            x[row, :, : max(0, length + 1 - 70)] = math.nan
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, window=70, backend=backend)
+    assert_matches_definition(out, *tensors, lengths, rows, window=70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_at_the_ends_of_their_range(backend):
+    """Exponentials neither overflow nor vanish; a score of -inf takes no part, one of NaN is the row's own."""
+    *tensors, lengths, rows = random_case([100, 100, 100], T=3, dtype=torch.float32)
+    query, keys, _ = tensors
+    keys[rows[0], :, :, 0] = -math.inf
+    query[..., 0] = 0
+    query[0, ..., 0] = 1
+    keys[rows[0], :, 99, 0] = 0  # the one that counts
+    query[1] *= 1e4
+    keys[rows[2], :, 50] = math.nan
+    keys[rows[1]] *= 1e4
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, backend=backend)
+    exact = expected(*tensors, lengths, rows)
+    torch.testing.assert_close(out[:2].double(), exact[:2], rtol=1e-5, atol=1e-5)
+    assert out[2].isnan().all()
+    for softcap in (1.0, 50.0):
+        tensors[0], tensors[1] = query[1:2], keys
+        out = mk.ragged_attention(*tensors, lengths[1:2], rows=rows[1:2], softcap=softcap, backend=backend)
+        exact = expected(*tensors, lengths[1:2], rows[1:2], softcap=softcap)
+        torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("T", [1, 9])
+def test_a_row_does_not_depend_on_its_batch(backend, T):
+    """To the bit: alone, in another order, with slots beyond, on one thread."""
+    query, keys, values, lengths, rows = random_case(LENGTHS, T=T, group=3, D=40)
+    out = mk.ragged_attention(query, keys, values, lengths, rows=rows, backend=backend)
+    shorter = (x[:, :, : int(lengths.max()) + T] for x in (keys, values))
+    order = torch.tensor([2, 0, 3, 1])
+    part = mk.ragged_attention(query[order], *shorter, lengths[order], rows=rows[order], backend=backend)
+    assert torch.equal(part, out[order])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1 if threads > 1 else 3)
+    try:
+        for i in range(4):
+            alone = mk.ragged_attention(
+                query[i : i + 1], keys, values, lengths[i : i + 1], rows=rows[i : i + 1], backend=backend
+            )
+            assert torch.equal(alone, out[i : i + 1])
+            own = keys[rows[i]][None], values[rows[i]][None]
+            assert torch.equal(mk.ragged_attention(query[i : i + 1], *own, lengths[i : i + 1], backend=backend), alone)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_to_do(backend):
+    query, keys, values, lengths, rows = random_case([5, 9])
+    out = mk.ragged_attention(query[:0], keys, values, lengths[:0], rows=rows[:0], backend=backend)
+    assert out.shape == (0, 4, 1, 16)
+    assert mk.ragged_attention(query[:, :, :0], keys, values, lengths, rows=rows, backend=backend).shape == (
+        2,
+        4,
+        0,
+        16,
+    )
+
+
+def test_is_an_op_to_torch():
+    query, keys, values, lengths, rows = random_case([5, 9])
+    arguments = (query, keys, values, lengths, rows, None, 0.25, 100, 0.0, keys.shape[2], "torch")
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    found = torch.library.opcheck(ragged_attention_op, arguments, test_utils=checks)
+    assert set(found.values()) == {"SUCCESS"}
+    out = mk.ragged_attention(query, keys, values, lengths, rows=rows)
+    compiled = torch.compile(mk.ragged_attention, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, keys, values, lengths, rows=rows), out)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.zeros(2, 4, 16)}, r"query: expected 4 dimensions.* got \(2, 4, 16\)"),
+        ({"query": torch.zeros(2, 4, 1, 16).long()}, "query: expected .*, got .* torch.int64"),
+        ({"query": torch.zeros(2, 3, 1, 16)}, "a multiple of the keys' 2, got 3"),
+        ({"query": torch.zeros(2, 4, 30, 16)}, "at most the 19 tokens that the keys have slots for, got 30"),
+        ({"keys": torch.zeros(3, 2, 19, 16).bfloat16()}, "keys: expected torch.float32 on cpu, got torch.bfloat16"),
+        ({"keys": torch.zeros(3, 2, 19, 8)}, r"keys: expected shape \(B, H, S, 16\).* got \(3, 2, 19, 8\)"),
+        ({"values": torch.zeros(3, 2, 18, 16)}, r"values: expected shape .* got \(3, 2, 18, 16\)"),
+        ({"values": torch.zeros(3, 2, 16, 19).mT}, "values: expected .* the last contiguous"),
+        ({"lengths": torch.tensor([1, 2, 3])}, r"lengths: expected \(2,\) int64 on cpu, got \(3,\)"),
+        ({"lengths": torch.tensor([1.0, 2.0])}, "lengths: expected .* got .* torch.float32"),
+        ({"lengths": torch.tensor([1, 19])}, r"lengths: expected values in \[0, 18\], got \[1, 19\]"),
+        ({"lengths": torch.tensor([-1, 1])}, r"lengths: expected values in \[0, 18\], got \[-1, 1\]"),
+        ({"rows": torch.tensor([0, 3])}, r"rows: expected values in \[0, 2\], got \[0, 3\]"),
+        ({"rows": None}, "expected 3 rows as the keys, got 2; give rows"),
+        ({"sinks": torch.zeros(2)}, r"sinks: expected \(4,\) floating point on cpu, got \(2,\)"),
+        ({"scale": math.inf}, "scale: expected a finite number, got inf"),
+        ({"window": 0}, "window: expected None or an int of at least 1, got 0"),
+        ({"softcap": 0.0}, "softcap: expected None or a finite number above 0, got 0.0"),
+        ({"visible_length": 20}, "visible_length: expected T = 1 to S = 19, got 20"),
+        ({"visible_length": 9}, r"lengths: expected values in \[0, 8\], got \[5, 9\]"),
+        ({"backend": "cuda"}, "backend: expected one of"),
+    ],
+)
+def test_wrong_arguments(changes, message):
+    query, keys, values, lengths, rows = random_case([5, 9])
+    arguments = {"query": query, "keys": keys, "values": values, "lengths": lengths, "rows": rows} | changes
+    with pytest.raises(ValueError, match=message):
+        mk.ragged_attention(**arguments)
