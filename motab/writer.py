@@ -6,12 +6,14 @@ Invariant between calls: the cache of a row holds all of its tokens but the last
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
 
 Choose = Callable[[Tensor, int], Tensor]
 
@@ -23,14 +25,16 @@ class Writer:
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
         self.cache = mk.RaggedKVCache(model.config, batch_size, max_length, device=model.device, dtype=model.dtype)
         self.lengths = [0] * batch_size
+        self.attention = on_ragged_attention if takes_ragged_attention(model) else nullcontext
 
     def _forward(self, rows: Sequence[int], token_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
         """Feed (b, q) tokens to the given rows; (b, q, V) logits over the shared vocabulary."""
         whole = list(rows) == list(range(len(self.lengths)))
         index = None if whole else torch.tensor(rows, device=self.device)
         longest = max(self.lengths[row] for row in rows)
-        inputs = self.cache.prepare(token_ids.shape[1], rows=index, max_length=longest)
-        logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
+        with self.attention(self.model):
+            inputs = self.cache.prepare(token_ids.shape[1], rows=index, max_length=longest)
+            logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
         for row in rows:
             self.lengths[row] += token_ids.shape[1]
         return logits[..., : self.vocab_size]

@@ -5,7 +5,7 @@ Shape letters: B rows of the cache, b rows of one forward pass, H heads, S slots
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import transformers
@@ -14,19 +14,12 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
+from motab_kernels.model_attention import RAGGED_ATTENTION, Step
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
 #: What a model's forward pass and `generate` call the cache: transformers 5.24 renamed it, and warns of the old name.
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-
-
-class _Step(NamedTuple):
-    """One forward pass: which rows it feeds, the slots their new tokens take and how many slots it can see."""
-
-    rows: Tensor | None  # (b,), None for all rows in order
-    slots: Tensor  # (b, q)
-    visible_length: int
 
 
 class _RaggedLayer(CacheLayerMixin):
@@ -63,16 +56,19 @@ class _RaggedLayer(CacheLayerMixin):
             )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, step: _Step) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return _write(self.keys, key_states, step), _write(self.values, value_states, step)
 
 
-def _write(storage: Tensor, states: Tensor, step: _Step) -> Tensor:
-    """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D)."""
+def _write(storage: Tensor, states: Tensor, step: Step) -> Tensor:
+    """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
+    storage for an attention that finds its rows and slots itself."""
     rows = torch.arange(len(storage), device=storage.device) if step.rows is None else step.rows
     storage.transpose(1, 2)[rows[:, None], step.slots] = states.transpose(1, 2)
+    if step.windows is not None:
+        return storage
     visible = storage[:, :, : step.visible_length]
     return visible if step.rows is None else visible.index_select(0, step.rows)
 
@@ -90,8 +86,13 @@ class RaggedKVCache(Cache):
     of a ragged batch, rejected tokens). Without ``prepare`` the cache serves a plain forward pass or
     ``model.generate`` as long as all rows have one length.
 
+    Under "sdpa" and "eager" attention each pass reads all rows as far as the longest reaches, through a mask, and
+    copies keys and values where it feeds some rows only or where several heads of queries share one.
+    `ragged_attention` does none of this: it takes over after ``model.set_attn_implementation("motab_ragged")``, in a
+    model that lets others replace its attention (``model._supports_attention_backend``), until another one is set.
+
     Args:
-        config: the model's configuration. Its attention must be "sdpa" or "eager" when ``prepare`` is called.
+        config: the model's configuration. Its attention must be one of these when ``prepare`` is called.
         batch_size: rows, B.
         max_length: tokens that a row can hold, S.
         device: where keys, values and ``lengths`` live; the default device if None.
@@ -141,7 +142,7 @@ class RaggedKVCache(Cache):
         self.visible_length = 0
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     # ---------------------------------------------------------------- a forward pass
 
@@ -158,13 +159,19 @@ class RaggedKVCache(Cache):
         Returns:
             ``cache`` (this one; ``past_key_values`` before transformers 5.24), ``position_ids`` (b, q), ``use_cache``
             and ``attention_mask``: (b, 1, q, visible slots) for the model's attention (bool for "sdpa", additive for
-            "eager"), or a dict of two such for a model that mixes full and sliding layers. They serve one forward
-            pass, before any truncation. After it every one of the rows holds q more tokens, padding included.
+            "eager"), or a dict of two such for a model that mixes full and sliding layers; for "motab_ragged" None,
+            and what that reads in ``ragged_step``. They serve one forward pass, before any truncation. After it every
+            one of the rows holds q more tokens, padding included.
 
         Raises:
             ValueError: a wrong argument, tokens that would not fit, or an attention that reads no such mask.
         """
         step = self._begin(num_tokens, rows, max_length)
+        inputs = {CACHE_ARGUMENT: self, "position_ids": step.slots, "use_cache": True}
+        if self.config._attn_implementation == RAGGED_ATTENTION:
+            sliding = [layer_type == "sliding_attention" for layer_type in self.layer_types]
+            self._step = step._replace(windows=[self.config.sliding_window if is_it else None for is_it in sliding])
+            return inputs | {"attention_mask": None, "ragged_step": self._step}
         key_slots = torch.arange(step.visible_length, device=self.device)
         causal = (key_slots <= step.slots[:, :, None])[:, None]
         masks = {"full_attention": self._as_attention_mask(causal)}
@@ -173,12 +180,7 @@ class RaggedKVCache(Cache):
             masks["sliding_attention"] = self._as_attention_mask(causal & recent)
         mixed = len(set(self.layer_types)) > 1
         self._step = step
-        return {
-            CACHE_ARGUMENT: self,
-            "position_ids": step.slots,
-            "attention_mask": masks if mixed else masks[self.layer_types[0]],
-            "use_cache": True,
-        }
+        return inputs | {"attention_mask": masks if mixed else masks[self.layer_types[0]]}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -205,7 +207,7 @@ class RaggedKVCache(Cache):
             self._step = None
         return visible
 
-    def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> _Step:
+    def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> Step:
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"expected num_tokens to be a positive int, got {num_tokens!r}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
@@ -222,7 +224,7 @@ class RaggedKVCache(Cache):
         lengths = self.lengths if rows is None else self.lengths[rows]
         if self.device.type == "cpu" and bool((lengths > bound).any()):
             raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
-        return _Step(rows, lengths[:, None] + torch.arange(num_tokens, device=self.device), visible_length)
+        return Step(rows, lengths[:, None] + torch.arange(num_tokens, device=self.device), visible_length, None)
 
     def _check_rows(self, rows: Tensor | None) -> Tensor | None:
         if rows is None:
@@ -245,7 +247,8 @@ class RaggedKVCache(Cache):
         if attention == "eager":
             return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
         raise ValueError(
-            f'expected attention "sdpa" or "eager", got {attention!r}: load the model with attn_implementation="sdpa"'
+            f'expected attention "sdpa", "eager" or "{RAGGED_ATTENTION}", got {attention!r}: load the model with '
+            'attn_implementation="sdpa"'
         )
 
     # ---------------------------------------------------------------- rollback

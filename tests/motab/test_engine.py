@@ -1,5 +1,6 @@
 """The engine against plain forwards: what it decides, and that batch and block sizes change nothing."""
 
+import copy
 import math
 from dataclasses import replace
 
@@ -10,6 +11,8 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import motab
 from motab.row import Row
+from motab_kernels import model_attention
+from motab_kernels.backend import HAS_LIBRARY
 
 DELIMITER = ".\n\n"
 POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
@@ -244,3 +247,26 @@ def test_one_blank_line_before_the_phrase(tokenizer, end, blank):
     row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (token, [])) for token in tokenizer.encode(end)])
     phrase = row._phrase(tokenizer, "ab,")
     assert tokenizer.decode([token for token, _ in phrase]) == f"{blank}ab,\n\n"
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
+def test_ragged_attention_writes_what_the_models_own_would(student, teacher, tokenizer, prompts, monkeypatch):
+    """In float32, for which there are kernels; the models are left as they were."""
+    calls = []
+    own = model_attention.ragged_attention
+    monkeypatch.setattr(model_attention, "ragged_attention", lambda *x, **kw: calls.append(kw["rows"]) or own(*x, **kw))
+    pair = [copy.deepcopy(model).float() for model in (student, teacher)]
+    ragged = run(*pair, tokenizer, prompts, POLICY, block_size=8)
+    assert any(rows is None for rows in calls)
+    assert any(rows is not None for rows in calls)
+    assert [model.config._attn_implementation for model in pair] == ["sdpa", "sdpa"]
+    calls.clear()
+    for model in pair:
+        model.set_attn_implementation("eager")
+    eager = run(*pair, tokenizer, prompts, POLICY, block_size=8)
+    assert not calls
+    assert any(t.breach_step is not None for t in eager)
+    for ours, theirs in zip(ragged, eager, strict=True):
+        assert (ours.token_ids, ours.author, ours.breach_step) == (theirs.token_ids, theirs.author, theirs.breach_step)
+        values = ([step.value for step in t.steps] for t in (ours, theirs))
+        torch.testing.assert_close(*(torch.tensor(x) for x in values), rtol=1e-4, atol=1e-4)

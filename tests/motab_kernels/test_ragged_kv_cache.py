@@ -1,5 +1,6 @@
 """Rolling a RaggedKVCache back leaves no trace: the next logits are those of a fresh pass over each row alone."""
 
+import contextlib
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY
+from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB = 61
@@ -32,6 +35,14 @@ MODELS = {
     "qwen3": {},
     "mistral": dict(sliding_window=5),
     "gemma2": dict(sliding_window=5, query_pre_attn_scalar=8, layer_types=["sliding_attention", "full_attention"] * 2),
+    "gpt_oss": dict(
+        sliding_window=5,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        experts_implementation="eager",
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        layer_types=["sliding_attention", "full_attention"],
+    ),
     "gemma3_text": dict(sliding_window=5, layer_types=["sliding_attention"] * 2 + ["full_attention"]),
 }
 BATCH = 3
@@ -67,10 +78,10 @@ def ragged_cache(model, max_length=64):
 
 
 class Book:
-    """A cache beside the plain token lists that it should stand for."""
+    """A cache beside the plain token lists that it should stand for; a fresh pass has the model's own attention."""
 
-    def __init__(self, model, cache):
-        self.model, self.cache = model, cache
+    def __init__(self, model, cache, attention=contextlib.nullcontext):
+        self.model, self.cache, self.attention = model, cache, attention
         self.tokens = [[] for _ in range(BATCH)]
 
     @torch.no_grad()
@@ -80,10 +91,11 @@ class Book:
         width = max(counts)
         input_ids = torch.randint(3, VOCAB, (len(order), width))
         bound = max(len(self.tokens[row]) for row in order) if bounded else None
-        inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows), max_length=bound)
-        if bounded:  # what lies beyond is not read
-            assert self.cache.get_mask_sizes(width, 0) == (bound + width, 0)
-        logits = self.model(input_ids=input_ids, **inputs).logits
+        with self.attention(self.model):
+            inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows), max_length=bound)
+            if bounded:  # what lies beyond is not read
+                assert self.cache.get_mask_sizes(width, 0) == (bound + width, 0)
+            logits = self.model(input_ids=input_ids, **inputs).logits
         for index, (row, count) in enumerate(zip(order, counts, strict=True)):
             self.tokens[row] += input_ids[index, :count].tolist()
             if count:
@@ -98,16 +110,22 @@ class Book:
         assert self.cache.visible_length == max(lengths)
 
 
+attentions = pytest.mark.parametrize(
+    "attention", [contextlib.nullcontext, on_ragged_attention], ids=["masks", "ragged_attention"]
+)
+
+
 def dead_slots(book):
     """Of every layer's keys and values, (B, H, S, D), where no token lives."""
     slots = torch.arange(book.cache.max_length)
     return (slots >= book.cache.lengths[:, None])[:, None, :, None]
 
 
-def test_any_history_equals_a_fresh_pass(model):
+@attentions
+def test_any_history_equals_a_fresh_pass(model, attention):
     generator = torch.Generator().manual_seed(1)
     draw = lambda high: int(torch.randint(0, high, (), generator=generator))  # noqa: E731
-    book = Book(model, ragged_cache(model))
+    book = Book(model, ragged_cache(model), attention)
     book.append([7, 3, 9])
     for _ in range(8):
         rows = torch.randperm(BATCH, generator=generator)[: 1 + draw(BATCH)].tolist()
@@ -118,9 +136,10 @@ def test_any_history_equals_a_fresh_pass(model):
     book.append([4, 1, 8])
 
 
-def test_a_short_row_fits_beside_a_full_one(model):
+@attentions
+def test_a_short_row_fits_beside_a_full_one(model, attention):
     """The room that a row needs is its own: 60 + 9 would exceed 64."""
-    book = Book(model, ragged_cache(model))
+    book = Book(model, ragged_cache(model), attention)
     book.append([60, 2, 1])
     with pytest.raises(ValueError, match=r"at most max_length = 64 .* got up to 60 cached \+ 9 new"):
         book.cache.prepare(9, rows=torch.tensor([1, 2]))
@@ -165,6 +184,12 @@ def test_a_nan_tail_survives_a_mask_and_is_zeroed_on_request(llama):
         else:
             with pytest.raises(AssertionError, match="not close"):
                 book.append([1, 4, 2])
+    book = Book(llama, ragged_cache(llama), on_ragged_attention)  # which has no mask
+    book.append([7, 3, 9])
+    for layer in book.cache.layers:
+        layer.keys[0, :, 2:7] = layer.values[2, :, 6:9] = torch.nan
+    book.truncate([2, 3, 6])
+    book.append([1, 4, 2])
 
 
 def test_reset_rows(llama):
@@ -270,9 +295,30 @@ def test_wrong_arguments(llama):
     for refused in (lambda: cache.reorder_cache(None), lambda: cache.batch_repeat_interleave(2)):
         with pytest.raises(ValueError, match="RaggedKVCache"):
             refused()
+    with (
+        pytest.raises(ValueError, match=r"RaggedKVCache\.prepare gives, got a forward pass without"),
+        on_ragged_attention(llama),
+    ):
+        llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long))
+    assert llama.config._attn_implementation == "sdpa"
+    with (
+        pytest.raises(ValueError, match="does not know, got bias of LlamaAttention"),
+        on_ragged_attention(llama),
+        torch.no_grad(),
+    ):
+        llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), bias=torch.zeros(1), **cache.prepare(2))
     llama.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match='attn_implementation="sdpa"'):
         cache.prepare(1)
+
+
+def test_which_models_take_ragged_attention():
+    model = tiny_model("llama").float()
+    assert takes_ragged_attention(model) == HAS_LIBRARY
+    assert not takes_ragged_attention(tiny_model("llama"))  # float64 has no kernels
+    assert not takes_ragged_attention(tiny_model("llama", attention="eager").float())
+    model.config.kv_lora_rank = 8
+    assert not takes_ragged_attention(model)
 
 
 @pytest.mark.parametrize(

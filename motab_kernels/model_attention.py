@@ -1,0 +1,92 @@
+"""`ragged_attention` as the attention of a transformers model that runs on a `RaggedKVCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+
+from motab_kernels.attention import ragged_attention
+from motab_kernels.backend import choose_backend
+
+#: What transformers knows it by: `model.set_attn_implementation(RAGGED_ATTENTION)`.
+RAGGED_ATTENTION = "motab_ragged"
+
+
+class Step(NamedTuple):
+    """One forward pass: which rows it feeds, the slots their new tokens take and how many slots it can see."""
+
+    rows: Tensor | None  # (b,), None for all rows in order
+    slots: Tensor  # (b, q)
+    visible_length: int
+    windows: list[int | None] | None  # of each layer, for `ragged_attention`; None: the attention has masks
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    ragged_step: Step | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """`ragged_attention` as transformers calls an attention: (b, q, H_q, D)."""
+    if ragged_step is None or ragged_step.windows is None:
+        raise ValueError(
+            f'expected attention "{RAGGED_ATTENTION}" with what RaggedKVCache.prepare gives, got a forward pass '
+            'without: load the model with attn_implementation="sdpa"'
+        )
+    unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point()]
+    if unknown:
+        raise ValueError(
+            f'expected nothing that attention "{RAGGED_ATTENTION}" does not know, got {", ".join(unknown)} of '
+            f'{type(module).__name__}: load the model with attn_implementation="eager"'
+        )
+    out = ragged_attention(
+        query,
+        key,
+        value,
+        ragged_step.slots[:, 0],
+        rows=ragged_step.rows,
+        scale=scaling,
+        window=ragged_step.windows[module.layer_idx],  # type: ignore[index]
+        softcap=softcap,
+        sinks=s_aux,
+        visible_length=ragged_step.visible_length,
+    )
+    return out.transpose(1, 2), None
+
+
+AttentionInterface.register(RAGGED_ATTENTION, _attend)
+
+
+def takes_ragged_attention(model: PreTrainedModel) -> bool:
+    """Whether a model can run on `ragged_attention`, and faster: it lets others replace its attention, keys and values
+    have one size, and there are kernels for its dtype and device. "eager" is taken for a choice, and left."""
+    config = model.config.get_text_config(decoder=True)
+    return (
+        model._supports_attention_backend
+        and config._attn_implementation != "eager"
+        and getattr(config, "kv_lora_rank", None) is None  # of latent attention: values are narrower than keys
+        and choose_backend(None, torch.empty(0, dtype=model.dtype, device=model.device)) != "torch"
+    )
+
+
+@contextmanager
+def on_ragged_attention(model: PreTrainedModel) -> Iterator[None]:
+    """The model's attention is `ragged_attention` until the block ends."""
+    config = model.config.get_text_config(decoder=True)
+    before = config._attn_implementation
+    config._attn_implementation = RAGGED_ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
