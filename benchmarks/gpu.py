@@ -31,7 +31,7 @@ from benchmarks.gpu_races import STAGES, Plan, Record
 ROOT = Path(__file__).parents[1]
 TESTS = ("-m", "gpu", "tests/motab_kernels")
 #: Parts of the time that is left when the tests are through.
-SHARES = {"device": 3, "boundary": 5, "divergence": 5, "linear": 3, "scaling": 2}
+SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
 
 

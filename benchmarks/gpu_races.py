@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench_boundary, bench_divergence, bench_linear_divergence
+from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_linear_divergence
+from benchmarks.bench_attention import Case
 from benchmarks.timing import SHORT, copy_tb_s, median_ms, peak_mib, replayed_ms, rotations
 
 Record = dict[str, Any]
@@ -33,6 +34,15 @@ class Plan(NamedTuple):
         *((8, T, QWEN, torch.bfloat16) for T in (4, 64)),
         *((64, 1, V, torch.bfloat16) for V in (32000, 65536, 262144)),
     )
+    attention: tuple[tuple[Case, torch.dtype], ...] = tuple(
+        (case, torch.bfloat16)
+        for case in (
+            *(Case(B, 1, 4096) for B in (1, 8, 64)),
+            Case(64, 1, 4096, half=True),
+            Case(64, 16, 4096),
+            Case(4, 1, 32768),
+        )
+    )
     divergence: tuple[int, int, torch.dtype] = (8192, QWEN, torch.bfloat16)  # R, V
     kinds: tuple[str, ...] = ("forward_kl", "jsd", "tvd", "reverse_kl")
     linear: tuple[int, int, int, torch.dtype] = (8192, 4096, QWEN, torch.bfloat16)  # N, H, V
@@ -48,7 +58,7 @@ def race(record: Record, body: Callable[[], Record]) -> Record:
         text = " ".join(str(error).split())
         return record | {"error": f"{type(error).__name__}: {text[:300]}"}
     finally:
-        if record.get("provider") == "torch.compile":
+        if record.get("provider") in ("torch.compile", "flex_attention"):
             torch.compiler.reset()  # which would run eagerly, in silence, from the ninth size on
         gc.collect()
         if torch.cuda.is_available():
@@ -105,6 +115,26 @@ def boundary_case(plan: Plan, case: tuple[int, int, int, torch.dtype], providers
         yield race(
             {"op": "boundary", "case": case_name, "provider": name, "B": B, "T": T, "V": V, "dtype": SHORT[dtype]}, body
         )
+
+
+def attention(plan: Plan) -> Iterator[Record]:
+    """As the boundary: `ms` of a CUDA graph where there is one."""
+    for case, dtype in plan.attention:
+        x = bench_attention.inputs(case, dtype, plan.device)
+        others = [
+            x._replace(keys=x.keys.clone(), values=x.values.clone()) for _ in range(1, rotations(x.read(), plan.device))
+        ]
+        for name, make in chosen(plan, bench_attention.PROVIDERS).items():
+
+            def body(make: Any = make, x: Any = x, others: Any = others) -> Record:
+                calls = [make(each) for each in (x, *others)]
+                bench_attention.check(calls[0], x)
+                call_ms = median_ms(calls, plan.device)
+                ms = replayed_ms(calls) if plan.device == "cuda" else call_ms
+                return figures(ms, x.read()) | {"call_ms": call_ms, "peak_mib": peak_mib(calls[0], plan.device)}
+
+            case_name = f"{case}, {SHORT[dtype]}"
+            yield race({"op": "attention", "case": case_name, "provider": name}, body)
 
 
 def divergence(plan: Plan) -> Iterator[Record]:
@@ -172,6 +202,7 @@ def figures(ms: float, moved: int) -> Record:
 STAGES: dict[str, Callable[[Plan], Iterator[Record]]] = {
     "device": device,
     "boundary": boundary,
+    "attention": attention,
     "divergence": divergence,
     "linear": linear,
     "scaling": scaling,

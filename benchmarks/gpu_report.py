@@ -108,8 +108,9 @@ def table(results: Record) -> str:
         lines.append(f"| {target.what} | {target.goal} | {target.show.format(value)} | {verdict} |")
     lines += [
         "",
-        "`ms`: the median on the GPU, the boundary's from a CUDA graph; `call ms`: that of a call from Python. Bytes:",
-        "those of reading both sides' logits once a pass, and of writing the gradient.",
+        "`ms`: the median on the GPU, the boundary's and attention's from a CUDA graph; `call ms`: that of a call from",
+        "Python. Bytes: those of reading both sides' logits once a pass, and of writing the gradient; of attention, of",
+        "the keys and values that the rows hold.",
         "",
         "| op | case | provider | ms | call ms | GB/s | of a copy | peak MiB |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

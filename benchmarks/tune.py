@@ -21,9 +21,10 @@ from unittest import mock
 
 import torch
 
-from benchmarks import bench_boundary, bench_divergence
+from benchmarks import bench_attention, bench_boundary, bench_divergence
+from benchmarks.bench_attention import Case
 from benchmarks.timing import median_ms, replayed_ms, rotations
-from motab_kernels.gpu import boundary, divergence
+from motab_kernels.gpu import attention, boundary, divergence
 from motab_kernels.gpu.tuned import FILE
 
 V = 151936
@@ -53,17 +54,36 @@ def divergence_times(positions: int = 2048, vocabulary: int = V, device: str = "
         yield median_ms([call], device)
 
 
+def attention_times(
+    cases: tuple[Case, ...] = (Case(8, 1, 4096), Case(64, 1, 2048), Case(32, 16, 2048)), device: str = "cuda"
+) -> Iterator[float]:
+    for case in cases:
+        x = bench_attention.inputs(case, torch.bfloat16, device)
+        call = bench_attention.ours(x)
+        bench_attention.check(call, x)
+        yield replayed_ms([call]) if device == "cuda" else median_ms([call], device)
+
+
 @functools.cache
 def exact(kind: str, positions: int, vocabulary: int, device: str) -> tuple[float, torch.Tensor]:
     return bench_divergence.exact(kind, *bench_divergence.inputs(positions, vocabulary, torch.bfloat16, device))
 
 
 def candidates(default: Any) -> Iterator[Any]:
-    """The default first, so that a tie leaves it."""
+    """Of a pass over the vocabulary; the default first, so that a tie leaves it."""
     yield default
     for lanes, per_lane, tiles, num_warps in itertools.product((128, 256, 512), (8, 16, 32), (1, 2, 4, 8, 16), (4, 8)):
         settings = default._replace(lanes=lanes, per_lane=per_lane, tiles=tiles, num_warps=num_warps)
         if lanes in (32 * num_warps, 64 * num_warps) and settings != default:
+            yield settings
+
+
+def attention_candidates(default: Any) -> Iterator[Any]:
+    yield default
+    for split, slots, num_warps, num_stages in itertools.product((128, 256, 512), (32, 64, 128), (4, 8), (2, 3, 4)):
+        sizes = {"split": split, "slots": slots, "elements": 128 * slots}
+        settings = default._replace(**sizes, num_warps=num_warps, num_stages=num_stages)
+        if settings != default:
             yield settings
 
 
@@ -99,9 +119,13 @@ def main(arguments: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         parser.error("expected a GPU, got none")
     ops = {}
-    for name, module, times in (("boundary", boundary, boundary_times), ("divergence", divergence, divergence_times)):
+    for name, module, choices, times in (
+        ("boundary", boundary, candidates, boundary_times),
+        ("divergence", divergence, candidates, divergence_times),
+        ("attention", attention, attention_candidates, attention_times),
+    ):
         default = module.HIP if torch.version.hip else module.DEFAULT
-        ops[name] = best(module, candidates(default), times)
+        ops[name] = best(module, choices(default), times)
         write(options.out, torch.cuda.get_device_name(), ops)
 
 

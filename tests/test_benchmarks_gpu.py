@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_boundary, bench_divergence, bench_linear_divergence, gpu, gpu_report
+from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_linear_divergence, gpu, gpu_report
+from benchmarks.bench_attention import Case
 from benchmarks.gpu_races import STAGES, Plan
 
 TINY = Plan(
     device="cpu",
-    providers=("ours", "ours, buffers given", "eager", "absent"),
+    providers=("ours", "ours, buffers given", "eager", "transformers", "absent"),
     boundary=((2, 1, 50, torch.bfloat16), (2, 3, 50, torch.float32)),
     scaling=((3, 1, 40, torch.bfloat16),),
+    attention=((Case(3, 2, 40, half=True), torch.float32),),
     divergence=(5, 60, torch.bfloat16),
     kinds=("forward_kl", "jsd", "tvd"),
     linear=(6, 8, 40, torch.float32),
@@ -31,7 +33,7 @@ def test_stages(monkeypatch):
     def absent(*example):
         raise ModuleNotFoundError("No module named 'peer'")
 
-    for module in (bench_boundary, bench_divergence, bench_linear_divergence):
+    for module in (bench_attention, bench_boundary, bench_divergence, bench_linear_divergence):
         monkeypatch.setitem(module.PROVIDERS, "absent", absent)
     records = [r for name, stage in STAGES.items() for r in stage(TINY) if name != "device"]
     losses = [f"{kind} {passes}, 5 x 60 bf16" for kind in TINY.kinds for passes in ("forward", "forward + backward")]
@@ -40,6 +42,7 @@ def test_stages(monkeypatch):
     expected = {
         "B=2 T=1 V=50 bf16": [*ours, given],
         "B=2 T=3 V=50 fp32": [*ours, given],
+        "B = 3, T = 2, S = 40, half of the rows, fp32": ["ours", "transformers", "absent"],
         "B=3 T=1 V=40 bf16": ["eager", "absent", given],
         **dict.fromkeys(losses, ours),
         **{f"{kind} forward + backward, 6 x 8 x 40 fp32": [*ours, "products"] for kind in TINY.linear_kinds},

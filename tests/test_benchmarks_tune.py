@@ -8,7 +8,8 @@ import torch
 pytest.importorskip("triton")
 
 from benchmarks import tune
-from motab_kernels.gpu import boundary, divergence, tuned
+from benchmarks.bench_attention import Case
+from motab_kernels.gpu import attention, boundary, divergence, tuned
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_settings_are_read_by_device_and_op(file):
 
 def test_the_committed_table_fits():
     """Each entry names an op and fields that it has."""
-    modules = {"boundary": boundary, "divergence": divergence}
+    modules = {"attention": attention, "boundary": boundary, "divergence": divergence}
     for ops in json.loads(tuned.FILE.read_text()).values():
         for op, fields in ops.items():
             modules[op].DEFAULT._replace(**fields)
@@ -63,11 +64,13 @@ def test_the_fastest_that_passes_is_chosen():
 
 
 def test_candidates_begin_with_the_default():
-    found = list(tune.candidates(boundary.DEFAULT))
-    assert found[0] == boundary.DEFAULT
-    assert len(found) == len(set(found)) > 20
+    for choices, default in ((tune.candidates, boundary.DEFAULT), (tune.attention_candidates, attention.DEFAULT)):
+        found = list(choices(default))
+        assert found[0] == default
+        assert len(found) == len(set(found)) > 20
 
 
 def test_times_on_a_cpu():
     assert len(list(tune.boundary_times((1, 2), 50, "cpu"))) == 2
     assert len(list(tune.divergence_times(3, 50, "cpu"))) == len(tune.KINDS)
+    assert len(list(tune.attention_times((Case(2, 1, 40), Case(2, 3, 40)), "cpu"))) == 2
