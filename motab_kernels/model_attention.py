@@ -22,6 +22,7 @@ class Step(NamedTuple):
 
     rows: Tensor | None  # (b,), None for all rows in order
     slots: Tensor  # (b, q)
+    places: Tensor  # (b, 1), the rows by number
     visible_length: int
     windows: list[int | None] | None  # of each layer, for `ragged_attention`; None: the attention has masks
 

@@ -65,8 +65,7 @@ class _RaggedLayer(CacheLayerMixin):
 def _write(storage: Tensor, states: Tensor, step: Step) -> Tensor:
     """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
     storage for an attention that finds its rows and slots itself."""
-    rows = torch.arange(len(storage), device=storage.device) if step.rows is None else step.rows
-    storage.transpose(1, 2)[rows[:, None], step.slots] = states.transpose(1, 2)
+    storage.transpose(1, 2)[step.places, step.slots] = states.transpose(1, 2)
     if step.windows is not None:
         return storage
     visible = storage[:, :, : step.visible_length]
@@ -224,7 +223,9 @@ class RaggedKVCache(Cache):
         lengths = self.lengths if rows is None else self.lengths[rows]
         if self.device.type == "cpu" and bool((lengths > bound).any()):
             raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
-        return Step(rows, lengths[:, None] + torch.arange(num_tokens, device=self.device), visible_length, None)
+        slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
+        places = torch.arange(len(lengths), device=self.device) if rows is None else rows
+        return Step(rows, slots, places[:, None], visible_length, None)
 
     def _check_rows(self, rows: Tensor | None) -> Tensor | None:
         if rows is None:

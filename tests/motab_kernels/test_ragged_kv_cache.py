@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY
-from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
+from motab_kernels.model_attention import RAGGED_ATTENTION, on_ragged_attention, takes_ragged_attention
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB = 61
@@ -317,6 +317,8 @@ def test_which_models_take_ragged_attention():
     assert takes_ragged_attention(model) == HAS_LIBRARY
     assert not takes_ragged_attention(tiny_model("llama"))  # float64 has no kernels
     assert not takes_ragged_attention(tiny_model("llama", attention="eager").float())
+    asked_for = tiny_model("gpt_oss", attention=RAGGED_ATTENTION).float()  # whose own is eager
+    assert takes_ragged_attention(asked_for) == HAS_LIBRARY
     model.config.kv_lora_rank = 8
     assert not takes_ragged_attention(model)
 
