@@ -5,12 +5,14 @@
 B rows of T new tokens, heads as Qwen3-0.6B has them (16 of queries, 8 of keys and values, D = 128), rows of a quarter
 of S tokens to all of them. "Half of the rows" feeds every second row: transformers copies their keys and values first.
 Each provider is compared with float64 before it is timed. The bytes are those of the keys and values of these rows.
+`test_forward_pass` is a whole model on a RaggedKVCache, with this attention and with transformers' own.
 `python -m benchmarks.gpu` races the same providers on a GPU.
 """
 
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ import torch
 
 import motab_kernels as mk
 from benchmarks.timing import SHORT, peak_mib, synchronise
+from motab_kernels.model_attention import on_ragged_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 H_Q, H, D = 16, 8, 128
@@ -141,3 +144,52 @@ def test_attention(benchmark, provider, dtype, case):
     benchmark.pedantic(run, rounds=10, warmup_rounds=2)
     benchmark.extra_info["GB/s"] = round(x.read() / benchmark.stats.stats.median / 1e9, 2)
     benchmark.extra_info["peak MiB"] = peak_mib(call, DEVICE)
+
+
+@functools.cache
+def model_and_cache(B, S, room):
+    """Qwen3 with 33 M parameters, of which 8 M are embeddings; the rows hold random keys and values."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=8192,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=S + room,
+    )
+    model = Qwen3ForCausalLM(config).eval().to(DEVICE)
+    cache = mk.RaggedKVCache(config, B, S + room, device=DEVICE)
+    with torch.no_grad():
+        for _ in range(S // 128):
+            model(torch.randint(8192, (B, 128), device=DEVICE), logits_to_keep=1, **cache.prepare(128))
+    return model, cache
+
+
+@pytest.mark.parametrize("T", [1, 16])
+@pytest.mark.parametrize("provider", ["ours", "transformers"])
+@torch.no_grad()
+def test_forward_pass(benchmark, provider, T):
+    B, S = 8, 2048
+    model, cache = model_and_cache(B, S, 16)
+    cache.lengths.fill_(S)
+    cache.visible_length = S
+    lengths = torch.linspace(S // 4, S, B, device=DEVICE).long()
+    mk.truncate_kv_cache_(cache, lengths, max_length=S)
+    token_ids = torch.randint(8192, (B, T), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def run(attention):
+        with attention(model):
+            logits = model(token_ids, **cache.prepare(T)).logits
+        mk.truncate_kv_cache_(cache, lengths, max_length=S)
+        synchronise(DEVICE)
+        return logits
+
+    attention = on_ragged_attention if provider == "ours" else nullcontext
+    torch.testing.assert_close(run(attention), run(nullcontext), rtol=0, atol=1e-4)
+    benchmark.group = f"forward pass, 33 M parameters, B = {B}, T = {T}, S = {S}, fp32"
+    benchmark.pedantic(run, (attention,), rounds=10, warmup_rounds=1)

@@ -1,8 +1,8 @@
 // Some queries of one head of keys over the slots that they see, for `ragged_attention`. Included once a level.
 //
 // Scores are computed with a lane a slot, for which a tile of keys is turned over; the values are summed with a lane a
-// column. Tiles begin at multiples of TILE, and one that a query sees nothing of leaves its sums alone, so that its
-// numbers depend neither on its batch nor on the tokens that are fed with it.
+// column. Tiles begin at multiples of TILE, and one that a query sees nothing of leaves its sums alone: its numbers do not
+// depend on its batch.
 
 namespace motab {
 namespace LEVEL {
@@ -158,14 +158,14 @@ ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin
         const int64_t count = std::min(TILE, room.queries[M - 1].last + 1 - start);
         const int64_t skip = std::max<int64_t>(0, first - start);
         int64_t stride;
-        const bool is_turned = M > GROUP;
-        const float* k = slots_as_floats(keys, start, count, is_turned ? TILE : count, D, room.slots, stride);
-        if (is_turned)
+        const float* k = slots_as_floats(keys, start, count, M > GROUP ? TILE : count, D, room.slots, stride);
+        if (M > GROUP) {
             turn(k, stride, width, room.turned);
-        else
+            for (int64_t m = 0; m < M; m += GROUP)
+                AT_MOST_4(score_tile, M - m)(room.q + m * width, width, room.turned, room.scores + m * TILE);
+        } else {
             AT_MOST_4(score_slots, M)(room.q, width, k, stride, count, room.scores);
-        for (int64_t m = 0; is_turned && m < M; m += GROUP)
-            AT_MOST_4(score_tile, M - m)(room.q + m * width, width, room.turned, room.scores + m * TILE);
+        }
         for (int64_t m = 0; m < M; ++m) {
             Query& query = room.queries[m];
             float* scores = room.scores + m * TILE;
