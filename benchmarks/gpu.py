@@ -3,9 +3,10 @@
     python -m benchmarks.gpu --out DIR [--minutes 9]
 
 Runs the tests that need a GPU, then races every op beside eager, torch.compile and the peers that are installed. Needs
-torch, triton, numpy, pytest, pytest-benchmark and matplotlib; motab itself need not be installed. DIR gets results.json
-(everything), table.md, boundary.png and losses.png, which are whole at any time and written anew after each stage, and
-the tests' output. Each stage is a process of its own with a share of the time, so that none takes the others with it.
+torch, triton, transformers, accelerate, numpy, pytest, pytest-benchmark and matplotlib; motab itself need not be
+installed. DIR gets results.json (everything), table.md, boundary.png and losses.png, which are whole at any time and
+written anew after each stage, and the tests' output. Each stage is a process of its own with a share of the time, so
+that none takes the others with it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks import gpu_report
 from benchmarks.gpu_races import STAGES, Plan, Record
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("-m", "gpu", "tests/motab_kernels")
+TESTS = ("-m", "gpu", "tests/motab_kernels", "tests/motab/test_engine.py")
 #: Parts of the time that is left when the tests are through.
 SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")

@@ -8,6 +8,7 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ from motab.sampling import choose
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
+from motab_kernels.backend import on_device
+
+
+class Draft(NamedTuple):
+    """A block of T tokens for each of b rows."""
+
+    pending: Tensor  # (b,) the token before the block
+    tokens: Tensor  # (b, T)
+    logits: Tensor  # (b, T, V)
+    valid: Tensor  # (b, T) bool: within budget and text
+    last: Tensor  # (b, T) bool: ends the text
 
 
 class Engine:
@@ -52,7 +64,7 @@ class Engine:
         self.device = models[0].device
         self.vocab_size = min(model.config.get_text_config().vocab_size for model in models)
         self.end_ids = end_tokens(models, tokenizer)
-        self.end_tensor = torch.tensor(self.end_ids, device=self.device)
+        self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
         max_length = max(map(len, prompts)) + max_new_tokens + block_size
         self.student, self.teacher = (
@@ -69,7 +81,11 @@ class Engine:
             self.state = rules.boundary.new_state(self.batch_size, self.device)
             if rules.reflection:
                 ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
-                self.reflection = torch.tensor(ids, device=self.device)
+                self.is_reflection = self._table(ids)
+
+    def _table(self, ids: Sequence[int]) -> Tensor:
+        """(V,) bool: which tokens are among these."""
+        return torch.isin(torch.arange(self.vocab_size, device=self.device), torch.tensor(ids, device=self.device))
 
     def run(self) -> Iterator[Trajectory]:
         """Trajectories in the order of the prompts."""
@@ -109,7 +125,7 @@ class Engine:
     def _begin_turns(self, slots: list[int]) -> None:
         """Judge rows anew: another writes now."""
         if self.rules is not None and slots:
-            index = torch.tensor(slots, device=self.device)
+            index = on_device(slots, self.device)
             self.state.reset_(index)
             self.automaton_state[index] = 0
 
@@ -129,25 +145,20 @@ class Engine:
         ]
         return [slot for slot, _ in pairs], [row for _, row in pairs]
 
-    def _pending(self, rows: list[Row]) -> Tensor:
-        return torch.tensor([row.pending for row in rows], device=self.device)
-
-    def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens, logits, which tokens lie within budget and text, and which of them end it; all (b, T, ...)."""
-        remaining = [row.remaining for row in rows]
+    def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> Draft:
         count = min(self.block_size, max(row.wanted for row in rows))
-        keys = torch.tensor([row.key for row in rows], device=self.device)
-        positions = torch.tensor([len(row.records) for row in rows], device=self.device)
+        numbers = [(row.pending, row.key, len(row.records), row.remaining) for row in rows]
+        pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
         tokens, logits = writer.draft(
             slots,
-            self._pending(rows),
+            pending,
             count,
             lambda step, offset: choose(step, keys, positions + offset, self.temperature, self.top_p),
         )
-        ended = torch.isin(tokens, self.end_tensor)
-        left = torch.tensor(remaining, device=self.device)[:, None] - torch.arange(count, device=self.device)
+        ended = self.is_end[tokens]
+        left = remaining[:, None] - torch.arange(count, device=self.device)
         valid = (left > 0) & (ended.cumsum(1) - ended.long() == 0)
-        return tokens, logits, valid, valid & (ended | (left == 1))
+        return Draft(pending, tokens, logits, valid, valid & (ended | (left == 1)))
 
     def _monitored_round(self) -> None:
         """One block of the student's, judged by the teacher where there is one."""
@@ -155,21 +166,19 @@ class Engine:
         if not rows:
             return
         assert self.student is not None
-        tokens, logits, valid, last = self._draft(self.student, slots, rows)
-        index = torch.tensor(slots, device=self.device)
-        step_ends = valid & (self._steps_ended(index, tokens) | last)
+        draft = self._draft(self.student, slots, rows)
+        index = on_device(slots, self.device)
+        step_ends = draft.valid & (self._steps_ended(index, draft.tokens) | draft.last)
         strayed = []
         if self.teacher is None:
-            (packed,) = self._to_host(torch.stack([tokens, valid.long()], -1))
+            (packed,) = self._to_host(torch.stack([draft.tokens, draft.valid.long()], -1))
             for row, block in zip(rows, packed.tolist(), strict=True):
                 for token, is_valid in block:
                     if is_valid:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
-            teacher_logits = self.teacher.score(slots, self._pending(rows), tokens)
-            block, rollback = self._to_host(
-                *self._judged(index, rows, (tokens, logits, teacher_logits), valid, step_ends)
-            )
+            teacher_logits = self.teacher.score(slots, draft.pending, draft.tokens)
+            block, rollback = self._to_host(*self._judged(index, rows, draft, teacher_logits, step_ends))
             for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
                 if row.judge(block[place].tolist()):
                     row.take_over(int(rollback[place]), self.tokenizer)
@@ -178,22 +187,21 @@ class Engine:
         self._begin_turns(strayed)
 
     def _judged(
-        self, index: Tensor, rows: list[Row], drafted: tuple[Tensor, Tensor, Tensor], valid: Tensor, step_ends: Tensor
+        self, index: Tensor, rows: list[Row], draft: Draft, teacher_logits: Tensor, step_ends: Tensor
     ) -> tuple[Tensor, Tensor]:
         """For each of (b, T) tokens what `Row.judge` takes, and for each row how much of its turn a rollback keeps."""
         assert self.rules is not None
-        tokens, logits, teacher_logits = drafted
-        tokens = torch.where(valid, tokens, -1)
+        tokens = torch.where(draft.valid, draft.tokens, -1)
         whole = (self.state.counters, self.state.scores, self.state.history)
         state = mk.BoundaryState.of(*(x[index] for x in whole))
         out = mk.fused_kl_boundary(
-            logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
+            draft.logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
         )
         for x, part in zip(whole, (state.counters, state.scores, state.history), strict=True):
             x.index_copy_(0, index, part)
         strays = out.stray
         if self.rules.reflection:
-            strays = self._reflects(rows, logits, teacher_logits, out.teacher_argmax) & valid
+            strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & draft.valid
             step_ends = step_ends & ~strays
         columns = [tokens, step_ends, strays, out.score, out.threshold]
         columns += [getattr(out, name) for name in STATISTICS]
@@ -204,8 +212,8 @@ class Engine:
         assert self.rules is not None
         # The op's rank is the teacher's: with the sides exchanged, the student's.
         rank = mk.fused_kl_boundary(teacher_logits, logits, argmax).teacher_rank
-        watched = torch.tensor([row.watched for row in rows], device=self.device)[:, None]
-        return watched & torch.isin(argmax, self.reflection) & (rank >= self.rules.student_top_k)
+        watched = on_device([row.watched for row in rows], self.device)[:, None] != 0
+        return watched & self.is_reflection[argmax] & (rank >= self.rules.student_top_k)
 
     def _teacher_round(self) -> None:
         """One block of the teacher's own, for the rows that it writes."""
@@ -213,14 +221,13 @@ class Engine:
         if not rows:
             return
         assert self.teacher is not None
-        tokens, logits, valid, _ = self._draft(self.teacher, slots, rows)
-        own = mk.fused_kl_boundary(logits, logits, tokens)  # for the teacher's numbers alone
-        completes = torch.zeros_like(valid)
+        draft = self._draft(self.teacher, slots, rows)
+        own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # for the teacher's numbers alone
+        completes = torch.zeros_like(draft.valid)
         if self.rules is not None:
-            completes = self._steps_ended(torch.tensor(slots, device=self.device), tokens)
-        (packed,) = self._to_host(
-            torch.stack([x.double() for x in (tokens, valid, completes, own.teacher_logprob, own.teacher_entropy)], -1)
-        )
+            completes = self._steps_ended(on_device(slots, self.device), draft.tokens)
+        columns = (draft.tokens, draft.valid, completes, own.teacher_logprob, own.teacher_entropy)
+        (packed,) = self._to_host(torch.stack([column.double() for column in columns], -1))
         for row, block in zip(rows, packed.tolist(), strict=True):
             for token, is_valid, completes_step, token_logprob, token_entropy in block:
                 if not is_valid:

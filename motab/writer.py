@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+from motab_kernels.backend import on_device
 from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -25,15 +26,22 @@ class Writer:
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
         self.cache = mk.RaggedKVCache(model.config, batch_size, max_length, device=model.device, dtype=model.dtype)
         self.lengths = [0] * batch_size
+        self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device
+        self.row_numbers: Tensor | None = None
         self.attention = on_ragged_attention if takes_ragged_attention(model) else nullcontext
+
+    def _numbers(self, rows: Sequence[int]) -> Tensor | None:
+        """The rows on the device, None for all in order; kept, since a block is drafted a token at a time."""
+        if list(rows) != self.rows:
+            self.rows = list(rows)
+            self.row_numbers = None if self.rows == list(range(len(self.lengths))) else on_device(rows, self.device)
+        return self.row_numbers
 
     def _forward(self, rows: Sequence[int], token_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
         """Feed (b, q) tokens to the given rows; (b, q, V) logits over the shared vocabulary."""
-        whole = list(rows) == list(range(len(self.lengths)))
-        index = None if whole else torch.tensor(rows, device=self.device)
         longest = max(self.lengths[row] for row in rows)
         with self.attention(self.model):
-            inputs = self.cache.prepare(token_ids.shape[1], rows=index, max_length=longest)
+            inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
             logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
         for row in rows:
             self.lengths[row] += token_ids.shape[1]
@@ -43,7 +51,7 @@ class Writer:
         """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves."""
         for row, length in lengths.items():
             self.lengths[row] = length
-        new_lengths = torch.tensor(self.lengths, device=self.device)
+        new_lengths = on_device(self.lengths, self.device)
         mk.truncate_kv_cache_(self.cache, new_lengths, tail="keep", max_length=max(self.lengths))
 
     def start(self, prompts: dict[int, list[int]]) -> None:
@@ -67,7 +75,7 @@ class Writer:
         padded = [ids + [0] * (longest - len(ids)) for ids in texts.values()]
         lengths = {row: self.lengths[row] + len(ids) for row, ids in texts.items()}
         # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
-        self._forward(list(texts), torch.tensor(padded, device=self.device), logits_to_keep=1)
+        self._forward(list(texts), on_device(padded, self.device), logits_to_keep=1)
         self.rollback(lengths)
 
     def draft(self, rows: Sequence[int], pending: Tensor, count: int, choose: Choose) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,9 @@ import functools
 import importlib
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +61,12 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
         kinds = "float32, bfloat16 or float16"
         raise ValueError(f'backend: "{backend}" expected {kinds} logits, got {got}; use "torch"')
     return backend
+
+
+def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
+    """int64, in one transfer; from pinned memory, for the host waits for a copy from any other."""
+    host = torch.tensor(numbers, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def is_traced(*tensors: Tensor) -> bool:

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from motab_kernels.backend import on_device
+
 WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
@@ -90,7 +92,7 @@ def realign_(
     ]
     block_d = triton.next_power_of_2(max(size for *_, size in table))
     num_heads = max(x.shape[1] for x in storages)
-    numbers = _on_device([*(number for row in table for number in row), *starts, *lengths], device)
+    numbers = on_device([*(number for row in table for number in row), *starts, *lengths], device)
     B = len(starts)
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         _realign_kernel[(B * num_heads, len(storages))](
@@ -106,9 +108,3 @@ def realign_(
             CLEAR_PADDING=clear_padding,
             num_warps=8,
         )
-
-
-def _on_device(numbers: list[int], device: torch.device) -> Tensor:
-    """int64, in one transfer; from pinned memory, for the host waits for a copy from any other."""
-    host = torch.tensor(numbers)
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
