@@ -39,6 +39,7 @@ def machine(run: Record) -> Record:
     on_gpu = torch.cuda.is_available()
     return {
         "device": torch.cuda.get_device_name() if on_gpu else run["machine_info"]["cpu"].get("brand_raw", "a CPU"),
+        **({} if on_gpu else {"instructions": torch.backends.cpu.get_cpu_capability()}),
         "threads": torch.get_num_threads(),
         "copy GB/s": round(1e3 * copy_tb_s("cuda" if on_gpu else "cpu", 2 << 30 if on_gpu else 1 << 28), 1),
         "python": platform.python_version(),
