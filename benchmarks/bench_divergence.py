@@ -113,7 +113,7 @@ def test_divergence(benchmark, provider, dtype, kind):
 
     benchmark.group = f"{kind}, forward and backward, {POSITIONS} x {V}, {SHORT[dtype]}"
     settle(DEVICE)
-    benchmark.pedantic(run, rounds=5, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=2)
     moved = 5 * POSITIONS * V * dtype.itemsize
     benchmark.extra_info["GB/s"] = round(moved / benchmark.stats.stats.median / 1e9, 2)
     student.grad = None
