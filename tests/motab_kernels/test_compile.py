@@ -74,12 +74,11 @@ def test_attention(reports, target):
     """Keys and values are loaded 16 bytes at a time; on NVIDIA by copies that the tile before does not wait for."""
     found = [r for r in reports.values() if r["target"] == target and "copies" in r]
     assert len(found) == 6
+    registers, shared = (512, 64 << 10) if target.startswith("gfx") else (255, 99 << 10)  # the least that a kind has
     for report in found:
         assert report["spilled"] == 0, report
-        assert 0 < report["registers"] <= (512 if target.startswith("gfx") else 255), report
-        assert report["shared"] <= (65536 if target.startswith("gfx") else 101376), (
-            report
-        )  # of the smallest of its kind
+        assert 0 < report["registers"] <= registers, report
+        assert report["shared"] <= shared, report
         if report["kernel"].startswith("attention"):
             assert report["wide_loads"] >= report["needed"] > 0, report
             assert report["narrow_loads"] == 0, report
