@@ -40,6 +40,11 @@ def last_cache(device: str) -> int:
     return int(path.read_text().strip().removesuffix("K")) << 10 if path.exists() else 32 << 20
 
 
+def rounds(seconds: float) -> int:
+    """How often to time a call that takes so long: 5 times, or fewer for ten seconds in all; once at least."""
+    return max(1, min(5, int(10 / seconds)))
+
+
 def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float:
     """Of one call of many, with its launch by the host where that takes longer. The calls are taken in turn."""
     for i in range(2):
