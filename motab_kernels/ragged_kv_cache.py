@@ -47,10 +47,12 @@ class _RaggedLayer(CacheLayerMixin):
         # Tensors born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.keys, self.values = (
-                torch.zeros(
-                    (self.batch_size, states.shape[1], self.max_length, states.shape[3]),
-                    dtype=states.dtype,
-                    device=states.device,
+                _at_one_address(
+                    torch.zeros(
+                        (self.batch_size, states.shape[1], self.max_length, states.shape[3]),
+                        dtype=states.dtype,
+                        device=states.device,
+                    )
                 )
                 for states in (key_states, value_states)
             )
@@ -60,6 +62,13 @@ class _RaggedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         return _write(self.keys, key_states, step), _write(self.values, value_states, step)
+
+
+def _at_one_address(x: Tensor) -> Tensor:
+    """Tell `torch.compile` that a tensor stays where it is: CUDA graphs write nothing in place otherwise."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
 
 
 def _write(storage: Tensor, states: Tensor, step: Step) -> Tensor:
@@ -99,10 +108,6 @@ class RaggedKVCache(Cache):
 
     Attributes:
         lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
-        visible_length: a bound on ``max(lengths)`` that the host knows without asking the device; each forward pass
-            reads that many slots (and its own), or fewer where ``prepare`` is told of a lower bound on its rows. A
-            forward pass raises it to what it reads, a truncation lowers it where it can.
-
     Keys and values are allocated, zeroed, at the first forward pass. What a layer hands to the attention is a view of
     them (a copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
 
@@ -136,12 +141,20 @@ class RaggedKVCache(Cache):
         self.max_length = max_length
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
         with torch.inference_mode(False):
-            self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.lengths = _at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))
         self.device = self.lengths.device
-        self.visible_length = 0
+        # `visible_length` until the forward pass in progress ends, and from then on.
+        self._bounds = (0, 0)
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
         self._step: Step | None = None
+
+    @property
+    def visible_length(self) -> int:
+        """A bound on ``max(lengths)`` that the host knows without asking the device; each forward pass reads that many
+        slots (and its own), unless ``prepare`` is told of another. A forward pass raises it to what it reads, a
+        truncation lowers it where it can."""
+        return self._bounds[0 if self._step is not None else 1]
 
     # ---------------------------------------------------------------- a forward pass
 
@@ -152,8 +165,10 @@ class RaggedKVCache(Cache):
             num_tokens: q, the width of the coming ``input_ids``.
             rows: (b,) int64 on the cache's device, distinct: the rows that ``input_ids`` (b, q) feeds, in its order.
                 None: all rows in order, which saves a copy of the visible keys and values.
-            max_length: a bound on these rows' lengths that the host knows, where they are shorter than others; what
-                lies beyond is not read, and need not have room for q more. None: ``visible_length``.
+            max_length: a bound on these rows' lengths that the host knows; what lies beyond it and the new tokens is
+                not read, and need not have room for them. Less than ``visible_length`` saves time where these rows are
+                shorter than others; the same for many passes saves compilations (`torch.compile`). None:
+                ``visible_length``.
 
         Returns:
             ``cache`` (this one; ``past_key_values`` before transformers 5.24), ``position_ids`` (b, q), ``use_cache``
@@ -200,9 +215,8 @@ class RaggedKVCache(Cache):
             if step.rows is None:
                 self.lengths += step.slots.shape[1]
             else:
-                self.lengths.index_add_(0, step.rows, torch.full_like(step.rows, step.slots.shape[1]))
+                self.lengths[step.rows] = step.slots[:, -1] + 1
                 self._is_uniform = False
-            self.visible_length = max(self.visible_length, step.visible_length)
             self._step = None
         return visible
 
@@ -211,7 +225,7 @@ class RaggedKVCache(Cache):
             raise ValueError(f"expected num_tokens to be a positive int, got {num_tokens!r}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
             raise ValueError(f"expected max_length to be None or an int of at least 0, got {max_length!r}")
-        bound = self.visible_length if max_length is None else min(max_length, self.visible_length)
+        bound = self.visible_length if max_length is None else max_length
         visible_length = bound + num_tokens
         if visible_length > self.max_length:
             raise ValueError(
@@ -219,27 +233,30 @@ class RaggedKVCache(Cache):
                 f"+ {num_tokens} new: build the cache with a larger max_length, or pass prepare or truncate_kv_cache_ "
                 "the max_length= that bounds the rows' lengths if they are shorter than that"
             )
-        rows = self._check_rows(rows)
+        self._check_rows(rows)
         lengths = self.lengths if rows is None else self.lengths[rows]
         if self.device.type == "cpu" and bool((lengths > bound).any()):
             raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
         slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
         places = torch.arange(len(lengths), device=self.device) if rows is None else rows
+        before = self.visible_length
+        after = before + num_tokens if self._is_uniform else max(before, visible_length)
+        # Not in `update`, where `torch.compile` would make a graph for each number.
+        self._bounds = (before, after)
         return Step(rows, slots, places[:, None], visible_length, None)
 
-    def _check_rows(self, rows: Tensor | None) -> Tensor | None:
+    def _check_rows(self, rows: Tensor | None) -> None:
         if rows is None:
-            return None
+            return
         batch_size = len(self.lengths)
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != self.device:
             got = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else repr(rows)
             raise ValueError(f"expected rows to be None or (b,) int64 on {self.device}, got {got}")
         if rows.device.type != "cpu":  # looking would make the host wait
-            return rows
+            return
         given = rows.tolist()
         if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= batch_size:
             raise ValueError(f"expected distinct rows within [0, {batch_size}), got {given}")
-        return None if given == list(range(batch_size)) else rows
 
     def _as_attention_mask(self, visible: Tensor) -> Tensor:
         attention = self.config._attn_implementation
@@ -276,7 +293,8 @@ class RaggedKVCache(Cache):
         # Equal requests end in equal lengths where every row is known to reach that far.
         reached = on_host or self._is_uniform or bound == 0
         self._is_uniform = known is not None and len(set(known)) == 1 and reached
-        self.visible_length = self.visible_length if bound is None else min(bound, self.visible_length)
+        bound = self.visible_length if bound is None else min(bound, self.visible_length)
+        self._bounds = (bound, bound)
         self._step = None
 
     def _zero_(self, new_lengths: Tensor) -> None:
@@ -289,11 +307,12 @@ class RaggedKVCache(Cache):
 
     def reset_rows_(self, rows: Tensor) -> None:
         """Empty the given rows, (b,) int64 on the cache's device, in place. The host's bound stays what it was."""
-        chosen = self._check_rows(rows)
-        if chosen is None:
+        self._check_rows(rows)
+        if len(rows) == len(self.lengths):  # they are distinct
             self.truncate_(0)
             return
-        self.lengths.index_fill_(0, chosen, 0)
+        self.lengths.index_fill_(0, rows, 0)
+        self._bounds = (self.visible_length,) * 2
         self._is_uniform = self.visible_length == 0
         self._step = None
 

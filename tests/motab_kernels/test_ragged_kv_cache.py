@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
+from torch._dynamo.utils import counters
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import motab_kernels as mk
@@ -145,6 +146,41 @@ def test_a_short_row_fits_beside_a_full_one(model, attention):
         book.cache.prepare(9, rows=torch.tensor([1, 2]))
     book.append([5, 9], rows=[1, 2], bounded=True)
     book.append([4, 1, 3])
+
+
+@attentions
+@torch.no_grad()
+def test_a_bound_may_be_loose_and_a_pass_prepared_twice(llama, attention):
+    """The host still knows the rows' one length, and what they can hold."""
+    book = Book(llama, ragged_cache(llama), attention)
+    book.append([4, 4, 4])
+    with attention(llama):
+        book.cache.prepare(50)  # of a pass that never came
+        inputs = book.cache.prepare(2, max_length=40)
+        assert book.cache.visible_length == 4
+        llama(torch.randint(3, VOCAB, (BATCH, 2)), **inputs)
+    assert (book.cache.visible_length, book.cache.get_seq_length()) == (6, 6)
+    book.truncate([4, 4, 4])
+    with attention(llama), pytest.raises(ValueError, match=r"got up to 63 cached \+ 2 new"):
+        book.cache.prepare(2, max_length=63)
+    book.append([1, 2, 2], rows=[2, 0, 1])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_a_compiled_model_takes_it_whole(llama):
+    """Two graphs for passes of any length, of one token and of more, on all rows and on some; nothing breaks them."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(llama, fullgraph=True, dynamic=True, backend="eager")
+    book = Book(llama, ragged_cache(llama), on_ragged_attention)
+    book.append([1, 1, 1])  # keys and values are there
+    book.attention = lambda model: on_ragged_attention(llama)
+    # A fresh pass is the model's own.
+    book.model = lambda use_cache, **inputs: (compiled if use_cache else llama)(use_cache=use_cache, **inputs)
+    for counts, rows in (([3, 2, 5], None), ([4, 1], [2, 0]), ([1, 1, 1], None), ([1, 1], [1, 2]), ([6, 2], [1, 2])):
+        book.append(counts, rows)
+        book.append(counts, rows, bounded=True)
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
