@@ -31,11 +31,12 @@ class GenerationArguments:
     temperature: float = _setting(0.6, "0 is greedy.")
     top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
     seed: int = _setting(0, "Of all sampling.")
+    torch_compile: bool = _setting(False, "Write with compiled models: faster, after a minute or more at first.")
     dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
-        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "seed")
+        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "seed", "torch_compile")
         return {name: getattr(self, name) for name in names}
 
 
@@ -123,6 +124,7 @@ _OF_ROLLOUTS = {
     "block_size": "block_size",
     "rollout_temperature": "temperature",
     "top_p": "top_p",
+    "rollout_torch_compile": "torch_compile",  # torch_compile is of the training
 }
 
 
@@ -140,6 +142,7 @@ class TrainArguments(PolicyArguments):
     block_size: int | None = _setting(None, "The same: tokens that the student drafts before the teacher looks (16).")
     rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
+    rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     dtype: str = _setting("float32", "Of the weights.")
 
     def check_source(self) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import motab_kernels as mk
+from motab.compiled_writer import CompiledWriter
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
 from motab.prompts import Prompt, encode_prompts, end_tokens
 from motab.row import STUDENT, TEACHER, Row
-from motab.sampling import choose
+from motab.sampling import choose, uniform
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
@@ -53,6 +54,7 @@ class Engine:
         top_p: float,
         seed: int,
         first_index: int,
+        torch_compile: bool = False,
     ):
         self.tokenizer, self.rules, self.prompts = tokenizer, rules, prompts
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
@@ -67,10 +69,14 @@ class Engine:
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
         max_length = max(map(len, prompts)) + max_new_tokens + block_size
-        self.student, self.teacher = (
-            None if model is None else Writer(model, self.batch_size, max_length, self.vocab_size)
-            for model in (student, teacher)
-        )
+
+        def writer(model: PreTrainedModel | None) -> Writer | None:
+            if model is None:
+                return None
+            sizes = (self.batch_size, max_length, self.vocab_size)
+            return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
+
+        self.student, self.teacher = writer(student), writer(teacher)
         self.rows: list[Row | None] = [None] * self.batch_size
         self.next_prompt = 0
         self.automaton = None
@@ -149,14 +155,13 @@ class Engine:
         count = min(self.block_size, max(row.wanted for row in rows))
         numbers = [(row.pending, row.key, len(row.records), row.remaining) for row in rows]
         pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
+        offsets = torch.arange(count, device=self.device)
+        draws = uniform(keys[:, None], positions[:, None] + offsets)
         tokens, logits = writer.draft(
-            slots,
-            pending,
-            count,
-            lambda step, offset: choose(step, keys, positions + offset, self.temperature, self.top_p),
+            slots, pending, count, lambda step, offset: choose(step, draws[:, offset], self.temperature, self.top_p)
         )
         ended = self.is_end[tokens]
-        left = remaining[:, None] - torch.arange(count, device=self.device)
+        left = remaining[:, None] - offsets
         valid = (left > 0) & (ended.cumsum(1) - ended.long() == 0)
         return Draft(pending, tokens, logits, valid, valid & (ended | (left == 1)))
 
@@ -273,6 +278,7 @@ def synthesize(
     top_p: float = 1.0,
     seed: int = 0,
     first_index: int = 0,
+    torch_compile: bool = False,
 ) -> Iterator[Trajectory]:
     """Write one trajectory a prompt, the student monitored by the teacher as the policy says.
 
@@ -295,6 +301,10 @@ def synthesize(
         top_p: sample among the fewest likeliest tokens that hold this probability.
         seed: of all sampling.
         first_index: the place of the first prompt among all, where these are a part of them.
+        torch_compile: draft and score with compiled models (`torch.compile`, on a GPU with CUDA graphs): pays where a
+            forward pass waits for Python, as those of one token do, and costs a minute or more at the first ones.
+            `model.generation_config.compile_config` where that is set. Compiled models round in another way, so that
+            trajectories may differ.
 
     Returns:
         An iterator of `Trajectory`, in the order of the prompts.
@@ -302,7 +312,8 @@ def synthesize(
     Raises:
         ValueError: at once, before anything is generated: an empty prompt, a prompt and budget longer than a
             model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter that
-            no token sequence spells, a model whose cache cannot be rolled back exactly.
+            no token sequence spells, a model whose cache cannot be rolled back exactly or, with ``torch_compile``,
+            does not run on `motab_kernels.ragged_attention`.
     """
     policy = MotabPolicy() if policy is None else policy
     for name, value, least in (
@@ -343,6 +354,7 @@ def synthesize(
         top_p=top_p,
         seed=seed,
         first_index=first_index,
+        torch_compile=torch_compile,
     )
     return _without_gradients(engine)
 

@@ -42,12 +42,12 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
     return shifted(value ^ shifted(value, 31), 11).double() * 2.0**-53
 
 
-def choose(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, top_p: float) -> Tensor:
+def choose(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
     """A token a row of (B, V) logits; ``temperature=0`` is greedy.
 
     Args:
         logits: (B, V), any floating dtype.
-        keys, positions: (B,) int64, see `stream_key`.
+        numbers: (B,) float64 in [0, 1), see `uniform`; greedy looks at none.
         temperature: >= 0.
         top_p: in (0, 1]: sample among the fewest likeliest tokens that hold at least this probability.
 
@@ -64,6 +64,6 @@ def choose(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float, 
         probabilities = probabilities.masked_fill(before >= top_p, 0.0)
     cumulative = probabilities.cumsum(-1)
     # `right=True` finds the first entry above the target, so a token without probability is never drawn.
-    target = uniform(keys, positions)[:, None] * cumulative[:, -1:]
+    target = numbers[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
     return (index if order is None else order.gather(-1, index)).squeeze(-1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from motab_kernels.backend import on_device
 from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
 
 Choose = Callable[[Tensor, int], Tensor]
+Model = Callable[..., Any]  # as a model is called
 
 
 class Writer:
@@ -37,15 +39,26 @@ class Writer:
             self.row_numbers = None if self.rows == list(range(len(self.lengths))) else on_device(rows, self.device)
         return self.row_numbers
 
-    def _forward(self, rows: Sequence[int], token_ids: Tensor, logits_to_keep: int = 0) -> Tensor:
-        """Feed (b, q) tokens to the given rows; (b, q, V) logits over the shared vocabulary."""
-        longest = max(self.lengths[row] for row in rows)
-        with self.attention(self.model):
-            inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
-            logits = self.model(input_ids=token_ids, logits_to_keep=logits_to_keep, **inputs).logits
-        for row in rows:
-            self.lengths[row] += token_ids.shape[1]
+    def _forward(self, call: Model, rows: Sequence[int], token_ids: Tensor, longest: int, **options: int) -> Tensor:
+        """Feed (b, q) tokens to the given rows, none longer than `longest`; (b, q, V) logits over the shared
+        vocabulary."""
+        inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
+        logits: Tensor = call(input_ids=token_ids, **options, **inputs).logits
         return logits[..., : self.vocab_size]
+
+    def _append(self, rows: Sequence[int], token_ids: Tensor, **options: int) -> Tensor:
+        """The same with the model as it is; the books follow."""
+        logits = self._forward(self.model, rows, token_ids, max(self.lengths[row] for row in rows), **options)
+        self._lengthen(rows, token_ids.shape[1])
+        return logits
+
+    def _advance(self, rows: Sequence[int], token_ids: Tensor) -> Tensor:
+        """`_append` for what is written: one token a row or a block."""
+        return self._append(rows, token_ids)
+
+    def _lengthen(self, rows: Sequence[int], count: int) -> None:
+        for row in rows:
+            self.lengths[row] += count
 
     def rollback(self, lengths: dict[int, int]) -> None:
         """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves."""
@@ -75,18 +88,26 @@ class Writer:
         padded = [ids + [0] * (longest - len(ids)) for ids in texts.values()]
         lengths = {row: self.lengths[row] + len(ids) for row, ids in texts.items()}
         # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
-        self._forward(list(texts), on_device(padded, self.device), logits_to_keep=1)
+        with self.attention(self.model):
+            self._append(list(texts), on_device(padded, self.device), logits_to_keep=1)
         self.rollback(lengths)
 
     def draft(self, rows: Sequence[int], pending: Tensor, count: int, choose: Choose) -> tuple[Tensor, Tensor]:
         """Write ``count`` tokens a row after the (b,) pending ones; (b, count) ids and their (b, count, V) logits."""
-        tokens, logits = [], []
-        for offset in range(count):
-            logits.append(self._forward(rows, pending[:, None])[:, 0])
-            pending = choose(logits[-1], offset)
-            tokens.append(pending)
-        return torch.stack(tokens, 1), torch.stack(logits, 1)
+        tokens = pending.new_empty(len(rows), count)
+        logits: Tensor | None = None
+        with self.attention(self.model):
+            for offset in range(count):
+                step = self._advance(rows, pending[:, None])[:, 0]
+                if logits is None:
+                    logits = step.new_empty(len(rows), count, self.vocab_size)
+                # Copied at once: what a compiled model returns lasts until it is called again.
+                logits[:, offset] = step
+                tokens[:, offset] = pending = choose(step, offset)
+        assert logits is not None
+        return tokens, logits
 
     def score(self, rows: Sequence[int], pending: Tensor, token_ids: Tensor) -> Tensor:
         """The (b, T, V) logits with which this model would have written (b, T) tokens: one forward pass."""
-        return self._forward(rows, torch.cat([pending[:, None], token_ids[:, :-1]], 1))
+        with self.attention(self.model):
+            return self._advance(rows, torch.cat([pending[:, None], token_ids[:, :-1]], 1))

@@ -8,7 +8,7 @@ from motab.sampling import choose, stream_key, uniform
 
 def draws(logits, count, temperature=1.0, top_p=1.0):
     keys = torch.full((count,), stream_key(1, 2, 0))
-    return choose(logits.expand(count, -1), keys, torch.arange(count), temperature, top_p)
+    return choose(logits.expand(count, -1), uniform(keys, torch.arange(count)), temperature, top_p)
 
 
 def test_uniform_is_uniform_and_keyed():
@@ -42,13 +42,13 @@ def test_distribution(temperature, top_p):
 
 def test_greedy_takes_the_likeliest():
     logits = torch.randn(6, 9)
-    assert torch.equal(choose(logits, torch.zeros(6).long(), torch.zeros(6).long(), 0, 1.0), logits.argmax(-1))
+    assert torch.equal(choose(logits, torch.zeros(6), 0, 1.0), logits.argmax(-1))
 
 
 def test_a_row_draws_the_same_in_any_batch():
     logits = torch.randn(8, 50)
     keys = torch.tensor([stream_key(9, row, 0) for row in range(8)])
     positions = torch.arange(8)
-    whole = choose(logits, keys, positions, 0.9, 0.8)
-    alone = [choose(logits[i : i + 1], keys[i : i + 1], positions[i : i + 1], 0.9, 0.8) for i in range(8)]
+    whole = choose(logits, uniform(keys, positions), 0.9, 0.8)
+    alone = [choose(logits[i : i + 1], uniform(keys[i : i + 1], positions[i : i + 1]), 0.9, 0.8) for i in range(8)]
     assert torch.equal(whole, torch.cat(alone))

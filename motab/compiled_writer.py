@@ -1,0 +1,87 @@
+"""A writer whose model is compiled: as on a GPU, where a small model waits for Python between its kernels.
+
+`torch.compile` with dynamic shapes makes one program for a token a row and one for a block, for any number of rows and
+any length; on a GPU each runs as a CUDA graph, which is recorded anew for other shapes. So that few are needed, a pass
+feeds a power of two of rows, one token or a whole block each, and sees a power of two of slots. What it feeds besides
+lies behind a row's own tokens, and the rollback at the end of the round takes it off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CompileConfig, PreTrainedModel
+
+from motab.writer import Writer
+from motab_kernels.model_attention import Step, takes_ragged_attention
+
+LEAST_SLOTS = 256  # that a pass sees
+
+
+def power_of_two(number: int) -> int:
+    """The least that is no less."""
+    return 1 << (number - 1).bit_length()
+
+
+class CompiledWriter(Writer):
+    """A `Writer` that drafts and scores blocks of up to `block_size` tokens with a compiled model.
+
+    Raises:
+        ValueError: the model does not run on `ragged_attention`, and its masks would change shape with each token.
+    """
+
+    def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int, block_size: int):
+        if not takes_ragged_attention(model):
+            raise ValueError(
+                f"torch_compile: expected a model that runs on ragged_attention, got {type(model).__name__} with "
+                f'attention "{model.config.get_text_config(decoder=True)._attn_implementation}" in {model.dtype}; load '
+                "it with another attn_implementation or dtype, or leave torch_compile off"
+            )
+        # Rows and tokens of which there is one make programs of their own.
+        super().__init__(model, max(2, batch_size), max_length, vocab_size)
+        self.block_size = block_size
+        own = model.generation_config.compile_config if model.generation_config is not None else None
+        self.compiled = model.get_compiled_call(own or CompileConfig(fullgraph=True, dynamic=True))
+        self.all_rows = torch.arange(len(self.lengths), device=self.device)
+        with torch.no_grad():
+            self._feed({0: [0]})  # so that keys and values are there
+            self.rollback({0: 0})
+        _vary(self.cache.lengths, 0)
+        for layer in self.cache.layers:
+            for storage in (layer.keys, layer.values):
+                _vary(storage, 0, 2)
+
+    def _numbers(self, rows: Sequence[int]) -> Tensor:
+        numbers = super()._numbers(rows)
+        return self.all_rows if numbers is None else numbers  # "all" would be a program of its own
+
+    def _advance(self, rows: Sequence[int], token_ids: Tensor) -> Tensor:
+        b, q = token_ids.shape
+        width = 1 if q == 1 else self.block_size
+        count = min(len(self.lengths), max(2, power_of_two(b)))
+        idle = [row for row in range(len(self.lengths)) if row not in rows]
+        padded = token_ids.new_zeros(count, width)
+        padded[:b, :q] = token_ids
+        # The books leave idle rows as they are, and a draft lengthens them by up to a block.
+        reach = max(self.lengths) + self.block_size
+        visible = min(max(LEAST_SLOTS, power_of_two(reach)), self.cache.max_length)
+        logits = self._forward(self._run, [*rows, *idle[: count - b]], padded, visible - width)
+        self._lengthen(rows, q)
+        return logits[:b, :q]
+
+    def _run(self, ragged_step: Step, **inputs: Any) -> Any:
+        assert ragged_step.rows is not None
+        for x in (inputs["input_ids"], ragged_step.slots, ragged_step.places, ragged_step.rows):
+            _vary(x, *range(x.dim()))
+        torch.compiler.cudagraph_mark_step_begin()
+        return self.compiled(ragged_step=ragged_step, **inputs)
+
+
+def _vary(x: Tensor, *dims: int) -> None:
+    """Tell `torch.compile` that these sizes vary, each for itself; it takes equal ones for the same."""
+    for dim in dims:
+        if x.shape[dim] > 1:
+            torch._dynamo.maybe_mark_dynamic(x, dim)

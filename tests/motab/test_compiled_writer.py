@@ -1,0 +1,137 @@
+"""Compiled models write what the models themselves write, in three programs whatever the batch."""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+import motab
+from motab.compiled_writer import CompiledWriter
+from motab_kernels.backend import HAS_LIBRARY
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+needs_kernels = pytest.mark.skipif(not HAS_LIBRARY and not torch.cuda.is_available(), reason="needs the kernels")
+POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
+POLICIES = [
+    POLICY,
+    motab.MotabPolicy(epsilon0=0.3, theta=0.5, max_interventions=3),
+    motab.TokenSKD(top_k=2),
+    motab.AdaSwitch(factor=2.0, window=4),
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Programs that other tests made are none of ours."""
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def pair_of(student, teacher, backend, device="cpu"):
+    """In float32, for the kernels. "eager" keeps the graphs that `torch.compile` sees, and runs them as they are."""
+    models = [copy.deepcopy(model).float().to(device) for model in (student, teacher)]
+    if backend is not None:
+        for model in models:
+            model.generation_config.compile_config = CompileConfig(
+                fullgraph=True, dynamic=True, backend=backend, mode=None
+            )
+    return models
+
+
+def run(pair, tokenizer, prompts, policy, **settings):
+    settings = {"max_new_tokens": 40, "batch_size": 3, "block_size": 4, "temperature": 0.7, "seed": 5, **settings}
+    return list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **settings))
+
+
+def check_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.token_ids, ours.author, ours.breach_step) == (theirs.token_ids, theirs.author, theirs.breach_step)
+        assert (ours.rollback_step, ours.finish_reason) == (theirs.rollback_step, theirs.finish_reason)
+        for name, numbers in ours.statistics.items():
+            pairs = [pair for pair in zip(numbers, theirs.statistics[name], strict=True) if None not in pair]
+            both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
+            torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
+
+
+@needs_kernels
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_the_same_trajectories_from_three_programs(student, teacher, tokenizer, prompts, policy):
+    """Batches of which rows and blocks are odd numbers, and equal to other sizes; caches of several lengths."""
+    pair = pair_of(student, teacher, "eager")
+    breaches = 0
+    for batch_size, block_size, max_new_tokens in ((1, 4, 40), (3, 16, 23), (5, 2, 31), (12, 12, 40)):
+        sizes = {"batch_size": batch_size, "block_size": block_size, "max_new_tokens": max_new_tokens}
+        before = counters["stats"]["unique_graphs"]
+        expected = run(pair, tokenizer, prompts, policy, **sizes)
+        assert counters["stats"]["unique_graphs"] == before  # nothing is compiled unless one asks for it
+        check_same(run(pair, tokenizer, prompts, policy, **sizes, torch_compile=True), expected)
+        breaches += sum(set(t.author) >= {"student", "teacher"} for t in expected)
+    assert breaches
+    assert counters["stats"]["unique_graphs"] == 3  # the student's token; the teacher's token, and its block
+
+
+@needs_kernels
+def test_inductor_and_rows_that_come_and_go(student, teacher, tokenizer, prompts):
+    """What is run by default: code made from the graphs."""
+    pair = pair_of(student, teacher, None)
+    settings = {"batch_size": 5, "temperature": 0.0}
+    expected = run(pair, tokenizer, prompts, POLICY, **settings)
+    check_same(run(pair, tokenizer, prompts, POLICY, **settings, torch_compile=True), expected)
+    assert any(t.breach_step is not None for t in expected)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@needs_kernels
+def test_few_shapes_and_nothing_seen_of_idle_rows(student, teacher, tokenizer, prompts, monkeypatch):
+    """What lies behind a row's own tokens may be NaN, and lies within the bound that the pass is given."""
+    pair = pair_of(student, teacher, "eager")
+    sizes = {"batch_size": 5, "block_size": 6}
+    expected = run(pair, tokenizer, prompts, POLICY, **sizes)
+    advance, forward, active, idle = CompiledWriter._advance, CompiledWriter._forward, [], []
+    shapes = set()
+
+    def noting(self, rows, token_ids):
+        active[:] = rows
+        return advance(self, rows, token_ids)
+
+    def poisoning(self, call, rows, token_ids, longest, **options):
+        out = forward(self, call, rows, token_ids, longest, **options)
+        if call == self._run:
+            shapes.add((*token_ids.shape, longest + token_ids.shape[1]))
+            idle.append(sorted(set(rows) - set(active)))
+            for row in idle[-1]:
+                for layer in self.cache.layers:
+                    layer.keys[row, :, self.lengths[row] :] = layer.values[row, :, self.lengths[row] :] = torch.nan
+        return out
+
+    monkeypatch.setattr(CompiledWriter, "_advance", noting)
+    monkeypatch.setattr(CompiledWriter, "_forward", poisoning)
+    monkeypatch.setattr("motab.compiled_writer.LEAST_SLOTS", 1)
+    check_same(run(pair, tokenizer, prompts, POLICY, **sizes, torch_compile=True), expected)
+    assert any(idle)
+    whole = max(map(len, prompts)) + 40 + 6  # the cache
+    rows, width, slots = (set(sizes) for sizes in zip(*shapes, strict=True))
+    assert (rows, width) == ({2, 4, 5}, {1, 6})
+    assert slots <= {8, 16, 32, whole}
+
+
+def test_a_model_of_masks_is_refused(student, teacher, tokenizer, prompts):
+    pair = pair_of(student, teacher, "eager")
+    pair[1].set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="expected a model that runs on ragged_attention, got LlamaFor"):
+        run(pair, tokenizer, prompts, POLICY, torch_compile=True)
+    with pytest.raises(ValueError, match=r"in torch\.float64; load it with another attn_implementation or dtype"):
+        run((student, teacher), tokenizer, prompts, POLICY, torch_compile=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_cuda_graphs(student, teacher, tokenizer, prompts):
+    """Nothing keeps the graphs from being recorded, and what they hold is copied before they run again."""
+    pair = pair_of(student, teacher, None, "cuda")
+    expected = run(pair, tokenizer, prompts, POLICY, temperature=0.0)
+    for _ in range(3):  # runs, records, replays
+        check_same(run(pair, tokenizer, prompts, POLICY, temperature=0.0, torch_compile=True), expected)
+    assert counters["inductor"]["cudagraph_skips"] == 0
