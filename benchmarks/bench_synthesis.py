@@ -4,7 +4,7 @@
 
 The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a time, on one thread. Who takes part:
 
-- ours: `motab.synthesize` with `MotabPolicy`.
+- ours: `motab.synthesize` with `MotabPolicy`; compiled: the same with ``torch_compile``, after its compilation.
 - sent anew: the same trajectories, made as the paper's pipeline does: one at a time whatever the batch, no cache kept
   between steps, the whole context sent for each, the teacher asked twice a step. On plain `generate` and forward
   passes in this process, so without the cost of a server.
@@ -66,8 +66,8 @@ class Result:
 # ---------------------------------------------------------------- who takes part: a result for each prompt
 
 
-def ours(pair, prompts, batch_size, policy=POLICY, teacher=True):
-    settings = {"policy": policy, "max_new_tokens": NEW, "batch_size": batch_size, "temperature": 0.0}
+def ours(pair, prompts, batch_size, policy=POLICY, teacher=True, **options):
+    settings = {"policy": policy, "max_new_tokens": NEW, "batch_size": batch_size, "temperature": 0.0, **options}
     written = motab.synthesize(pair.student, pair.teacher if teacher else None, pair.tokenizer, prompts, **settings)
     return [Result(t.token_ids, t.breach_step, t.rollback_step, t.author.count("stitch")) for t in written]
 
@@ -169,6 +169,7 @@ def generate_then_score(pair, prompts, batch_size):
 
 PROVIDERS = {
     "ours": ours,
+    "ours, compiled": functools.partial(ours, torch_compile=True),
     "sent anew": lambda pair, prompts, batch_size: [sent_anew(pair, prompt) for prompt in prompts],
     "ours, no teacher": ours_alone,
     "generate": generate,
@@ -203,7 +204,7 @@ def expected(monitored):
 
 
 def check(provider, results):
-    monitored = provider in ("ours", "sent anew")
+    monitored = provider in ("ours", "ours, compiled", "sent anew")
     known = expected(monitored=monitored)
     assert any(result.breach_step is not None for result in known) == monitored
     for result, other in zip(results[:FEW], known, strict=True):
@@ -213,6 +214,7 @@ def check(provider, results):
             torch.testing.assert_close(torch.tensor(result.scores), torch.tensor(other.scores), rtol=0, atol=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_synthesis(benchmark, provider, batch_size):
