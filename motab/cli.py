@@ -47,15 +47,15 @@ def synthesize(arguments: list[str], console: Console) -> None:
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
     student, teacher = (
-        load_model(names[name], args.dtype) if name in names else None
-        for name in ("model_name_or_path", "teacher_model_name_or_path")
+        load_model(names[name], args.dtype, shared=shared) if name in names else None
+        for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
     )
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
     if state.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
-    total = share_of_main(len(prompts), args.batch_size, state.num_processes)
+    total = share_of_main(len(prompts), args.batch_size, 1 if args.share_teacher else state.num_processes)
     for _ in watch(found, total, "synthesize", console):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")

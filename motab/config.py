@@ -104,6 +104,7 @@ class SynthesizeArguments(PolicyArguments, GenerationArguments):
     dataset_split: str = _setting("train", "Of a hub dataset.")
     output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
     num_samples: int = _setting(1, "Trajectories a question.")
+    share_teacher: bool = _setting(False, "One teacher for all processes, tensor-parallel; they write together.")
 
 
 @dataclass

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.distributed import DistributedConfig
 
 from motab.processes import process_state
 
 
-def load_model(name_or_path: str, dtype: str = "auto") -> PreTrainedModel:
+def load_model(name_or_path: str, dtype: str = "auto", *, shared: bool = False) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the accelerator where there is one; of several
-    processes each takes its own.
+    processes each takes its own, or all share one, tensor-parallel.
 
     Raises:
-        ValueError: what is named is not a model.
+        ValueError: what is named is not a model, or not one to be shared.
     """
+    device = process_state().device
+    options = {"distributed_config": DistributedConfig(tp_plan="auto")} if shared else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"{name_or_path!r} is not a causal language model (expected a hub name or a folder with config.json and "
             f"weights): {error}"
         ) from error
-    return model.to(process_state().device).eval()
+    return model.eval() if shared else model.to(device).eval()
 
 
 def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:

@@ -47,6 +47,10 @@ def synthesize_to_file(
     nothing: the others wait for it at the end. The file is that of one process, and the run can be gone on with by
     another number of them.
 
+    A model that the processes share (tensor parallelism: `DistributedConfig(tp_plan="auto")` of transformers) runs when
+    all of them call it. They then write every trajectory together, on GPUs of one kind, so that each samples the same
+    token; the main process keeps the file and yields all, the others nothing.
+
     Args:
         path: the file, where every process sees it; ``path.settings.json`` beside it holds the settings it was begun
             with.
@@ -72,7 +76,8 @@ def synthesize_to_file(
     size = batch_size * GROUP_BATCHES
     groups = range(0, len(prompts), size)
     processes = Processes()
-    if processes.index == 0 and processes.count > len(groups):
+    shared = any((model.tp_size or 1) > 1 for model in (student, teacher) if model is not None)
+    if processes.index == 0 and not shared and processes.count > len(groups):
         warnings.warn(
             f"expected a group of {size} prompts (16 batches) for each of {processes.count} processes, got "
             f"{len(prompts)} prompts, so that some processes write nothing; lower batch_size",
@@ -83,7 +88,7 @@ def synthesize_to_file(
     def write(first: int) -> Iterator[Trajectory]:
         return synthesize(student, teacher, tokenizer, prompts[first : first + size], first_index=first, **options)
 
-    return _write(path, groups, written, missing, write, processes)
+    return _write(path, groups, written, missing, write, processes, shared)
 
 
 def share_of_main(prompts: int, batch_size: int, processes: int) -> int:
@@ -105,8 +110,9 @@ def _write(
     missing: Sequence[int],
     write: Callable[[int], Iterator[Trajectory]],
     processes: Processes,
+    shared: bool,
 ) -> Iterator[Trajectory]:
-    if processes.count > 1:
+    if processes.count > 1 and not shared:
         for first in missing[processes.index :: processes.count]:
             with whole_file(_part(path, first)) as part:
                 for trajectory in write(first):
@@ -116,6 +122,10 @@ def _write(
         processes.wait()
     if processes.index == 0:
         yield from _append(path, groups, written, write)
+    elif shared:
+        for first in missing:
+            for _ in write(first):
+                pass
     processes.wait()
 
 

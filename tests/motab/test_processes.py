@@ -30,6 +30,8 @@ from motab.cli import main
 from motab.data import Problem
 from motab.evaluation import evaluate
 from motab.files import write_whole
+from motab.models import load_model
+from motab.synthesis import read_trajectories
 
 RANKS = 2
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed here")
@@ -120,6 +122,20 @@ def write(path, prompts=test_synthesis.PROMPTS, **changes):
     return motab.synthesize_to_file(path, *models, prompts, policy=test_synthesis.POLICY, **settings)
 
 
+def write_together(path):
+    """With a teacher of which each process holds a part."""
+    student = make_model(1).float()
+    name = path.parents[1] / "teacher"
+    teacher.__wrapped__(student).float().save_pretrained(name)  # in the main process alone
+    torch.distributed.barrier()
+    other = load_model(str(name), shared=True)
+    assert isinstance(other.model.layers[0].mlp.up_proj.weight, DTensor)
+    other.name_or_path = ""  # as that of a model that was not loaded
+    settings = test_synthesis.SETTINGS
+    prompts, policy = test_synthesis.PROMPTS, test_synthesis.POLICY
+    return motab.synthesize_to_file(path, student, other, tokenizer.__wrapped__(), prompts, policy=policy, **settings)
+
+
 def message(call, *arguments, **settings):
     try:
         call(*arguments, **settings)
@@ -189,6 +205,15 @@ def process_main(rank, count, folder):
         with warnings.catch_warnings(record=True) as warned:
             found["few"] = [t.index for t in write(folder / "few" / "t.jsonl", test_synthesis.PROMPTS[:3])]
         found["warned"] = [str(warning.message) for warning in warned if "a group" in str(warning.message)]
+        found["together"] = [t.index for t in write_together(folder / "together" / "t.jsonl")]
+        torch.distributed.barrier()
+        if rank == 0:  # two of three groups: the first in part, the last in a file of its own
+            shutil.copytree(folder / "together", folder / "together again")
+            lines = (folder / "together" / "t.jsonl").read_bytes().splitlines(keepends=True)
+            write_whole(folder / "together again" / "t.jsonl.parts" / "64.jsonl", b"".join(lines[64:]).decode())
+            (folder / "together again" / "t.jsonl").write_bytes(b"".join(lines[:20]))
+        torch.distributed.barrier()
+        found["together again"] = [t.index for t in write_together(folder / "together again" / "t.jsonl")]
         rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
         found["afresh"] = train_once(folder / "afresh", rollouts, count)
         found["printed"] = commands(folder, rank)
@@ -284,6 +309,20 @@ def test_interrupted_and_gone_on_with_by_another_number(ranks, alone, folder):
     assert [found["cut for two"] for found in ranks] == [[*range(32, 64)], [*range(64, 90)]]
     lines = content[: len(content) // 2].count(b"\n")
     assert sorted(ranks[0]["begun"] + ranks[1]["begun"]) == [*range(lines, 90)]
+
+
+def test_a_teacher_that_all_share(ranks, folder):
+    """What one process writes, but for the rounding of sums over parts; interrupted and gone on with too."""
+    alone, together = (read_trajectories(folder / name / "t.jsonl") for name in ("by 1", "together"))
+    for one, other in zip(alone, together, strict=True):
+        assert (one.token_ids, one.author, one.breach_step) == (other.token_ids, other.author, other.breach_step)
+        values = [[step.value for step in t.steps] for t in (one, other)]
+        torch.testing.assert_close(*map(torch.tensor, values), rtol=1e-4, atol=1e-5)
+    assert [found["together"] for found in ranks] == [list(range(90)), []]
+    assert [found["together again"] for found in ranks] == [list(range(20, 64)), []]
+    content = (folder / "together" / "t.jsonl").read_bytes()
+    assert (folder / "together again" / "t.jsonl").read_bytes() == content
+    assert not (folder / "together again" / "t.jsonl.parts").exists()
 
 
 def test_bad_input_is_refused_in_every_process(ranks, alone, folder):
