@@ -24,7 +24,8 @@ def load_model(name_or_path: str, dtype: str = "auto", *, shared: bool = False) 
             f"{name_or_path!r} is not a causal language model (expected a hub name or a folder with config.json and "
             f"weights): {error}"
         ) from error
-    return model.eval() if shared else model.to(device).eval()
+    is_split = (model.tp_size or 1) > 1  # and lies where it should
+    return model.eval() if is_split else model.to(device).eval()
 
 
 def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
