@@ -51,4 +51,4 @@ def test_scaling(benchmark, provider, op, sizes):
     benchmark.extra_info.update(sizes, op=op, provider=provider)
     if op != "boundary":
         settle(DEVICE)
-    benchmark.pedantic(run, rounds=7, warmup_rounds=3)
+    benchmark.pedantic(run, rounds=5, warmup_rounds=2)

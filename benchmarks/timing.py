@@ -41,8 +41,8 @@ def last_cache(device: str) -> int:
 
 
 def rounds(seconds: float) -> int:
-    """How often to time a call that takes so long: 5 times, or fewer for eight seconds in all; once at least."""
-    return max(1, min(5, int(8 / seconds)))
+    """How often to time a call that takes so long: 5 times, or fewer for some six seconds in all; once at least."""
+    return max(1, min(5, round(6 / seconds)))
 
 
 def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float:

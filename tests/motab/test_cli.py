@@ -145,6 +145,32 @@ def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, n
     assert "leave them out, or give --dataset_name in place of --train_file" in error
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["synthesize", "--torch_compile"],
+        ["evaluate", "--torch_compile"],
+        ["train", "--rollout_torch_compile", "true", "--use_cpu", "--report_to", "none", "--loss_type", "jsd"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_compiled_models_are_asked_for(command, tmp_path, capsys, monkeypatch):
+    def compiled(*arguments):
+        raise ValueError("it would be compiled")
+
+    monkeypatch.setattr("motab.engine.CompiledWriter", compiled)
+    pair = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
+    options = [
+        "--dataset_name",
+        TASK,
+        "--max_new_tokens",
+        "140",
+        *(["--output_dir", str(tmp_path)] if command[0] != "evaluate" else []),
+    ]
+    assert main([*command, *pair[: 2 if command[0] == "evaluate" else 4], *options]) == 2
+    assert "it would be compiled" in capsys.readouterr().err
+
+
 def test_a_policy_that_hands_back(config, tmp_path, capsys):
     """Several interventions in one trajectory, through the commands that look at it."""
     out = ["--output_dir", str(tmp_path / "run")]
