@@ -249,21 +249,22 @@ def decide_report(target: str) -> Report:
 
 
 def attention_report(
-    dtype: str, target: str, D: int, GROUP: int, T: int, HAS_WINDOW: bool, softcap: bool
+    dtype: str, target: str, D: int, GROUP: int, T: int, HAS_WINDOW: bool, softcap: bool, PAGE: int = 0
 ) -> AttentionReport:
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.split_kernel
-    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], settings)
+    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], settings.split, settings)
     of_inputs = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
     types = {n: f"*{dtype}" if n in of_inputs else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
-    types |= {"lengths_ptr": "*i64", "rows_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
+    types |= {"lengths_ptr": "*i64", "page_table_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
     aligned = tuple(n for n in kernel.arg_names if re.match(r"(query|keys|values|out)_stride_", n))
-    flags = {"HAS_ROWS": True, "HAS_SINKS": True, "HAS_SOFTCAP": softcap, "HAS_WINDOW": HAS_WINDOW}
+    flags = {"HAS_PAGE_TABLE": True, "HAS_SINKS": True, "HAS_SOFTCAP": softcap, "HAS_WINDOW": HAS_WINDOW}
     num_warps = tiles.pop("num_warps")
     constants = {
         **flags,
-        "IS_SPLIT": True,
+        "IS_SPLIT": settings.split_tokens >= T,
         "SPLIT": settings.split,
+        "PAGE": PAGE,
         "GROUP": GROUP,
         "D": D,
         **tiles,
@@ -273,7 +274,7 @@ def attention_report(
     binary = compiled(kernel, target, types, constants, num_warps, aligned, num_stages=settings.num_stages)
     loop = main_loop(lines_of(binary, target))
     threads = num_warps * TARGETS[target].warp_size
-    options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}"
+    options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}{', pages' if PAGE else ''}"
     return AttentionReport(
         f"attention D={D} GROUP={GROUP} T={T}{options}",
         dtype,
@@ -301,13 +302,15 @@ def combine_report(target: str) -> AttentionReport:
 
 
 def attention_reports() -> Iterator[AttentionReport]:
-    """A token drafted and a block scored by models like Qwen3; like gpt-oss and Gemma 2, with what those have."""
+    """A token drafted and a block scored by models like Qwen3; like gpt-oss and Gemma 2, with what those have; a
+    prompt, which is not split, on pages."""
     for target in TARGETS:
         for T in (1, 16):
             yield attention_report("bf16", target, 128, 4, T, HAS_WINDOW=False, softcap=False)
         yield attention_report("fp32", target, 128, 4, 16, HAS_WINDOW=False, softcap=False)
         yield attention_report("bf16", target, 64, 8, 16, HAS_WINDOW=True, softcap=False)
         yield attention_report("bf16", target, 256, 2, 16, HAS_WINDOW=True, softcap=True)
+        yield attention_report("bf16", target, 128, 4, 256, HAS_WINDOW=False, softcap=False, PAGE=256)
         yield combine_report(target)
 
 

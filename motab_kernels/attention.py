@@ -1,6 +1,7 @@
 """`ragged_attention`: a few new tokens of each row attend to a key-value cache whose rows have lengths of their own.
 
-b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size.
+b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size;
+where the cache is in pages, B of them with S slots each, n of which hold a row.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ def ragged_attention(
     lengths: Tensor,
     *,
     rows: Tensor | None = None,
+    page_table: Tensor | None = None,
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
@@ -46,14 +48,23 @@ def ragged_attention(
     row, no copy. What slots hold that no token of a row sees does not matter, not even if it is NaN. Sums are float32.
     Batch invariant: a row's numbers do not depend on other rows.
 
+    With ``page_table`` the keys that query row i reads are, and its values in the same way::
+
+        cat([keys[page] for page in page_table[i]], dim=1)                     # (H, n * S, D)
+
+    where only pages that hold a slot which is seen are looked at. With S a multiple of 256 the numbers are, to the bit,
+    those of rows that lie in one piece.
+
     Not differentiable.
 
     Args:
         query: (b, H_q, T, D), any strides with the last 1; float32, bfloat16 or float16; "torch" also takes float64.
         keys, values: (B, H, S, D), in the query's dtype, any strides with the last 1. H divides H_q.
-        lengths: (b,) int64, tokens of each row before the new ones, at most S - T. A GPU's kernel takes what is larger
-            for that, since looking would make the host wait.
+        lengths: (b,) int64, tokens of each row before the new ones, at most S - T (n * S - T in pages). A GPU's kernel
+            takes what is larger for that, since looking would make the host wait.
         rows: (b,) int64, the row of the cache that each row of queries reads, in [0, B). None: all in order.
+        page_table: (b, n) int64, instead of ``rows``: the pages, in [0, B), that hold the slots of each row, in order;
+            those that hold none that is seen may be any number. S must be a multiple of 64 if n > 1.
         scale: of the scores. None: ``D ** -0.5``.
         window: slots that a token sees, its own included; > 0. None: all.
         softcap: > 0, bounds the scores (Gemma 2). None: no bound.
@@ -71,14 +82,16 @@ def ragged_attention(
 
     Source: FlashAttention-2 (arXiv 2307.08691), algorithm 1, and its split over the keys for decoding.
     """
-    check_tensors(query, keys, values, lengths, rows, sinks)
-    S, T = keys.shape[2], query.shape[2]
+    check_tensors(query, keys, values, lengths, rows, page_table, sinks)
+    if rows is not None:
+        page_table = rows[:, None]  # a row is a page
+    S, T = keys.shape[2] * (1 if page_table is None else page_table.shape[1]), query.shape[2]
     window, visible_length = check_settings(scale, window, softcap, visible_length, S, T)
     backend = choose_backend(backend, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     run = ragged_attention_op if is_traced(query, keys, lengths) else _ragged_attention
     query, keys, values = query.detach(), keys.detach(), values.detach()
-    return run(query, keys, values, lengths, rows, sinks, scale, window, softcap or 0.0, visible_length, backend)
+    return run(query, keys, values, lengths, page_table, sinks, scale, window, softcap or 0.0, visible_length, backend)
 
 
 def _ragged_attention(
@@ -86,7 +99,7 @@ def _ragged_attention(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    rows: Tensor | None,
+    page_table: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     window: int,
@@ -99,15 +112,15 @@ def _ragged_attention(
     if out.numel() == 0:
         return out
     if query.device.type == "cpu":
-        check_indices(lengths, rows, len(keys), visible_length - T)
+        check_indices(lengths, page_table, keys, T, window, visible_length)
     settings = (scale, window, softcap)
     if backend == "torch":
-        reference.ragged_attention(query, keys, values, lengths, rows, sinks, *settings, out)
+        reference.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
     elif backend == "cpu":
-        cpu.ragged_attention(query, keys, values, lengths, rows, sinks, *settings, out)
+        cpu.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
     else:
         gpu = triton_kernels("attention", query.device)
-        gpu.ragged_attention(query, keys, values, lengths, rows, sinks, *settings, visible_length, out)
+        gpu.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, visible_length, out)
     return out
 
 

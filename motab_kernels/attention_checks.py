@@ -6,10 +6,17 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PAGE_MULTIPLE = 64  # of slots, where a row has several pages: a tile of slots lies in one
 
 
 def check_tensors(
-    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, rows: Tensor | None, sinks: Tensor | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    rows: Tensor | None,
+    page_table: Tensor | None,
+    sinks: Tensor | None,
 ) -> None:
     for name, x in (("query", query), ("keys", keys), ("values", values)):
         if x.dim() != 4 or x.dtype not in DTYPES or (x.shape[-1] > 1 and x.stride(-1) != 1):
@@ -24,8 +31,12 @@ def check_tensors(
             raise ValueError(f"{name}: expected shape (B, H, S, {D}) as the keys and the query, got {tuple(x.shape)}")
     if H == 0 or H_q % H:
         raise ValueError(f"query: expected heads that are a multiple of the keys' {H}, got {H_q}")
-    if rows is None and b != B:
+    if rows is None and page_table is None and b != B:
         raise ValueError(f"query: expected {B} rows as the keys, got {b}; give rows")
+    if page_table is not None:
+        _check_page_table(page_table, b, S, query.device)
+        if rows is not None:
+            raise ValueError("expected rows or page_table, got both; choose rows of the table")
     for name, index in (("lengths", lengths), ("rows", rows)):
         if index is not None and (index.shape != (b,) or index.dtype != torch.int64 or index.device != query.device):
             got = f"{tuple(index.shape)} {index.dtype} on {index.device}"
@@ -33,6 +44,15 @@ def check_tensors(
     if sinks is not None and (sinks.shape != (H_q,) or not sinks.is_floating_point() or sinks.device != query.device):
         got = f"{tuple(sinks.shape)} {sinks.dtype} on {sinks.device}"
         raise ValueError(f"sinks: expected ({H_q},) floating point on {query.device}, got {got}")
+
+
+def _check_page_table(page_table: Tensor, b: int, S: int, device: torch.device) -> None:
+    is_table = page_table.dim() == 2 and len(page_table) == b and page_table.shape[1] > 0
+    if not is_table or page_table.dtype != torch.int64 or page_table.device != device:
+        got = f"{tuple(page_table.shape)} {page_table.dtype} on {page_table.device}"
+        raise ValueError(f"page_table: expected ({b}, pages of a row) int64 on {device}, got {got}")
+    if page_table.shape[1] > 1 and S % PAGE_MULTIPLE:
+        raise ValueError(f"keys: expected pages of a multiple of {PAGE_MULTIPLE} slots, got {S}")
 
 
 def check_settings(
@@ -52,8 +72,20 @@ def check_settings(
     return S if window is None else window, S if visible_length is None else visible_length
 
 
-def check_indices(lengths: Tensor, rows: Tensor | None, B: int, longest: int) -> None:
+def check_indices(
+    lengths: Tensor, page_table: Tensor | None, keys: Tensor, T: int, window: int, visible_length: int
+) -> None:
     """On the CPU, where looking costs nothing."""
-    for name, index, most in (("lengths", lengths, longest), ("rows", rows, B - 1)):
-        if index is not None and (int(index.min()) < 0 or int(index.max()) > most):
-            raise ValueError(f"{name}: expected values in [0, {most}], got {index.tolist()}")
+    B, S = keys.shape[0], keys.shape[2]
+    most = visible_length - T
+    if int(lengths.min()) < 0 or int(lengths.max()) > most:
+        raise ValueError(f"lengths: expected values in [0, {most}], got {lengths.tolist()}")
+    if page_table is None:
+        return
+    place = torch.arange(page_table.shape[1])
+    first, last = (lengths + 1 - window).clamp(min=0) // S, (lengths + T - 1) // S
+    seen = (place >= first[:, None]) & (place <= last[:, None])
+    wrong = (seen & ((page_table < 0) | (page_table >= B))).any(1)
+    if bool(wrong.any()):
+        name, got = ("rows", page_table[:, 0]) if page_table.shape[1] == 1 else ("page_table", page_table[wrong][0])
+        raise ValueError(f"{name}: expected values in [0, {B - 1}], got {got.tolist()}")

@@ -22,7 +22,9 @@ class Step(NamedTuple):
 
     rows: Tensor | None  # (b,), None for all rows in order
     slots: Tensor  # (b, q)
-    places: Tensor  # (b, 1), the rows by number
+    places: Tensor  # (b, q) or (b, 1): the row or page of the storage that each token goes to
+    offsets: Tensor  # (b, q): and the slot there
+    page_table: Tensor | None  # (b, n), None where each row lies in one piece
     visible_length: int
     windows: list[int | None] | None  # of each layer, for `ragged_attention`; None: the attention has masks
 
@@ -56,7 +58,8 @@ def _attend(
         key,
         value,
         ragged_step.slots[:, 0],
-        rows=ragged_step.rows,
+        rows=ragged_step.rows if ragged_step.page_table is None else None,
+        page_table=ragged_step.page_table,
         scale=scaling,
         window=ragged_step.windows[module.layer_idx],  # type: ignore[index]
         softcap=softcap,

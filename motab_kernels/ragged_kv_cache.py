@@ -1,10 +1,12 @@
 """A key-value cache whose rows have lengths of their own, so that rolling one back is a change of one number.
 
-Shape letters: B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, q new tokens.
+Shape letters: B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, q new tokens; where rows
+lie in pages, P of these with S slots each.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, Step
+from motab_kernels.page_table import PageTable
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
@@ -23,15 +26,16 @@ CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24")
 
 
 class _RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, H, S, D), allocated when the first ones arrive."""
+    """Keys and values of one layer, (B, H, S, D) or (P + 1, H, S, D), allocated when the first ones arrive."""
 
     is_croppable = True
 
-    def __init__(self, batch_size: int, max_length: int, is_sliding: bool) -> None:
+    def __init__(self, batch_size: int, max_length: int, is_sliding: bool, pages: PageTable | None) -> None:
         super().__init__()
-        self.batch_size = batch_size
         self.max_length = max_length
         self.is_sliding = is_sliding
+        self.pages = pages
+        self.pieces, self.slots = (batch_size, max_length) if pages is None else (pages.num_pages + 1, pages.page_size)
 
     # Sizes and positions are the cache's to answer: they are the same for every layer.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -49,7 +53,7 @@ class _RaggedLayer(CacheLayerMixin):
             self.keys, self.values = (
                 _at_one_address(
                     torch.zeros(
-                        (self.batch_size, states.shape[1], self.max_length, states.shape[3]),
+                        (self.pieces, states.shape[1], self.slots, states.shape[3]),
                         dtype=states.dtype,
                         device=states.device,
                     )
@@ -61,7 +65,19 @@ class _RaggedLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return _write(self.keys, key_states, step), _write(self.values, value_states, step)
+        return self._write(self.keys, key_states, step), self._write(self.values, value_states, step)
+
+    def _write(self, storage: Tensor, states: Tensor, step: Step) -> Tensor:
+        """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
+        storage for an attention that finds its rows and slots itself."""
+        storage.transpose(1, 2)[step.places, step.offsets] = states.transpose(1, 2)
+        if step.windows is not None:
+            return storage
+        if self.pages is not None:
+            assert step.page_table is not None
+            return self.pages.in_one_piece(storage, step.page_table, step.visible_length)
+        visible = storage[:, :, : step.visible_length]
+        return visible if step.rows is None else visible.index_select(0, step.rows)
 
 
 def _at_one_address(x: Tensor) -> Tensor:
@@ -69,16 +85,6 @@ def _at_one_address(x: Tensor) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
     return x
-
-
-def _write(storage: Tensor, states: Tensor, step: Step) -> Tensor:
-    """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
-    storage for an attention that finds its rows and slots itself."""
-    storage.transpose(1, 2)[step.places, step.slots] = states.transpose(1, 2)
-    if step.windows is not None:
-        return storage
-    visible = storage[:, :, : step.visible_length]
-    return visible if step.rows is None else visible.index_select(0, step.rows)
 
 
 class RaggedKVCache(Cache):
@@ -99,15 +105,24 @@ class RaggedKVCache(Cache):
     `ragged_attention` does none of this: it takes over after ``model.set_attn_implementation("motab_ragged")``, in a
     model that lets others replace its attention (``model._supports_attention_backend``), until another one is set.
 
+    Every row has ``max_length`` slots of its own, unless ``num_pages`` is given: then rows share so many pages of
+    ``page_size`` tokens, and ``reserve_`` says, before a forward pass, how many tokens of each row must have room. So
+    memory holds what rows are, not what each might become. `ragged_attention` reads pages where they lie; the others
+    copy all that is visible.
+
     Args:
         config: the model's configuration. Its attention must be one of these when ``prepare`` is called.
         batch_size: rows, B.
         max_length: tokens that a row can hold, S.
         device: where keys, values and ``lengths`` live; the default device if None.
         dtype: the keys' and values' dtype; the default dtype if None.
+        num_pages: pages that all rows share, P; None: none, and each row lies in one piece.
+        page_size: tokens of a page, a multiple of 64.
 
     Attributes:
         lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
+        pages: None, or the pages: ``pages.table``, (B, pages of a row) int64 on the device, is what `ragged_attention`
+            takes as ``page_table``; it and ``pages.free``, a list, are to be read only.
     Keys and values are allocated, zeroed, at the first forward pass. What a layer hands to the attention is a view of
     them (a copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
 
@@ -124,6 +139,8 @@ class RaggedKVCache(Cache):
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        num_pages: int | None = None,
+        page_size: int = 256,
     ) -> None:
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
             if not isinstance(size, int) or size < 1:
@@ -132,17 +149,20 @@ class RaggedKVCache(Cache):
             raise ValueError("expected a decoder-only model, got an encoder-decoder: its cross-attention has no rows")
         self.config = config.get_text_config(decoder=True)
         self.layer_types = _layer_types(self.config)
+        with torch.inference_mode(False):
+            self.lengths = _at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))
+        self.device = self.lengths.device
+        self.pages: PageTable | None = None
+        if num_pages is not None:
+            self.pages = PageTable(batch_size, max_length, num_pages, page_size, self.device)
         super().__init__(
             layers=[
-                _RaggedLayer(batch_size, max_length, is_sliding=layer_type == "sliding_attention")
+                _RaggedLayer(batch_size, max_length, layer_type == "sliding_attention", self.pages)
                 for layer_type in self.layer_types
             ]
         )
         self.max_length = max_length
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
-        with torch.inference_mode(False):
-            self.lengths = _at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))
-        self.device = self.lengths.device
         # `visible_length` until the forward pass in progress ends, and from then on.
         self._bounds = (0, 0)
         # Whether the host knows that every row has exactly visible_length tokens.
@@ -155,6 +175,28 @@ class RaggedKVCache(Cache):
         slots (and its own), unless ``prepare`` is told of another. A forward pass raises it to what it reads, a
         truncation lowers it where it can."""
         return self._bounds[0 if self._step is not None else 1]
+
+    # ---------------------------------------------------------------- pages
+
+    def can_reserve(self, lengths: Sequence[int]) -> bool:
+        """Whether ``reserve_`` would find room."""
+        return self.pages is None or sum(self.pages.needed(lengths)) <= self.pages.num_pages
+
+    def reserve_(self, lengths: Sequence[int]) -> None:
+        """Give row i the pages for its first ``lengths[i]`` tokens; it gives back those beyond.
+
+        To be called before a forward pass that makes rows longer than what was reserved, and to let go of what rows no
+        longer need: a rollback keeps a row's pages. Tokens beyond are padding: they may be fed, their logits mean
+        nothing. The host does not wait for a GPU. Without pages there is nothing to do.
+
+        Args:
+            lengths: one int for each of the B rows, at most ``max_length``.
+
+        Raises:
+            ValueError: lengths that are out of range or that the pages do not hold; nothing changes then.
+        """
+        if self.pages is not None:
+            self.pages.reserve_(lengths)
 
     # ---------------------------------------------------------------- a forward pass
 
@@ -238,12 +280,27 @@ class RaggedKVCache(Cache):
         if self.device.type == "cpu" and bool((lengths > bound).any()):
             raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
         slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
-        places = torch.arange(len(lengths), device=self.device) if rows is None else rows
+        if self.pages is not None:
+            self._check_reserved(self.pages, rows, lengths)
+            table = self.pages.table if rows is None else self.pages.table[rows]
+            places, offsets = self.pages.places(table, slots)
+        else:
+            table, offsets = None, slots
+            places = (torch.arange(len(lengths), device=self.device) if rows is None else rows)[:, None]
         before = self.visible_length
         after = before + num_tokens if self._is_uniform else max(before, visible_length)
         # Not in `update`, where `torch.compile` would make a graph for each number.
         self._bounds = (before, after)
-        return Step(rows, slots, places[:, None], visible_length, None)
+        return Step(rows, slots, places, offsets, table, visible_length, None)
+
+    def _check_reserved(self, pages: PageTable, rows: Tensor | None, lengths: Tensor) -> None:
+        """As far as the host can tell."""
+        if not any(pages.pages):
+            raise ValueError("expected rows with pages to write to, got none: call reserve_ first")
+        if self.device.type == "cpu":
+            pages.check_room(lengths.tolist(), range(len(lengths)) if rows is None else rows.tolist())
+        elif self._is_uniform:
+            pages.check_room([self.visible_length] * len(self.lengths), range(len(self.lengths)))
 
     def _check_rows(self, rows: Tensor | None) -> None:
         if rows is None:
@@ -298,12 +355,15 @@ class RaggedKVCache(Cache):
         self._step = None
 
     def _zero_(self, new_lengths: Tensor) -> None:
-        slots = torch.arange(self.visible_length, device=self.device)
+        visible_length = self.visible_length
+        slots = torch.arange(visible_length, device=self.device)
         dead = (slots >= new_lengths[:, None]) & (slots < self.lengths[:, None])
+        if self.pages is not None:
+            dead, visible_length = self.pages.by_page(dead), self.pages.page_size
         for layer in self.layers:
             if layer.is_initialized:
                 for storage in (layer.keys, layer.values):
-                    storage[:, :, : self.visible_length].masked_fill_(dead[:, None, :, None], 0)
+                    storage[:, :, :visible_length].masked_fill_(dead[:, None, :, None], 0)
 
     def reset_rows_(self, rows: Tensor) -> None:
         """Empty the given rows, (b,) int64 on the cache's device, in place. The host's bound stays what it was."""

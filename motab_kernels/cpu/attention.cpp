@@ -1,6 +1,6 @@
 // `ragged_attention`: each thread takes some queries of one row and one head of keys at a time.
 //
-// b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size.
+// b rows of queries, T new tokens, H_q and H heads of queries and of keys, D head size; pages of S slots.
 
 #include <algorithm>
 #include <atomic>
@@ -37,9 +37,9 @@ struct Heads {
 struct AttentionCall {
     int64_t b, H_q, H, T, D, type, threads;
     Heads query, keys, values, out;
-    const int64_t *lengths, *rows;  // rows: null for all in order
-    const float* sinks;             // null: none
-    int64_t window;
+    const int64_t *lengths, *page_table;  // (b, pages); null: row i in page i
+    const float* sinks;                   // null: none
+    int64_t pages, page_size, window;
     double scale, softcap;  // softcap 0: none
 };
 
@@ -70,7 +70,7 @@ struct AttentionRoom {
 #define KERNELS "attention_block.h"
 #include "levels.h"
 
-// lengths and rows are contiguous. Returns whether there was memory.
+// lengths and page_table are contiguous. Returns whether there was memory.
 extern "C" bool motab_ragged_attention(const motab::AttentionCall* call) {
     using namespace motab;
     const int64_t all = call->H_q / call->H * call->T, blocks = (all + QUERIES - 1) / QUERIES;

@@ -10,7 +10,7 @@ from torch import Tensor
 from motab_kernels.cpu.arguments import TYPES
 from motab_kernels.cpu.library import kernels
 
-CALL = struct.Struct("27q2d")  # `AttentionCall` in attention.cpp
+CALL = struct.Struct("29q2d")  # `AttentionCall` in attention.cpp
 
 
 def _heads(x: Tensor) -> tuple[int, ...]:
@@ -22,18 +22,18 @@ def ragged_attention(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    rows: Tensor | None,
+    page_table: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     out: Tensor,
 ) -> None:
-    """Write `out` (b, H_q, T, D), contiguous in D; `softcap` 0 is none."""
+    """Write `out` (b, H_q, T, D), contiguous in D; `softcap` 0 is none, no `page_table` is row i in page i."""
     b, H_q, T, D = query.shape
     # The tensors that are made here live until the call is over.
     lengths = lengths.contiguous()
-    rows = None if rows is None else rows.contiguous()
+    page_table = None if page_table is None else page_table.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()
     call = CALL.pack(
         b,
@@ -47,7 +47,9 @@ def ragged_attention(
         *_heads(keys),
         *_heads(values),
         *_heads(out),
-        *(0 if x is None else x.data_ptr() for x in (lengths, rows, sinks)),
+        *(0 if x is None else x.data_ptr() for x in (lengths, page_table, sinks)),
+        1 if page_table is None else page_table.shape[1],
+        keys.shape[2],
         window,
         scale,
         softcap,

@@ -16,20 +16,19 @@ namespace LEVEL {
 constexpr int64_t GROUP = 4;  // queries in registers at a time
 #define AT_MOST_4(name, count) ((count) > 3 ? name<4> : (count) == 3 ? name<3> : (count) == 2 ? name<2> : name<1>)
 
-// Slots [start, start + count) of keys or values as float32, `stride` apart: where they lie, or converted into `room` with
+// The first `count` slots as float32, `stride` apart: where they lie, or converted into `room` with
 // 0 up to whole vectors and from `count` to `rows`.
 ENTRY const float* slots_as_floats(
-    const Slots& slots, int64_t start, int64_t count, int64_t rows, int64_t D, float* room, int64_t& stride) {
+    const Slots& slots, int64_t count, int64_t rows, int64_t D, float* room, int64_t& stride) {
     const int64_t width = whole_vectors(D);
-    const char* first = slots.data + start * slots.stride * bytes_of(slots.type);
     if (slots.type == FLOAT32 && D == width && count == rows) {
         stride = slots.stride;
-        return reinterpret_cast<const float*>(first);
+        return reinterpret_cast<const float*>(slots.data);
     }
     stride = width;
     for (int64_t n = 0; n < count; ++n) {
         float* row = room + n * width;
-        to_floats(slots.type, first + n * slots.stride * bytes_of(slots.type), D, row);
+        to_floats(slots.type, slots.data + n * slots.stride * bytes_of(slots.type), D, row);
         for (int64_t d = D; d < width; ++d) row[d] = 0;
     }
     std::memset(room + count * width, 0, (rows - count) * width * sizeof(float));
@@ -141,7 +140,7 @@ ENTRY void weigh(const AttentionCall& call, int64_t start, Query& query, float* 
 
 // Queries [begin, end) of row i that read head h: a token's are together, so that later ones see later slots.
 ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin, int64_t end, const AttentionRoom& room) {
-    const int64_t heads = call.H_q / call.H, row = call.rows ? call.rows[i] : i, M = end - begin;
+    const int64_t heads = call.H_q / call.H, M = end - begin;
     const int64_t type = call.type, D = call.D, width = whole_vectors(D);
     for (int64_t m = 0; m < M; ++m) {
         const int64_t t = (begin + m) / heads, head = h * heads + (begin + m) % heads;
@@ -151,14 +150,17 @@ ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin
         room.queries[m] = {head, t, call.lengths[i] + t, LOWEST, {}};
     }
     std::memset(room.sums, 0, M * width * sizeof(float));
-    const Slots keys = {call.keys.at(type, row, h, 0), type, call.keys.stride_t};
-    const Slots values = {call.values.at(type, row, h, 0), type, call.values.stride_t};
     const int64_t first = std::max<int64_t>(0, room.queries[0].last - call.window + 1);
     for (int64_t start = first / TILE * TILE; start <= room.queries[M - 1].last; start += TILE) {
         const int64_t count = std::min(TILE, room.queries[M - 1].last + 1 - start);
         const int64_t skip = std::max<int64_t>(0, first - start);
+        // A tile lies in one page: pages are multiples of it, or the row has one.
+        const int64_t place = start / call.page_size, slot = start % call.page_size;
+        const int64_t page = call.page_table ? call.page_table[i * call.pages + place] : i;
+        const Slots keys = {call.keys.at(type, page, h, slot), type, call.keys.stride_t};
+        const Slots values = {call.values.at(type, page, h, slot), type, call.values.stride_t};
         int64_t stride;
-        const float* k = slots_as_floats(keys, start, count, M > GROUP ? TILE : count, D, room.slots, stride);
+        const float* k = slots_as_floats(keys, count, M > GROUP ? TILE : count, D, room.slots, stride);
         if (M > GROUP) {
             turn(k, stride, width, room.turned);
             for (int64_t m = 0; m < M; m += GROUP)
@@ -174,7 +176,7 @@ ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin
             else
                 weigh(call, start, query, scores, room.sums + m * width);
         }
-        const float* v = slots_as_floats(values, start, count, count, D, room.slots, stride) + skip * stride;
+        const float* v = slots_as_floats(values, count, count, D, room.slots, stride) + skip * stride;
         for (int64_t m = 0; m < M; m += GROUP)
             AT_MOST_4(add_tile, M - m)
             (room.scores + m * TILE + skip, count - skip, v, stride, room.sums + m * width, width);

@@ -1,13 +1,14 @@
 """`ragged_attention` on Triton, flash decoding: one launch reads keys and values, the slots of a row split among
 programs; a second combines the splits.
 
-b rows of queries, T new tokens, H_q and H heads of queries and of keys, S slots, D head size. No atomics, no wait of
-the host. The formulas are in `attention_split`.
+b rows of queries, T new tokens, H_q and H heads of queries and of keys, D head size; pages of S slots, n of a row. No
+atomics, no wait of the host. The formulas are in `attention_split`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def settings_for(device: torch.device) -> Settings:
     return tuned("attention", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
 
 
-def blocks(queries: int, D: int, itemsize: int, settings: Settings) -> dict[str, int]:
+def blocks(queries: int, D: int, itemsize: int, split: int, settings: Settings) -> dict[str, int]:
     """The sizes of tiles: of queries, of slots and of a head, at least 16 each for `tl.dot`; and the warps.
 
     Of float32, whose products use no tensor core, a quarter: a thread keeps its factors in registers.
@@ -52,7 +53,7 @@ def blocks(queries: int, D: int, itemsize: int, settings: Settings) -> dict[str,
     most = min(settings.queries, settings.sums // size) // share
     return {
         "M_BLOCK": max(16, min(most, triton.next_power_of_2(queries))),
-        "N_BLOCK": max(16, min(settings.slots, settings.elements // share // size)),
+        "N_BLOCK": max(16, min(split, settings.slots, settings.elements // share // size)),
         "D_BLOCK": size,
         "num_warps": settings.float32_warps if itemsize == 4 else settings.num_warps,
     }
@@ -63,7 +64,7 @@ def ragged_attention(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    rows: Tensor | None,
+    page_table: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     window: int,
@@ -71,7 +72,7 @@ def ragged_attention(
     visible_length: int,
     out: Tensor,
 ) -> None:
-    """Write `out` (b, H_q, T, D); `softcap` 0 is none.
+    """Write `out` (b, H_q, T, D); `softcap` 0 is none, no `page_table` is row i in page i.
 
     `lengths` are taken to be between 0 and `visible_length` - T: no more splits have a place in the workspace.
     """
@@ -79,8 +80,10 @@ def ragged_attention(
     H, S = keys.shape[1:3]
     settings = settings_for(query.device)
     queries = T * H_q // H
-    tiles = blocks(queries, D, query.element_size(), settings)
-    splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, settings.split)
+    pages = 1 if page_table is None else page_table.shape[1]
+    split = math.gcd(settings.split, S) if pages > 1 else settings.split  # which lies in one page
+    tiles = blocks(queries, D, query.element_size(), split, settings)
+    splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, split)
     is_split = T <= settings.split_tokens
     # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep 16 bytes aligned.
     shape = (b * H * queries, splits, D + 4) if is_split else (0,)
@@ -103,14 +106,14 @@ def ragged_attention(
         "HAS_SINKS": sinks is not None,
         "GROUP": H_q // H,
         "D": D,
-        "SPLIT": settings.split,
+        "SPLIT": split,
     }
     with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
         split_kernel[(b * H * triton.cdiv(queries, tiles["M_BLOCK"]), splits)](
             query_ptr=query,
             keys_ptr=keys,
             values_ptr=values,
-            rows_ptr=lengths if rows is None else rows,
+            page_table_ptr=lengths if page_table is None else page_table,
             query_stride_b=query.stride(0),
             query_stride_h=query.stride(1),
             query_stride_t=query.stride(2),
@@ -120,13 +123,15 @@ def ragged_attention(
             values_stride_b=values.stride(0),
             values_stride_h=values.stride(1),
             values_stride_s=values.stride(2),
-            rows_stride_b=0 if rows is None else rows.stride(0),
+            page_table_stride_b=0 if page_table is None else page_table.stride(0),
+            page_table_stride_n=0 if page_table is None else page_table.stride(1),
             scale=scale / softcap if softcap else scale * LOG2_E.value,
             softcap=softcap * LOG2_E.value,
-            HAS_ROWS=rows is not None,
+            HAS_PAGE_TABLE=page_table is not None,
             HAS_SOFTCAP=softcap > 0,
-            HAS_WINDOW=window < S,
+            HAS_WINDOW=window < pages * S,
             IS_SPLIT=is_split,
+            PAGE=S if pages > 1 else 0,
             num_stages=settings.num_stages,
             **shared,
             **tiles,

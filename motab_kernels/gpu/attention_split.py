@@ -1,6 +1,6 @@
 """First kernel of `ragged_attention`: sum up a split of the slots for a tile of a kv head's queries.
 
-b rows of queries, T new tokens, H_q and H heads of queries and of keys, GROUP = H_q / H, S slots, D head size. A kv
+b rows of queries, T new tokens, H_q and H heads of queries and of keys, GROUP = H_q / H, D head size. A kv
 head has T * GROUP queries, m = token * GROUP + head in the group; a program takes a tile of them and reads the head's
 keys and values once for all. With x the scores in units of log2, a split of the slots is summed up in
 
@@ -40,7 +40,7 @@ def split_kernel(
     keys_ptr,
     values_ptr,
     lengths_ptr,
-    rows_ptr,
+    page_table_ptr,
     sinks_ptr,
     partial_ptr,
     out_ptr,
@@ -54,7 +54,8 @@ def split_kernel(
     values_stride_h,
     values_stride_s,
     lengths_stride_b,
-    rows_stride_b,
+    page_table_stride_b,
+    page_table_stride_n,
     sinks_stride_h,
     out_stride_b,
     out_stride_h,
@@ -65,7 +66,7 @@ def split_kernel(
     visible_length,
     T,
     H,
-    HAS_ROWS: tl.constexpr,
+    HAS_PAGE_TABLE: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -76,16 +77,18 @@ def split_kernel(
     M_BLOCK: tl.constexpr,
     N_BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
+    PAGE: tl.constexpr,
 ):
-    """Sum up split `program_id(1)` for a tile of queries; without splits, write what they get."""
+    """Sum up split `program_id(1)` for a tile of queries; without splits, write what they get.
+
+    A row's slots lie in pages of PAGE, a multiple of SPLIT and N_BLOCK, or, if that is 0, all in one.
+    """
     tiles = tl.cdiv(T * GROUP, M_BLOCK)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i, head = (head // H).to(tl.int64), (head % H).to(tl.int64)
     length = tl.load(lengths_ptr + i * lengths_stride_b)
     length = tl.minimum(tl.maximum(length, 0), visible_length - T).to(tl.int32)
-    row = i
-    if HAS_ROWS:
-        row = tl.load(rows_ptr + i * rows_stride_b)
+    page_table_ptr += i * page_table_stride_b
 
     # The tile's queries see no slot outside of `begin` to `end`, and without a window all see those before `common`.
     common = length + tile * M_BLOCK // GROUP + 1
@@ -96,6 +99,9 @@ def split_kernel(
         begin, end = tl.maximum(begin, split), tl.minimum(end, split + SPLIT)
         if begin >= end:
             return
+    first_seen = begin
+    if PAGE > 0 and not IS_SPLIT:
+        begin = begin // N_BLOCK * N_BLOCK  # so that no tile lies in two pages
     # Whole tiles that need no mask come first. With a window all have one: a third loop would cost registers.
     tail = begin
     if not HAS_WINDOW:
@@ -107,8 +113,17 @@ def split_kernel(
     query_ptr += i * query_stride_b + head * GROUP * query_stride_h + d[None, :]
     offsets = token.to(tl.int64) * query_stride_t + member * query_stride_h
     query = tl.load(query_ptr + offsets[:, None], mask=inside, other=0.0)
-    keys_ptr += row * keys_stride_b + head * keys_stride_h
-    values_ptr += row * values_stride_b + head * values_stride_h
+    keys_ptr += head * keys_stride_h
+    values_ptr += head * values_stride_h
+    if PAGE == 0 or IS_SPLIT:
+        page, place = i, tl.cast(0, tl.int64)
+        if PAGE > 0:
+            place = tl.cast(begin // PAGE, tl.int64)
+        if HAS_PAGE_TABLE:
+            page = tl.load(page_table_ptr + place * page_table_stride_n)
+        # Slots are counted from the row's first, wherever that lies.
+        keys_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
+        values_ptr += page * values_stride_b - place * PAGE * values_stride_s
     keys_offsets = n[:, None] * keys_stride_s + d[None, :]
     values_offsets = n[:, None] * values_stride_s + d[None, :]
 
@@ -122,9 +137,16 @@ def split_kernel(
         for start in tl.range(first, last, N_BLOCK):
             k_ptr = keys_ptr + tl.cast(start, tl.int64) * keys_stride_s + keys_offsets
             v_ptr = values_ptr + tl.cast(start, tl.int64) * values_stride_s + values_offsets
+            if PAGE > 0 and not IS_SPLIT:
+                place = tl.cast(start // PAGE, tl.int64)
+                page = tl.load(page_table_ptr + place * page_table_stride_n)
+                k_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
+                v_ptr += page * values_stride_b - place * PAGE * values_stride_s
             slot = start + n
             if masked:  # 0 and no garbage: a weight of 0 would keep its NaN
                 there = (slot[:, None] < end) & (d[None, :] < D)
+                if PAGE > 0 and not IS_SPLIT:
+                    there = there & (slot[:, None] >= first_seen)
                 k, v = tl.load(k_ptr, mask=there, other=0.0), tl.load(v_ptr, mask=there, other=0.0)
             elif D == D_BLOCK:
                 k, v = tl.load(k_ptr), tl.load(v_ptr)

@@ -1,6 +1,6 @@
 """Definition of `ragged_attention` in plain PyTorch.
 
-b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size.
+b rows of queries, T new tokens, H_q and H heads of queries and of keys, D head size; pages of S slots, n of a row.
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ def ragged_attention(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    rows: Tensor | None,
+    page_table: Tensor | None,
     sinks: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
     out: Tensor,
 ) -> None:
-    """Write `out` (b, H_q, T, D), a row at a time; `softcap` 0 is none."""
+    """Write `out` (b, H_q, T, D), a row at a time; `softcap` 0 is none, no `page_table` is row i in page i."""
     T, dtype = query.shape[2], torch.promote_types(query.dtype, torch.float32)
     repeats = query.shape[1] // keys.shape[1]
-    lengths = lengths.clamp(0, keys.shape[2] - T)
-    row_of = range(len(query)) if rows is None else rows.tolist()
-    for i, (row, length) in enumerate(zip(row_of, lengths.tolist(), strict=True)):
+    S = keys.shape[2]
+    if page_table is None:
+        page_table = torch.arange(len(query), device=query.device)[:, None]
+    lengths = lengths.clamp(0, page_table.shape[1] * S - T)
+    for i, length in enumerate(lengths.tolist()):
         begin, end = max(0, length + 1 - window), length + T
-        k, v = (x[row, :, begin:end].to(dtype).repeat_interleave(repeats, 0) for x in (keys, values))
+        first = begin // S
+        pages = page_table[i, first : (end - 1) // S + 1]
+        seen = slice(begin - first * S, end - first * S)
+        k, v = (torch.cat(list(x[pages]), 1)[:, seen].to(dtype).repeat_interleave(repeats, 0) for x in (keys, values))
         scores = scale * query[i].to(dtype) @ k.mT
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)

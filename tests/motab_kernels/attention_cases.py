@@ -14,8 +14,11 @@ def expected(
     softcap=None,
     sinks=None,
     dtype=torch.float64,
+    page_table=None,
 ):
     """(b, H_q, T, D) in `dtype`, one query at a time; in the inputs' own dtype this is eager attention."""
+    if page_table is not None:
+        keys, values = in_one_piece(keys, page_table), in_one_piece(values, page_table)
     b, H_q, T, D = query.shape
     query, keys, values = (x.to(dtype) for x in (query, keys, values))
     out = torch.empty(b, H_q, T, D, dtype=dtype)
@@ -36,6 +39,31 @@ def expected(
                     weights = weights[1:]
                 out[i, head, j] = weights @ values[row, kv_head, seen]
     return out
+
+
+def in_one_piece(pages, page_table):
+    """(b, H, n * S, D): the slots of each row one after another; a page by a wrong number is NaN."""
+    nowhere = torch.full_like(pages[0], torch.nan)
+    rows = [[pages[page] if 0 <= page < len(pages) else nowhere for page in row] for row in page_table.tolist()]
+    return torch.stack([torch.cat(row, 1) for row in rows])
+
+
+def in_pages(query, keys, values, lengths, rows, page_size, seed=0):
+    """The same case with its rows cut into shuffled pages: query, keys, values, lengths and the page table.
+
+    A page of NaN lies behind every one, pages that no row reaches are -1 in the table.
+    """
+    T, used = query.shape[2], [-(-(length + query.shape[2]) // page_size) for length in lengths.tolist()]
+    places = iter(torch.randperm(sum(used), generator=torch.Generator().manual_seed(seed)).tolist())
+    table = torch.full((len(lengths), max(used)), -1)
+    pages = [x.new_full((2 * sum(used), x.shape[1], page_size, x.shape[3]), torch.nan) for x in (keys, values)]
+    for i, row in enumerate(rows.tolist()):
+        for place in range(used[i]):
+            table[i, place] = page = 2 * next(places)
+            begin, end = place * page_size, min((place + 1) * page_size, int(lengths[i]) + T)
+            for target, x in zip(pages, (keys, values), strict=True):
+                target[page, :, : end - begin] = x[row, :, begin:end]
+    return query, *pages, lengths, table
 
 
 def assert_matches_definition(out, *case, **options):

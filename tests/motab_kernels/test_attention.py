@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_cases import assert_matches_definition, expected, random_case
+from attention_cases import assert_matches_definition, expected, in_pages, random_case
 
 import motab_kernels as mk
 from motab_kernels.attention import ragged_attention_op
@@ -58,6 +58,23 @@ def test_what_no_token_sees_does_not_matter(backend, T):
             x[row, :, : max(0, length + 1 - 70)] = math.nan
     out = mk.ragged_attention(*tensors, lengths, rows=rows, window=70, backend=backend)
     assert_matches_definition(out, *tensors, lengths, rows, window=70)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [64, 192])
+@pytest.mark.parametrize("T", [1, 40])
+def test_a_row_in_pages(backend, dtype, page_size, T):
+    """To the bit as in one piece; pages that no row reaches may have any number, and so may those before a window."""
+    case = random_case(LENGTHS, T=T, H=2, group=2, D=24, dtype=dtype, seed=T)
+    *paged, table = in_pages(*case, page_size)
+    whole = mk.ragged_attention(*case[:4], rows=case[4], backend=backend)
+    assert torch.equal(mk.ragged_attention(*paged, page_table=table, backend=backend), whole)
+    spread = torch.stack((table, table), 2)[..., 0]
+    assert torch.equal(mk.ragged_attention(*paged, page_table=spread, backend=backend), whole)
+    table[1, : 138 // page_size] = 1 << 40
+    out = mk.ragged_attention(*paged, page_table=table, window=63, backend=backend)
+    assert_matches_definition(out, *paged, page_table=table, window=63)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,7 +139,7 @@ def test_nothing_to_do(backend):
 
 def test_is_an_op_to_torch():
     query, keys, values, lengths, rows = random_case([5, 9])
-    arguments = (query, keys, values, lengths, rows, None, 0.25, 100, 0.0, keys.shape[2], "torch")
+    arguments = (query, keys, values, lengths, rows[:, None], None, 0.25, 100, 0.0, keys.shape[2], "torch")
     checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     found = torch.library.opcheck(ragged_attention_op, arguments, test_utils=checks)
     assert set(found.values()) == {"SUCCESS"}
@@ -148,6 +165,17 @@ def test_is_an_op_to_torch():
         ({"lengths": torch.tensor([-1, 1])}, r"lengths: expected values in \[0, 18\], got \[-1, 1\]"),
         ({"rows": torch.tensor([0, 3])}, r"rows: expected values in \[0, 2\], got \[0, 3\]"),
         ({"rows": None}, "expected 3 rows as the keys, got 2; give rows"),
+        ({"page_table": torch.tensor([[0], [1]])}, "expected rows or page_table, got both"),
+        (
+            {"rows": None, "page_table": torch.tensor([0, 1])},
+            r"page_table: expected \(2, pages of a row\) int64 on cpu, got",
+        ),
+        ({"rows": None, "page_table": torch.zeros(2, 0).long()}, r"page_table: expected .* got \(2, 0\)"),
+        ({"rows": None, "page_table": torch.zeros(2, 1)}, "page_table: expected .* got .* torch.float32"),
+        (
+            {"rows": None, "page_table": torch.zeros(2, 2).long()},
+            "keys: expected pages of a multiple of 64 slots, got 19",
+        ),
         ({"sinks": torch.zeros(2)}, r"sinks: expected \(4,\) floating point on cpu, got \(2,\)"),
         ({"scale": math.inf}, "scale: expected a finite number, got inf"),
         ({"window": 0}, "window: expected None or an int of at least 1, got 0"),

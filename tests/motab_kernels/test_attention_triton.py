@@ -6,7 +6,7 @@ The interpreter takes some 5 ms for a program and for a tile, whatever its size.
 
 import pytest
 import torch
-from attention_cases import assert_matches_definition, expected, random_case
+from attention_cases import assert_matches_definition, expected, in_pages, random_case
 
 import motab_kernels as mk
 
@@ -35,10 +35,11 @@ def fresh_memory_is_nan():
     torch.use_deterministic_algorithms(before)
 
 
-def triton(query, keys, values, lengths, rows=None, sinks=None, **options):
+def triton(query, keys, values, lengths, rows=None, sinks=None, page_table=None, **options):
     """The op on the device under test; the output on the host."""
     tensors = (x.to(DEVICE) for x in (query, keys, values, lengths))
-    given = {name: None if x is None else x.to(DEVICE) for name, x in {"rows": rows, "sinks": sinks}.items()}
+    tables = {"rows": rows, "sinks": sinks, "page_table": page_table}
+    given = {name: None if x is None else x.to(DEVICE) for name, x in tables.items()}
     return mk.ragged_attention(*tensors, **given, **options, backend="triton").cpu()
 
 
@@ -107,6 +108,32 @@ def test_a_row_does_not_depend_on_its_batch(T):
     assert torch.equal(triton(query, keys[rows], values[rows], lengths, window=60), whole)
 
 
+@pytest.mark.parametrize("page_size", [64, 96 * 2])
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("T", [1, 17])
+def test_a_row_in_pages(T, window, page_size):
+    """To the bit as in one piece where pages hold whole splits; in front of the window there is NaN."""
+    lengths = [0, 63, 130] if T == 1 else [3, 118]
+    case = random_case(lengths, T, H=1, seed=T)
+    if window is not None:
+        for row, length in zip(case[4].tolist(), lengths, strict=True):
+            for x in case[1:3]:
+                x[row, :, : max(0, length + 1 - window)] = torch.nan
+    *paged, table = in_pages(*case, page_size)
+    out = triton(*paged, page_table=table, window=window)
+    assert_matches_definition(out, *case, window=window)
+    if window is None:
+        assert torch.equal(out, triton(*case))
+
+
+def test_a_split_is_no_longer_than_a_page(monkeypatch):
+    settings = gpu.Settings(split=256, queries=16, slots=128)
+    monkeypatch.setattr(gpu, "settings_for", lambda device: settings)
+    case = random_case([0, 63, 150], H=1)
+    *paged, table = in_pages(*case, 64)
+    assert_matches_definition(triton(*paged, page_table=table), *case)
+
+
 def test_a_window_that_reaches_every_slot_is_none():
     case = random_case([0, 50], 2, H=1)
     torch.testing.assert_close(triton(*case, window=52), triton(*case), rtol=0, atol=1e-6)
@@ -118,7 +145,7 @@ def test_lengths_out_of_range_are_taken_for_the_nearest(T):
     query, keys, values, _, rows = case = random_case([0, 40], T, H=1, spare=33)
     out = torch.empty_like(query).to(DEVICE)
     wrong = torch.tensor([-7, 2**40])
-    given = (x.to(DEVICE) for x in (query, keys, values, wrong, rows))
+    given = (x.to(DEVICE) for x in (query, keys, values, wrong, rows[:, None]))
     gpu.ragged_attention(*given, None, query.shape[-1] ** -0.5, keys.shape[2], 0.0, 40 + T, out)
     assert torch.equal(out.cpu(), triton(*case))
 

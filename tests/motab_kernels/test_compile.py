@@ -73,7 +73,7 @@ def test_memory_sets_the_pace(reports, kernel, most, dtype, target):
 def test_attention(reports, target):
     """Keys and values are loaded 16 bytes at a time; on NVIDIA by copies that the tile before does not wait for."""
     found = [r for r in reports.values() if r["target"] == target and "copies" in r]
-    assert len(found) == 6
+    assert len(found) == 7
     registers, shared = (512, 64 << 10) if target.startswith("gfx") else (255, 99 << 10)  # the least that a kind has
     for report in found:
         assert report["spilled"] == 0, report
@@ -81,7 +81,7 @@ def test_attention(reports, target):
         assert report["shared"] <= shared, report
         if report["kernel"].startswith("attention"):
             assert report["wide_loads"] >= report["needed"] > 0, report
-            assert report["narrow_loads"] == 0, report
+            assert report["narrow_loads"] == report["kernel"].endswith("pages"), report  # the number of the page
             assert report["copies"] == (0 if target.startswith("gfx") else report["wide_loads"]), report
 
 

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from attention_cases import assert_matches_definition as assert_attention
-from attention_cases import random_case
+from attention_cases import in_pages, random_case
 from boundary_cases import (
     BOUNDARIES,
     STATISTICS,
@@ -405,6 +405,18 @@ def test_attention_of_a_row_does_not_depend_on_its_batch(dtype, T, seed):
     for i in range(4):
         alone = attention(query[i : i + 1], keys, values, lengths[i : i + 1], rows[i : i + 1])
         assert torch.equal(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("T", [1, 16, 90])
+@pytest.mark.parametrize("page_size", [64, 256])
+@pytest.mark.parametrize("window", [None, 300])
+def test_attention_in_pages(T, page_size, window, seed):
+    case = random_case([3, 400, 1000, 256], T, D=128, dtype=torch.bfloat16, seed=seed, gap=0)
+    *paged, table = in_pages(*case, page_size)
+    out = attention(*paged, page_table=table, window=window)
+    assert_attention(out, *case, window=window)
+    if page_size == 256 and window is None:
+        assert torch.equal(out, attention(*case))
 
 
 @pytest.mark.parametrize("T", [1, 16, 90])

@@ -74,8 +74,8 @@ def llama():
     return tiny_model("llama")
 
 
-def ragged_cache(model, max_length=64):
-    return mk.RaggedKVCache(model.config, BATCH, max_length, device="cpu", dtype=torch.float64)
+def ragged_cache(model, max_length=64, **pages):
+    return mk.RaggedKVCache(model.config, BATCH, max_length, device="cpu", dtype=torch.float64, **pages)
 
 
 class Book:
@@ -92,6 +92,11 @@ class Book:
         width = max(counts)
         input_ids = torch.randint(3, VOCAB, (len(order), width))
         bound = max(len(self.tokens[row]) for row in order) if bounded else None
+        if self.cache.pages is not None:  # as much as is fed: padding goes elsewhere
+            room = list(map(len, self.tokens))
+            for row, count in zip(order, counts, strict=True):
+                room[row] += count
+            self.cache.reserve_(room)
         with self.attention(self.model):
             inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows), max_length=bound)
             if bounded:  # what lies beyond is not read
@@ -149,6 +154,75 @@ def test_a_short_row_fits_beside_a_full_one(model, attention):
 
 
 @attentions
+def test_rows_share_pages(model, attention):
+    """Any history again, of rows that grow into pages which others gave back; free ones hold nothing that is read."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda high: int(torch.randint(0, high, (), generator=generator))  # noqa: E731
+    book = Book(model, ragged_cache(model, max_length=120, num_pages=5, page_size=64), attention)
+    book.append([7, 3, 9])
+    seen = set()
+    for _ in range(10):
+        free = [*book.cache.pages.free, 5]
+        for layer in book.cache.layers:
+            for storage in (layer.keys, layer.values):  # a mask leaves 0 times what is there
+                storage[free] = torch.nan if attention is on_ragged_attention else 1e6
+        rows = torch.randperm(BATCH, generator=generator)[: 1 + draw(BATCH)].tolist()
+        # What is left of 120, also for padding, and of one page for the first row, so that five are enough.
+        left = min(30, 120 - max(len(book.tokens[row]) for row in rows))
+        counts = [1 + draw(min(left, 64 - len(book.tokens[0])) if row == 0 else left) for row in rows]
+        book.append(counts, rows, bounded=bool(draw(2)))
+        seen.add(tuple(map(len, book.cache.pages.pages)))
+        tail = "zero" if draw(2) else "keep"
+        book.truncate([min(len(tokens), 40 + draw(50)) for tokens in book.tokens], tail=tail)
+    assert len(seen) > 2
+    assert max(map(sum, seen)) == 5
+    assert book.cache.get_max_length() == 120
+
+
+def test_a_tail_in_pages_is_zeroed(llama):
+    cache = ragged_cache(llama, max_length=200, num_pages=6, page_size=64)
+    book = Book(llama, cache, on_ragged_attention)
+    book.append([70, 3, 100])
+    for layer in cache.layers:
+        layer.keys += 1
+    before = [cache.pages.in_one_piece(layer.keys, cache.pages.table, 128) for layer in cache.layers]
+    mk.truncate_kv_cache_(cache, torch.tensor([60, 3, 66]), tail="zero")
+    for layer, expected in zip(cache.layers, before, strict=True):
+        expected[0, :, 60:70], expected[2, :, 66:100] = 0, 0
+        found = cache.pages.in_one_piece(layer.keys, cache.pages.table, 128)
+        assert torch.equal(found[::2], expected[::2])
+        assert torch.equal(found[1, :, :64], expected[1, :, :64])
+
+
+def test_wrong_pages(llama):
+    cache = ragged_cache(llama, max_length=128, num_pages=3, page_size=64)
+    assert cache.can_reserve([64, 64, 1])
+    assert not cache.can_reserve([64, 65, 1])
+    with pytest.raises(ValueError, match="rows with pages to write to, got none: call reserve_ first"):
+        cache.prepare(1)
+    cache.reserve_([1, 65, 0])
+    pages = [list(row) for row in cache.pages.pages]
+    with pytest.raises(ValueError, match=r"3 pages of 64 tokens hold, got \[65, 64, 1\], which need 4"):
+        cache.reserve_([65, 64, 1])
+    for lengths in ([1, 2], [1, 2, -1], [0, 0, 129]):
+        with pytest.raises(ValueError, match=r"expected 3 lengths in \[0, 128\], got"):
+            cache.reserve_(lengths)
+    assert cache.pages.pages == pages
+    assert cache.pages.table.tolist() == [[pages[0][0], 3], pages[1], [3, 3]]
+    with torch.no_grad():
+        llama(torch.ones(BATCH, 66, dtype=torch.long), **cache.prepare(66))
+    with pytest.raises(ValueError, match=r"pages for the 66 tokens of row 0, got pages for 64: .* call reserve_"):
+        cache.prepare(1)
+    cache.prepare(1, rows=torch.tensor([1]))
+    for wrong in ({"num_pages": 0}, {"num_pages": 2.0}):
+        with pytest.raises(ValueError, match="num_pages to be None or a positive int, got"):
+            ragged_cache(llama, **wrong)
+    for page_size in (0, 32, 64.0):
+        with pytest.raises(ValueError, match="page_size to be a multiple of 64 tokens, got"):
+            ragged_cache(llama, num_pages=2, page_size=page_size)
+
+
+@attentions
 @torch.no_grad()
 def test_a_bound_may_be_loose_and_a_pass_prepared_twice(llama, attention):
     """The host still knows the rows' one length, and what they can hold."""
@@ -167,12 +241,13 @@ def test_a_bound_may_be_loose_and_a_pass_prepared_twice(llama, attention):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
-def test_a_compiled_model_takes_it_whole(llama):
+@pytest.mark.parametrize("pages", [{}, {"num_pages": 3, "page_size": 64}])
+def test_a_compiled_model_takes_it_whole(llama, pages):
     """Two graphs for passes of any length, of one token and of more, on all rows and on some; nothing breaks them."""
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(llama, fullgraph=True, dynamic=True, backend="eager")
-    book = Book(llama, ragged_cache(llama), on_ragged_attention)
+    book = Book(llama, ragged_cache(llama, **pages), on_ragged_attention)
     book.append([1, 1, 1])  # keys and values are there
     book.attention = lambda model: on_ragged_attention(llama)
     # A fresh pass is the model's own.
