@@ -33,7 +33,15 @@ class CompiledWriter(Writer):
         ValueError: the model does not run on `ragged_attention`, and its masks would change shape with each token.
     """
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int, block_size: int):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_size: int,
+        max_length: int,
+        vocab_size: int,
+        num_pages: int | None,
+        block_size: int,
+    ):
         if not takes_ragged_attention(model):
             raise ValueError(
                 f"torch_compile: expected a model that runs on ragged_attention, got {type(model).__name__} with "
@@ -41,11 +49,12 @@ class CompiledWriter(Writer):
                 "it with another attn_implementation or dtype, or leave torch_compile off"
             )
         # Rows and tokens of which there is one make programs of their own.
-        super().__init__(model, max(2, batch_size), max_length, vocab_size)
+        super().__init__(model, max(2, batch_size), max_length, vocab_size, num_pages)
         self.block_size = block_size
         own = model.generation_config.compile_config if model.generation_config is not None else None
         self.compiled = model.get_compiled_call(own or CompileConfig(fullgraph=True, dynamic=True))
         self.all_rows = torch.arange(len(self.lengths), device=self.device)
+        self.reserve({0: 1})
         with torch.no_grad():
             self._feed({0: [0]})  # so that keys and values are there
             self.rollback({0: 0})

@@ -32,12 +32,15 @@ class GenerationArguments:
     top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
     seed: int = _setting(0, "Of all sampling.")
     torch_compile: bool = _setting(False, "Write with compiled models: faster, after a minute or more at first.")
+    max_cached_tokens: int | None = _setting(
+        None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
+    )
     dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
         names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "seed", "torch_compile")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "max_cached_tokens")}
 
 
 @dataclass
@@ -126,6 +129,7 @@ _OF_ROLLOUTS = {
     "rollout_temperature": "temperature",
     "top_p": "top_p",
     "rollout_torch_compile": "torch_compile",  # torch_compile is of the training
+    "max_cached_tokens": "max_cached_tokens",
 }
 
 
@@ -144,6 +148,7 @@ class TrainArguments(PolicyArguments):
     rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
+    max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
     dtype: str = _setting("float32", "Of the weights.")
 
     def check_source(self) -> None:

@@ -7,6 +7,7 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import motab_kernels as mk
+from motab import memory
 from motab.compiled_writer import CompiledWriter
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
 from motab.prompts import Prompt, encode_prompts, end_tokens
@@ -55,6 +57,7 @@ class Engine:
         seed: int,
         first_index: int,
         torch_compile: bool = False,
+        max_cached_tokens: int | None = None,
     ):
         self.tokenizer, self.rules, self.prompts = tokenizer, rules, prompts
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
@@ -68,17 +71,19 @@ class Engine:
         self.end_ids = end_tokens(models, tokenizer)
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
-        max_length = max(map(len, prompts)) + max_new_tokens + block_size
+        self.max_length = max(map(len, prompts)) + max_new_tokens + block_size
+        num_pages = memory.pages_for(max_cached_tokens, self.batch_size, self.max_length)
 
         def writer(model: PreTrainedModel | None) -> Writer | None:
             if model is None:
                 return None
-            sizes = (self.batch_size, max_length, self.vocab_size)
+            sizes = (self.batch_size, self.max_length, self.vocab_size, num_pages)
             return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
+        self.writers = [writer for writer in (self.student, self.teacher) if writer is not None]
         self.rows: list[Row | None] = [None] * self.batch_size
-        self.next_prompt = 0
+        self.waiting = list(range(len(prompts)))  # a heap of places among the prompts
         self.automaton = None
         if rules is not None:
             if rules.delimiter is not None:
@@ -101,8 +106,8 @@ class Engine:
             self._admit()
             self._monitored_round()
             self._teacher_round()
-            for slot, row in enumerate(self.rows):
-                if row is not None and row.finished:
+            for slot, row in self._busy():
+                if row.finished:
                     done[row.index] = row.trajectory(self.tokenizer)
                     self.rows[slot] = None
             while emitted in done:
@@ -110,23 +115,44 @@ class Engine:
                 emitted += 1
 
     def _admit(self) -> None:
-        """Give the next prompts to free rows."""
+        """Give the next prompts to free rows, as long as there is room in the caches."""
+        self._make_room()
         fresh: dict[int, list[int]] = {}
+        turn = TEACHER if self.rules is None else STUDENT
         for slot in range(self.batch_size):
-            if self.rows[slot] is None and self.next_prompt < len(self.prompts):
-                index = self.first_index + self.next_prompt
-                prompt = fresh[slot] = self.prompts[self.next_prompt]
-                self.next_prompt += 1
-                turn = TEACHER if self.rules is None else STUDENT
-                self.rows[slot] = Row(
-                    index, prompt, self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn
-                )
-        if not fresh:
-            return
-        for writer in (self.student, self.teacher):
-            if writer is not None:
+            if self.rows[slot] is not None or not self.waiting:
+                continue
+            prompt = self.prompts[self.waiting[0]]
+            if not self._has_room({slot: len(prompt)}, spare=memory.PAGE_SIZE):
+                break
+            index = self.first_index + heapq.heappop(self.waiting)
+            self.rows[slot] = Row(index, prompt, self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn)
+            fresh[slot] = prompt
+        for writer in self.writers:
+            writer.reserve(self._room_needed())
+            if fresh:
                 writer.start(fresh)
         self._begin_turns(list(fresh))
+
+    def _make_room(self) -> None:
+        """Where the caches do not hold what the coming round may write, the rows that have least begin anew later: the
+        seed makes them write the same."""
+        while not self._has_room():
+            slot, row = min(self._busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
+            heapq.heappush(self.waiting, row.index - self.first_index)
+            self.rows[slot] = None
+
+    def _has_room(self, fresh: dict[int, int] | None = None, spare: int = 0) -> bool:
+        return all(writer.has_room(self._room_needed(fresh, spare)) for writer in self.writers)
+
+    def _room_needed(self, fresh: dict[int, int] | None = None, spare: int = 0) -> dict[int, int]:
+        """Slots of each row, and of fresh ones of these lengths, for a round in which both models write a block at
+        most, and to spare. One row always has them."""
+        lengths = {slot: row.length for slot, row in self._busy()} | (fresh or {})
+        return {slot: min(length + 2 * self.block_size + spare, self.max_length) for slot, length in lengths.items()}
+
+    def _busy(self) -> list[tuple[int, Row]]:
+        return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
 
     def _begin_turns(self, slots: list[int]) -> None:
         """Judge rows anew: another writes now."""
@@ -144,11 +170,7 @@ class Engine:
         return completes
 
     def _active(self, author: int) -> tuple[list[int], list[Row]]:
-        pairs = [
-            (slot, row)
-            for slot, row in enumerate(self.rows)
-            if row is not None and row.author == author and not row.finished
-        ]
+        pairs = [(slot, row) for slot, row in self._busy() if row.author == author and not row.finished]
         return [slot for slot, _ in pairs], [row for _, row in pairs]
 
     def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> Draft:
@@ -279,6 +301,7 @@ def synthesize(
     seed: int = 0,
     first_index: int = 0,
     torch_compile: bool = False,
+    max_cached_tokens: int | None = None,
 ) -> Iterator[Trajectory]:
     """Write one trajectory a prompt, the student monitored by the teacher as the policy says.
 
@@ -305,6 +328,10 @@ def synthesize(
             forward pass waits for Python, as those of one token do, and costs a minute or more at the first ones.
             `model.generation_config.compile_config` where that is set. Compiled models round in another way, so that
             trajectories may differ.
+        max_cached_tokens: tokens whose keys and values each model holds for all rows together, at least a prompt's,
+            ``max_new_tokens`` and a block; what is more than ``batch_size`` such rows need is not taken. Rows then
+            share pages, so that memory goes to what is written; where it runs out, the trajectories that have written
+            least wait and begin anew. None: on a GPU what its free memory holds, elsewhere no limit.
 
     Returns:
         An iterator of `Trajectory`, in the order of the prompts.
@@ -355,6 +382,7 @@ def synthesize(
         seed=seed,
         first_index=first_index,
         torch_compile=torch_compile,
+        max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
     )
     return _without_gradients(engine)
 

@@ -25,8 +25,8 @@ class Rollouts(Dataset[Prompt]):
 
     Args:
         prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
-        policy, max_new_tokens, batch_size, block_size, temperature, top_p, torch_compile: as for `synthesize`.
-            ``batch_size`` is of the writing alone; more than a device's prompts of a step are of no use.
+        policy, max_new_tokens, batch_size, block_size, temperature, top_p, torch_compile, max_cached_tokens: as for
+            `synthesize`. ``batch_size`` is of the writing alone; more than a device's prompts of a step are of no use.
     """
 
     prompts: Sequence[Prompt]
@@ -37,6 +37,7 @@ class Rollouts(Dataset[Prompt]):
     temperature: float = 0.6
     top_p: float = 1.0
     torch_compile: bool = False
+    max_cached_tokens: int | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -70,4 +71,13 @@ class Rollouts(Dataset[Prompt]):
             student.train(was_training)
 
 
-_SETTINGS = ("policy", "max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "torch_compile")
+_SETTINGS = (
+    "policy",
+    "max_new_tokens",
+    "batch_size",
+    "block_size",
+    "temperature",
+    "top_p",
+    "torch_compile",
+    "max_cached_tokens",
+)

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+from motab import memory
 from motab_kernels.backend import on_device
 from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
 
@@ -22,11 +23,21 @@ Model = Callable[..., Any]  # as a model is called
 
 
 class Writer:
-    """One model and the cache of its ``batch_size`` rows."""
+    """One model and the cache of its ``batch_size`` rows, in pages if these are given."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int):
+    def __init__(
+        self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int, num_pages: int | None = None
+    ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
-        self.cache = mk.RaggedKVCache(model.config, batch_size, max_length, device=model.device, dtype=model.dtype)
+        self.cache = mk.RaggedKVCache(
+            model.config,
+            batch_size,
+            max_length,
+            device=model.device,
+            dtype=model.dtype,
+            num_pages=num_pages,
+            page_size=memory.PAGE_SIZE,
+        )
         self.lengths = [0] * batch_size
         self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device
         self.row_numbers: Tensor | None = None
@@ -59,6 +70,17 @@ class Writer:
     def _lengthen(self, rows: Sequence[int], count: int) -> None:
         for row in rows:
             self.lengths[row] += count
+
+    def has_room(self, lengths: dict[int, int]) -> bool:
+        """Whether `reserve` would find room."""
+        return self.cache.can_reserve(self._of_all(lengths))
+
+    def reserve(self, lengths: dict[int, int]) -> None:
+        """Have room for so many tokens in the rows named, and for none in the others."""
+        self.cache.reserve_(self._of_all(lengths))
+
+    def _of_all(self, lengths: dict[int, int]) -> list[int]:
+        return [lengths.get(row, 0) for row in range(len(self.lengths))]
 
     def rollback(self, lengths: dict[int, int]) -> None:
         """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves."""

@@ -73,6 +73,17 @@ def test_the_same_trajectories_from_three_programs(student, teacher, tokenizer, 
 
 
 @needs_kernels
+def test_three_programs_on_pages_too(student, teacher, tokenizer, prompts):
+    """Rows of one page, 3 of which there are."""
+    pair = pair_of(student, teacher, "eager")
+    for batch_size, block_size in ((5, 2), (12, 12)):
+        sizes = {"batch_size": batch_size, "block_size": block_size, "max_new_tokens": 160}
+        expected = run(pair, tokenizer, prompts, POLICY, **sizes)
+        check_same(run(pair, tokenizer, prompts, POLICY, **sizes, torch_compile=True, max_cached_tokens=768), expected)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@needs_kernels
 def test_inductor_and_rows_that_come_and_go(student, teacher, tokenizer, prompts):
     """What is run by default: code made from the graphs."""
     pair = pair_of(student, teacher, None)

@@ -1,0 +1,52 @@
+"""How many tokens the key-value caches hold: in pages, where memory does not hold each row at its longest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+import motab_kernels as mk
+from motab.processes import Processes
+
+PAGE_SIZE = 256  # tokens
+SHARE = 0.8  # of free memory for keys and values; the rest is for activations and logits
+
+
+def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -> int | None:
+    """The pages of a cache, or None where each row can have the room that it may need.
+
+    Raises:
+        ValueError: they do not hold one row.
+    """
+    if max_cached_tokens is None or max_cached_tokens >= batch_size * max_length:
+        return None
+    least = -(-max_length // PAGE_SIZE) * PAGE_SIZE
+    if max_cached_tokens < least:
+        raise ValueError(
+            f"max_cached_tokens: expected at least {least}, for the longest prompt, max_new_tokens and a block make "
+            f"{max_length} tokens in pages of {PAGE_SIZE}; got {max_cached_tokens}; lower max_new_tokens, drop long "
+            "prompts or free memory"
+        )
+    return max_cached_tokens // PAGE_SIZE
+
+
+def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:
+    """Tokens whose keys and values, in all of the models, the free memory of their GPU holds; None without a GPU."""
+    device = models[0].device
+    if device.type != "cuda":
+        return None
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    tokens = int(SHARE * free) // sum(map(bytes_of_a_token, models))
+    # Processes that share a model must do the same with it.
+    return min(Processes().gather(tokens)) if any((model.tp_size or 1) > 1 for model in models) else tokens
+
+
+@torch.no_grad()
+def bytes_of_a_token(model: PreTrainedModel) -> int:
+    """Of its keys and values, as one forward pass makes them."""
+    cache = mk.RaggedKVCache(model.config, 1, 1, device=model.device, dtype=model.dtype)
+    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache.prepare(1))
+    return sum(storage.nbytes for layer in cache.layers for storage in (layer.keys, layer.values))

@@ -1,0 +1,88 @@
+"""Where the caches do not hold every row at its longest, the same is written, with what room there is."""
+
+import copy
+
+import pytest
+import torch
+
+import motab
+from motab import memory
+from motab.engine import Row
+from motab_kernels import RaggedKVCache
+from motab_kernels.backend import HAS_LIBRARY
+
+SETTINGS = {"max_new_tokens": 150, "batch_size": 6, "block_size": 24, "temperature": 0.7, "seed": 5, "first_index": 30}
+LONGEST = 13 + 150 + 24  # a prompt, the budget, a block
+POLICIES = [
+    motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,"),
+    motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch=None, max_interventions=4),
+    motab.MotabPolicy(epsilon0=0.1, theta=0.0, backtrack="none", max_interventions=9),
+    motab.OnPolicy(),
+    motab.TeacherOnly(),
+]
+
+
+@pytest.fixture(autouse=True)
+def long_texts_in_small_pages(monkeypatch):
+    """The tiny models would end after a dozen tokens."""
+    monkeypatch.setattr("motab.engine.end_tokens", lambda models, tokenizer: [99])
+    monkeypatch.setattr(memory, "PAGE_SIZE", 64)
+
+
+@pytest.fixture
+def begun(monkeypatch):
+    """The place of each trajectory that was begun."""
+    places = []
+    monkeypatch.setattr("motab.engine.Row", lambda index, *rest, **kw: places.append(index) or Row(index, *rest, **kw))
+    return places
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, begun, monkeypatch):
+    """Some begin anew; pages that no row holds are NaN, and so is what padding was written to."""
+    pair = [copy.deepcopy(model).float() for model in (student, teacher)]
+    expected = list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **SETTINGS))
+    assert begun == list(range(30, 30 + len(prompts)))
+    begun.clear()
+    reserve, most = RaggedKVCache.reserve_, []
+
+    def poisoning(cache, lengths):
+        reserve(cache, lengths)
+        most.append(sum(map(len, cache.pages.pages)))
+        for layer in cache.layers:
+            if layer.is_initialized:
+                layer.keys[[*cache.pages.free, 7]] = layer.values[[*cache.pages.free, 7]] = torch.nan
+
+    monkeypatch.setattr(RaggedKVCache, "reserve_", poisoning)
+    found = list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=7 * 64 + 63))
+    assert len(begun) > len(prompts)
+    assert max(most) == 7
+    assert max(len(t.token_ids) for t in found) >= 150
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours.index, ours.token_ids, ours.author) == (theirs.index, theirs.token_ids, theirs.author)
+        assert (ours.breach_step, ours.rollback_step) == (theirs.breach_step, theirs.rollback_step)
+
+
+def test_one_row_at_a_time(student, teacher, tokenizer, prompts, begun):
+    """The least room: the longest row's own. Nothing begins twice, for nothing runs beside it."""
+    least = 64 * 3
+    policy = POLICIES[0]
+    found = list(
+        motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=least)
+    )
+    assert [t.index for t in found] == begun == list(range(30, 30 + len(prompts)))
+    with pytest.raises(ValueError, match=f"max_cached_tokens: expected at least {least}, .* {LONGEST} tokens in pages"):
+        motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=least - 1)
+
+
+def test_pages_only_where_they_are_needed():
+    assert memory.pages_for(None, 4, 100) is None
+    assert memory.pages_for(400, 4, 100) is None
+    assert memory.pages_for(399, 4, 100) == 6
+
+
+def test_bytes_of_a_token(student):
+    """Keys and values of 2 layers with 2 heads of 8 in float64, as the CPU does not ask for."""
+    assert memory.bytes_of_a_token(student) == 2 * 2 * 2 * 8 * 8
+    assert memory.tokens_that_fit([student]) is None
