@@ -82,7 +82,7 @@ def check_indices(
         raise ValueError(f"lengths: expected values in [0, {most}], got {lengths.tolist()}")
     if page_table is None:
         return
-    place = torch.arange(page_table.shape[1])
+    place = torch.arange(page_table.shape[1], device=page_table.device)
     first, last = (lengths + 1 - window).clamp(min=0) // S, (lengths + T - 1) // S
     seen = (place >= first[:, None]) & (place <= last[:, None])
     wrong = (seen & ((page_table < 0) | (page_table >= B))).any(1)

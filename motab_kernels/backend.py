@@ -65,7 +65,7 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     """int64, in one transfer; from pinned memory, for the host waits for a copy from any other."""
-    host = torch.tensor(numbers, dtype=torch.int64)
+    host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 

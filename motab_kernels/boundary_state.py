@@ -50,7 +50,7 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     else:
         too_low = value <= minimum if strict else value < minimum
-        if too_low or not math.isfinite(value):
+        if too_low or not value < math.inf:  # isfinite is not for symbolic numbers
             raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 
 
@@ -250,7 +250,7 @@ class BoundaryState:
         if rows is None:
             rows = torch.ones(B, dtype=torch.bool, device=self.counters.device)
         elif not isinstance(rows, Tensor):
-            if any(not -B <= row < B for row in rows):
+            if any(isinstance(row, bool) or not -B <= row < B for row in rows):
                 raise ValueError(f"rows: expected indices into {B} rows, got {list(rows)}")
             rows = torch.tensor(rows, dtype=torch.int64, device=self.counters.device)
         if rows.device != self.counters.device:

@@ -63,7 +63,8 @@ def divergence_loss(
 
     No tensor of the size of the logits is made but the gradient: the forward pass saves 24 bytes a position beyond
     its inputs, from which the backward pass computes again. forward_kl and reverse_kl read the logits once, the
-    others twice, for they need the normalisers first; the backward pass reads them once.
+    others twice, for they need the normalisers first; the backward pass reads them once. Differentiable once: a second
+    derivative is refused.
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
@@ -191,12 +192,13 @@ def divergence_backward_op(
     kind: str,
     lam: float,
     vocab_size: int,
+    check_finite: bool,
     backend: str,
     group: str = "",
 ) -> Tensor:
     out = torch.empty_like(student_logits, memory_format=torch.contiguous_format)
-    arguments = (grad_loss, student_logits, teacher_logits, mask, tau, saved, kind, lam, vocab_size, backend, group)
-    write_gradient(*arguments, out)
+    arguments = (grad_loss, student_logits, teacher_logits, mask, tau, saved, kind, lam, vocab_size, check_finite)
+    write_gradient(*arguments, backend, group, out)
     return out
 
 
@@ -215,6 +217,7 @@ def write_gradient(
     kind: str,
     lam: float,
     vocab_size: int,
+    check_finite: bool,
     backend: str,
     group: str,
     out: Tensor,
@@ -227,6 +230,8 @@ def write_gradient(
     kernels = kernels_of(backend, student.device, group)
     kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
     with_tokens(out)[..., vocab_size:] = 0
+    if check_finite:
+        check_finite_gradient(out, group=group)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -239,19 +244,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     student, teacher, mask, tau, saved = ctx.saved_tensors
     kind, lam, vocab_size, inplace, check_finite, backend, group = ctx.options
-    arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, backend, group)
+    refuse_second_derivative("divergence_loss")
+    arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, check_finite, backend, group)
     if is_traced(student, teacher, grad_loss):
         gradient = divergence_backward_op(*arguments)
     else:
-        over = inplace and student.stride(-1) == 1
+        over = inplace and student.stride(-1) == 1 and 0 not in student.stride()  # of an expanded one rows share memory
         gradient = student.detach() if over else torch.empty_like(student, memory_format=torch.contiguous_format)
         write_gradient(*arguments, gradient)
-    if check_finite:
-        check_finite_gradient(gradient, group=group)
     return (gradient, *(None,) * 10)
 
 
 divergence_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def refuse_second_derivative(name: str) -> None:
+    """In a backward pass, which knows no derivative of its own."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second ones write the "
+            "divergence in PyTorch"
+        )
 
 
 def with_tokens(x: Tensor) -> Tensor:

@@ -42,7 +42,9 @@ def truncate_kv_cache_(
     Args:
         cache: the cache, changed in place in all its layers or, if anything is raised, in none.
         new_lengths: int, or (B,) of an integer dtype: real tokens to keep of each row, at most those that it has. A
-            ``RaggedKVCache`` on a GPU takes the smaller of the two, for looking would make the host wait.
+            ``RaggedKVCache`` on a GPU takes the nearest of those, for looking would make the host wait. The
+            ``rollback_position`` of a `BoundaryState` counts what was written, and is -1 for a row that has not
+            breached: give ``torch.where(state.breached, begun + state.rollback_position, cache.lengths)``.
         attention_mask: (B, S), nonzero for the real tokens of a ``DynamicCache`` (or ``StaticCache``). None: all.
         tail: "keep" leaves the dead slots as they are, which is exact while they are finite, since a masked slot gets
             a probability of zero; "zero" clears them, for 0 * NaN is NaN.

@@ -5,7 +5,7 @@ N positions, H and H_t hidden sizes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from motab_kernels.backend import choose_backend
 from motab_kernels.boundary_state import check_count
-from motab_kernels.divergence import divergence_forward, kernels_of
+from motab_kernels.divergence import divergence_forward, kernels_of, refuse_second_derivative
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
 from motab_kernels.linear_head import Head, autocast
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
@@ -27,6 +27,10 @@ __all__ = ["fused_linear_divergence"]
 #: student's logits, which go into the other matrix products together, for each pass over a large weight costs.
 BUDGET = 1 << 30
 CHUNKS = 5
+
+#: A float16 gradient by the logits is taken times this over the largest position's worth, lest it vanish or overflow:
+#: it may be 1e-5 of a position's, which is one of thousands. The factor goes off when gradients are passed on.
+HEADROOM = 256.0
 
 
 def fused_linear_divergence(
@@ -69,7 +73,9 @@ def fused_linear_divergence(
     the hidden states. A loss that is reduced to a number computes its gradients in the forward pass, so that each
     matrix product is done once; "none" computes the logits again in the backward pass, which alone knows what the
     positions' losses are worth. The gradient by the logits is rounded to the hidden states' dtype, once, and the
-    weight's gradient is summed in the weight's own dtype over five chunks at a time.
+    weight's gradient is summed in the weight's own dtype over five chunks at a time, but for float16: that is summed in
+    float32, and nothing is lost to its narrow range before the upstream gradient, as of a GradScaler, comes in.
+    Differentiable once: a second derivative is refused.
 
     Args:
         student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight. Under
@@ -212,16 +218,21 @@ def total_op(
     check_finite: bool,
     backend: str,
     group: str = "",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """sum of scale * loss, and its gradients by hidden, weight and bias, each empty where it is not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """sum of scale * loss, its gradients by hidden, weight and bias, each empty where it is not needed, and the unit
+    that these are in, 1 but for float16."""
     student = Head(student_hidden, student_weight, student_bias, scales[0], scales[2])
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, scales[1], scales[3])
-    total, *gradients = _empty_results(student_hidden, student_weight, needs)
-    total.zero_()
-    grad_hidden, grad_weight, grad_bias = (x.zero_() for x in gradients)
+    total, grad_hidden, grad_weight, grad_bias, unit = (
+        x.zero_() for x in _empty_results(student_hidden, student_weight, needs)
+    )
+    unit += 1
     kernels = kernels_of(backend, student_hidden.device, group)
     if keep is not None:
         scale = scale.masked_fill(~keep, 0)
+    if student_hidden.dtype == torch.float16 and len(scale):
+        largest = scale.abs().amax()
+        unit.copy_(torch.where(largest > 0, largest / HEADROOM, 1))
     rows = min(len(student_hidden), chunk_size * CHUNKS) if any(needs) else 0
     memory = student_weight.new_empty(rows, len(student_weight))
     for block in _parts(slice(0, len(student_hidden)), chunk_size * CHUNKS):
@@ -232,18 +243,23 @@ def total_op(
             total += torch.where((worth == 0) | (loss == 0), 0.0, loss * worth).sum()
             if any(needs):
                 here = out[part.start - block.start : part.stop - block.start]
-                _write_gradient(student, s, t, _of(tau, part), saved, worth, kind, lam, vocab_size, kernels, here)
+                _write_gradient(
+                    student, s, t, _of(tau, part), saved, worth / unit, kind, lam, vocab_size, kernels, here
+                )
                 if check_finite:
                     check_finite_gradient(here, part.start, group)
         if needs[0]:
             torch.mm(out, student_weight, out=grad_hidden[block])
             if group:
                 add_ranks_(grad_hidden[block], group)
-        if needs[1]:
+        if needs[1] and grad_weight.dtype == out.dtype:
             grad_weight.addmm_(out.T, student_hidden[block])
+        elif needs[1]:  # sums over many positions, which float16 does not hold
+            product = torch.addmm(out.new_zeros(1), out.T, student_hidden[block], beta=0, alpha=1 / HEADROOM)
+            grad_weight.add_(product, alpha=HEADROOM)
         if needs[2]:
             grad_bias += out.sum(0, dtype=total.dtype)
-    return total, grad_hidden, grad_weight, grad_bias
+    return total, grad_hidden, grad_weight, grad_bias, unit
 
 
 @total_op.register_fake
@@ -251,13 +267,15 @@ def _(student_hidden: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tenso
     return _empty_results(student_hidden, student_weight, args[7])
 
 
-def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = loss_dtype(hidden)
+    of_weight = dtype if weight.dtype == torch.float16 else weight.dtype
     return (
         hidden.new_empty((), dtype=dtype),
         hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0, dtype=of_weight),
         hidden.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+        hidden.new_empty((), dtype=dtype),
     )
 
 
@@ -313,20 +331,34 @@ def _write_gradient(
 
 
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs, ctx.bias_dtype = inputs[9], inputs[1].dtype
+    ctx.needs, ctx.dtype = inputs[9], inputs[1].dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    def scaled(x: Tensor) -> Tensor:
-        # In place, for a weight's gradient is large; a second backward pass raises then, as its tensors have changed.
-        return x * upstream.to(x.dtype) if torch.compiler.is_compiling() else x.mul_(upstream.to(x.dtype))
+    refuse_second_derivative("fused_linear_divergence")
+    *gradients, unit = ctx.saved_tensors
+    factor = upstream * unit
+    return (*_scaled(gradients, ctx.needs, factor, ctx.dtype), *(None,) * 15)
 
-    gradients = [scaled(x) if needed else None for x, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)]
-    if gradients[2] is not None:
-        gradients[2] = gradients[2].to(ctx.bias_dtype)
-    return (*gradients, *(None,) * 15)
+
+def _scaled(
+    gradients: Sequence[Tensor], needs: list[bool], factor: Tensor | None, dtype: torch.dtype
+) -> list[Tensor | None]:
+    """Those that are needed, times the factor, rounded to the dtype."""
+
+    def scaled(x: Tensor) -> Tensor:
+        if factor is None:
+            return x.to(dtype)
+        # Of float16 the factor may be larger than it holds. In place, for a weight's gradient is large; a second
+        # backward pass raises then, as its tensors have changed.
+        if torch.compiler.is_compiling():
+            return (x * factor if x.dtype == factor.dtype else x.to(factor.dtype) * factor).to(dtype)
+        x = x.copy_(x.float() * factor) if x.dtype == torch.float16 else x.mul_(factor.to(x.dtype))
+        return x.to(dtype)
+
+    return [scaled(x) if needed else None for x, needed in zip(gradients, needs, strict=True)]
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -336,11 +368,10 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    _, *gradients = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
-    gradients = [x if needed else None for x, needed in zip(gradients, needs, strict=True)]
-    if gradients[2] is not None:
-        gradients[2] = gradients[2].to(ctx.saved_tensors[2].dtype)
-    return (*gradients, *(None,) * 13)
+    refuse_second_derivative("fused_linear_divergence")
+    _, *gradients, unit = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
+    dtype = ctx.saved_tensors[1].dtype
+    return (*_scaled(gradients, needs, unit if dtype == torch.float16 else None, dtype), *(None,) * 13)
 
 
 total_op.register_autograd(_backward_total, setup_context=_setup_total)

@@ -343,7 +343,7 @@ class RaggedKVCache(Cache):
             if not isinstance(max_length, int) or max_length < 0 or (bound is not None and bound > max_length):
                 raise ValueError(f"expected max_length to be an int that bounds new_lengths, got {max_length!r}")
             bound = max_length if bound is None else bound
-        lengths = torch.minimum(lengths, self.lengths)
+        lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not look
         if tail == "zero":
             self._zero_(lengths)
         self.lengths.copy_(lengths)

@@ -77,7 +77,8 @@ _agreed: weakref.WeakKeyDictionary[ProcessGroup, set[tuple[int, ...]]] = weakref
 
 def _check_agreement(group: ProcessGroup, device: torch.device, settings: dict[str, int]) -> None:
     """Raise where ranks differ in a setting, and would wait for ever or return a wrong loss. The host waits for the
-    answer, so it asks once for settings alike, and not while a graph is traced."""
+    answer, so it asks once for settings alike, and not while a graph is traced: ranks whose settings part later, some
+    for ones that they have had before, are not told so."""
     if torch.compiler.is_compiling():
         return
     known, ours = _agreed.setdefault(group, set()), tuple(settings.values())

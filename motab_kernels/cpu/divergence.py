@@ -59,7 +59,7 @@ def _splits(V: int) -> int:
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
     """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept may hold anything."""
     B, T, V = student.shape
-    sums = torch.empty(B * T, 6, _splits(V))
+    sums = student.new_empty((B * T, 6, _splits(V)), dtype=torch.float32)
     _call("sums", (B, T, V), tau, kind, _pointer(sums), sides=(student, teacher), keep=keep)
     return sums
 
@@ -67,7 +67,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
     """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
     R, _, S = sums.shape
-    loss, saved = torch.empty(R), torch.empty(R, 6)
+    loss, saved = (sums.new_empty(size, dtype=torch.float32) for size in ((R,), (R, 6)))
     shape = R // max(1, T), T, 0
     _call("finish", shape, tau, kind, _pointer(sums), ctypes.c_int64(S), _pointer(loss), keep=keep, saved=saved)
     return loss, saved
@@ -78,7 +78,7 @@ def divergence_terms(
 ) -> Tensor:
     """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
     B, T, V = student.shape
-    terms = torch.empty(B * T, 2, _splits(V))
+    terms = student.new_empty((B * T, 2, _splits(V)), dtype=torch.float32)
     numbers = ctypes.c_float(lam), _pointer(terms)
     _call("terms", (B, T, V), tau, kind, *numbers, sides=(student, teacher), keep=keep, saved=saved)
     return terms

@@ -168,8 +168,9 @@ KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Flo
     Floats result;
     if (KIND == FORWARD_KL)
         result = pair.w * (pair.p_leads ? -pair.less : pair.less);
-    else if (KIND == REVERSE_KL)  // of an infinite loss each column pulls infinitely, and none as inf - inf
-        result = q * (pair.gap == -infinite ? infinite : -pair.gap - centre);
+    else if (KIND == REVERSE_KL)
+        // Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+        result = q == 0.0f ? Floats{} : q * (pair.gap == -infinite ? infinite : -pair.gap - centre);
     else
         result = q * (slope_of<KIND>(pair, lam).g - centre);
     return s == -infinite ? Floats{} : result * factor;

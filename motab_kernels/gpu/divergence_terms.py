@@ -190,8 +190,8 @@ def _gradient(
         rest = w * (1 - e)
         result = tl.where(p_leads, -rest, rest)
     elif KIND == "reverse_kl":
-        # Of an infinite loss each column pulls infinitely, and none as inf - inf.
-        result = q * tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre)
+        # Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+        result = tl.where(q == 0, 0.0, q * tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre))
     else:
         result = q * (_slope(e, gap, p_leads, lam, KIND, EVEN) - centre)
     return tl.where(s == -float("inf"), 0.0, result * factor)

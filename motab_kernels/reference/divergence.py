@@ -149,8 +149,8 @@ def divergence_gradient(
         if kind == "forward_kl":
             result = torch.where(gap.abs() < 0.5, -q * torch.expm1(gap), q - p)
         elif kind == "reverse_kl":
-            # Of an infinite loss each column pulls infinitely, and none as inf - inf.
-            result = q * torch.where(gap == -torch.inf, torch.inf, -gap - centre)
+            # Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+            result = torch.where(q == 0, 0.0, q * torch.where(gap == -torch.inf, torch.inf, -gap - centre))
         else:
             result = q * (terms_and_slopes(p, q, gap, kind, lam)[1] - centre)
         factor = scale[part, None].to(result.dtype)

@@ -478,6 +478,7 @@ def test_bad_input_is_refused_before_anything_changes(change, message):
         (lambda: mk.MovingAverageBoundary(2.0, 0), "window: expected an integer >= 1, got 0"),
         (lambda: mk.BoundaryState(-1), "batch_size: expected an integer >= 0, got -1"),
         (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, got \[2\]"),
+        (lambda: mk.BoundaryState(2).reset_([True, False]), r"rows: expected indices into 2 rows, got \[True, False\]"),
         (lambda: mk.BoundaryState(2).reset_(torch.ones(3, dtype=torch.bool)), r"rows: .*\(2,\), got \(3,\)"),
         (
             lambda: mk.BoundaryState(2).reset_(torch.ones(2)),

@@ -167,6 +167,23 @@ def test_excluded_columns(backend, kind):
         assert gradient[2].isfinite().all()
 
 
+@pytest.mark.parametrize("kind", [{"divergence": "reverse_kl"}, {"divergence": "jsd", "beta": 1.0}, {"alpha": 0.0}])
+@pytest.mark.parametrize("low", [-120.0, -1e4, torch.finfo(torch.float32).min])
+def test_a_column_that_the_student_never_writes_pulls_at_nothing(backend, kind, low):
+    """Though the teacher excludes it: where the loss is finite, so is the gradient."""
+    student, teacher = logits(2, 40, seed=6)
+    student[:, 3:9], teacher[:, 3:9] = low, -INF
+    settings = {"divergence": "skew_reverse_kl"} | kind
+    student = student.to(DEVICE).requires_grad_()
+    loss = mk.divergence_loss(student, teacher.to(DEVICE), **settings, reduction="none", backend=backend)
+    loss.sum().backward()
+    kept = [0, 1, 2, *range(9, 40)]
+    expected_loss, expected_gradient = expected(student.detach().cpu()[:, kept], teacher[:, kept], "reverse_kl")
+    torch.testing.assert_close(loss.detach().cpu().double(), expected_loss, rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(student.grad.cpu()[:, kept].double(), expected_gradient, rtol=1e-5, atol=2e-7)
+    assert (student.grad[:, 3:9] == 0).all()
+
+
 def test_far_apart(backend):
     """Logits 300 apart: probabilities that float32 does not know."""
     teacher = torch.tensor([[0.0, -300.0, 1.0, -120.0]])
@@ -336,7 +353,7 @@ def test_registered(kind):
     arguments = (student.requires_grad_(), teacher, mask, tau, kind, 0.5, 9, False, False, "torch")
     torch.library.opcheck(divergence_op, arguments)
     saved = divergence_op(*arguments)[1].detach()
-    backward = (torch.ones(2, 3), student.detach(), teacher, mask, tau, saved, kind, 0.5, 9, "torch")
+    backward = (torch.ones(2, 3), student.detach(), teacher, mask, tau, saved, kind, 0.5, 9, True, "torch")
     torch.library.opcheck(divergence_backward_op, backward)
 
 
@@ -345,18 +362,66 @@ def test_compiles_in_one_graph():
     student, teacher = logits(2, 3, 10, seed=17)
     mask = torch.tensor([[True, False, True]] * 2)
 
-    def loss(x, temperature):
+    def loss(x, temperature, teacher=teacher):
         return mk.divergence_loss(
-            x * 2, teacher, divergence="jsd", temperature=temperature, mask=mask, inplace_backward=True
+            x * 2,
+            teacher,
+            divergence="jsd",
+            temperature=temperature,
+            mask=mask,
+            inplace_backward=True,
+            check_finite=True,
         )
 
-    results = []
-    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        x = student.clone().requires_grad_()
-        value = call(x, 1.3)
-        value.backward()
-        results.append((value.detach(), x.grad))
-    torch.testing.assert_close(results[1], results[0])
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for temperature in (1.3, 2.0, 0.7):  # from the second on a number that varies
+        results = []
+        for call in (loss, compiled):
+            x = student.clone().requires_grad_()
+            value = call(x, temperature)
+            value.backward()
+            results.append((value.detach(), x.grad))
+        torch.testing.assert_close(results[1], results[0])
+    with pytest.raises(ValueError, match="4 of 6 positions with NaN or inf, the first 0"):
+        compiled(student.clone().requires_grad_(), 0.7, teacher * NAN).backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_the_default_dtype_does_not_matter(backend, dtype):
+    student, teacher = logits(5, 300, seed=19)
+    before = run(student, teacher, "jsd", backend=backend)
+    torch.set_default_dtype(dtype)
+    try:
+        after = run(student, teacher, "jsd", backend=backend)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for x, y in zip(before, after, strict=True):
+        torch.testing.assert_close(y.float(), x, rtol=1e-5, atol=1e-7)
+
+
+def test_a_second_derivative_is_refused(backend):
+    """It would be wrong, or missing in silence."""
+    student, teacher = (x.to(DEVICE) for x in logits(2, 10))
+    loss = mk.divergence_loss(student.requires_grad_(), teacher, backend=backend)
+    with pytest.raises(ValueError, match=r"divergence_loss: expected a backward pass .* got create_graph=True"):
+        torch.autograd.grad(loss, student, create_graph=True)
+    assert torch.autograd.grad(loss, student)[0].isfinite().all()
+
+
+def test_logits_that_share_memory_are_not_written_over(backend):
+    student, teacher = logits(3, 40, seed=20)
+    row = student[:1].to(DEVICE).requires_grad_()
+    for inplace in (False, True):
+        loss = mk.divergence_loss(
+            row.expand(3, 40), teacher.to(DEVICE), inplace_backward=inplace, reduction="sum", backend=backend
+        )
+        loss.backward()
+    torch.testing.assert_close(
+        row.grad.cpu().double() / 2,
+        expected(row.detach().cpu().expand(3, 40), teacher, "forward_kl")[1].sum(0, True),
+        rtol=1e-4,
+        atol=1e-6,
+    )
 
 
 def test_check_finite(backend):

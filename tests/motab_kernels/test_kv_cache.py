@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer, QuantizedLayer
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_LIBRARY
+from motab_kernels.backend import HAS_LIBRARY, on_device
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 VOCAB, BATCH = 61, 3
@@ -287,3 +287,8 @@ def test_a_static_cache_has_one_length():
         mk.truncate_kv_cache_(cache, torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="at most 5, got 6"):
         mk.truncate_kv_cache_(cache, 6)
+
+
+def test_numbers_go_to_the_device_that_is_named_whatever_the_default():
+    with torch.device("meta"):
+        assert on_device([3, 4], torch.device("cpu")).tolist() == [3, 4]

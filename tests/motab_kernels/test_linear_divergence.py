@@ -180,6 +180,46 @@ def test_low_precision_near_agreement(kind, dtype):
         assert relative_error(mine.grad, true.grad) < 5e-3
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_float16_with_a_gradient_scaler(kind, reduction):
+    """A position's gradient is one of thousands, and 65536 is more than float16 holds; all pull at one column."""
+    student, teacher = heads(N=4096, H=32, V=1500, V_teacher=1500, dtype=torch.float16, seed=8)
+    student[0] += 1
+    teacher = [student[0] + 0.5 * teacher[0][:, :12].repeat(1, 3)[:, :32], *student[1:]]
+    teacher[2] = teacher[2].clone()
+    teacher[2][5] += 12
+    _, exact = expected = materialised(student, teacher, **options(kind))
+    expected[0].backward(torch.tensor(65536.0, dtype=torch.float64, device=DEVICE))
+    loss, ours = fused(student, teacher, **options(kind), reduction=reduction)
+    (loss if reduction == "mean" else loss.mean()).backward(torch.tensor(65536.0, device=DEVICE))
+    for mine, true in zip(ours, exact, strict=True):
+        assert mine.grad.dtype == torch.float16
+        assert relative_error(mine.grad, true.grad) < 5e-3
+
+
+def test_float16_of_a_sum_that_is_scaled_up():
+    """By more than float16 holds, for gradients that are small."""
+    student, _ = heads(dtype=torch.float16)
+    teacher = [student[0], student[1], student[2].clone()]
+    teacher[2][5] += 0.003
+    upstream = torch.tensor(2.0**25, device=DEVICE)
+    expected_loss, exact = materialised(student, teacher, reduction="sum")
+    expected_loss.backward(upstream.double())
+    loss, ours = fused(student, teacher, reduction="sum")
+    loss.backward(upstream)
+    for mine, true in zip(ours, exact, strict=True):
+        assert relative_error(mine.grad, true.grad) < 5e-3
+
+
+def test_a_second_derivative_is_refused():
+    student, teacher = heads(dtype=torch.float32)
+    for reduction in ("mean", "none"):
+        loss, leaves = fused(student, teacher, reduction=reduction)
+        with pytest.raises(ValueError, match=r"fused_linear_divergence: expected .* got create_graph=True"):
+            torch.autograd.grad(loss.sum(), leaves, create_graph=True)
+
+
 def test_autocast_takes_what_a_linear_layer_takes():
     student, teacher = heads(dtype=torch.float32)
     low = [[x.bfloat16() for x in side] for side in (student, teacher)]
