@@ -33,7 +33,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
-    from motab.synthesis import share_of_main, synthesize_to_file
+    from motab.synthesis import synthesize_to_file
 
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
@@ -55,7 +55,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
     if state.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
-    total = share_of_main(len(prompts), args.batch_size, 1 if args.share_teacher else state.num_processes)
+    total = -(-len(prompts) // (1 if args.share_teacher else state.num_processes))  # of the main process
     for _ in watch(found, total, "synthesize", console):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -55,14 +56,14 @@ class Engine:
         temperature: float,
         top_p: float,
         seed: int,
-        first_index: int,
+        indices: Sequence[int],
         torch_compile: bool = False,
         max_cached_tokens: int | None = None,
     ):
-        self.tokenizer, self.rules, self.prompts = tokenizer, rules, prompts
+        self.tokenizer, self.rules = tokenizer, rules
+        self.prompts = dict(zip(indices, prompts, strict=True))
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.first_index = first_index
         self.batch_size = min(batch_size, len(prompts))
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
@@ -83,7 +84,7 @@ class Engine:
         self.student, self.teacher = writer(student), writer(teacher)
         self.writers = [writer for writer in (self.student, self.teacher) if writer is not None]
         self.rows: list[Row | None] = [None] * self.batch_size
-        self.waiting = list(range(len(prompts)))  # a heap of places among the prompts
+        self.waiting = sorted(self.prompts)  # a heap
         self.automaton = None
         if rules is not None:
             if rules.delimiter is not None:
@@ -99,20 +100,18 @@ class Engine:
         return torch.isin(torch.arange(self.vocab_size, device=self.device), torch.tensor(ids, device=self.device))
 
     def run(self) -> Iterator[Trajectory]:
-        """Trajectories in the order of the prompts."""
+        """Trajectories in the order of their indices."""
         done: dict[int, Trajectory] = {}
-        emitted, end = self.first_index, self.first_index + len(self.prompts)
-        while emitted < end:
-            self._admit()
-            self._monitored_round()
-            self._teacher_round()
-            for slot, row in self._busy():
-                if row.finished:
-                    done[row.index] = row.trajectory(self.tokenizer)
-                    self.rows[slot] = None
-            while emitted in done:
-                yield done.pop(emitted)
-                emitted += 1
+        for index in sorted(self.prompts):
+            while index not in done:
+                self._admit()
+                self._monitored_round()
+                self._teacher_round()
+                for slot, row in self._busy():
+                    if row.finished:
+                        done[row.index] = row.trajectory(self.tokenizer)
+                        self.rows[slot] = None
+            yield done.pop(index)
 
     def _admit(self) -> None:
         """Give the next prompts to free rows, as long as there is room in the caches."""
@@ -125,7 +124,7 @@ class Engine:
             prompt = self.prompts[self.waiting[0]]
             if not self._has_room({slot: len(prompt)}, spare=memory.PAGE_SIZE):
                 break
-            index = self.first_index + heapq.heappop(self.waiting)
+            index = heapq.heappop(self.waiting)
             self.rows[slot] = Row(index, prompt, self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn)
             fresh[slot] = prompt
         for writer in self.writers:
@@ -139,7 +138,7 @@ class Engine:
         seed makes them write the same."""
         while not self._has_room():
             slot, row = min(self._busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
-            heapq.heappush(self.waiting, row.index - self.first_index)
+            heapq.heappush(self.waiting, row.index)
             self.rows[slot] = None
 
     def _has_room(self, fresh: dict[int, int] | None = None, spare: int = 0) -> bool:
@@ -299,7 +298,7 @@ def synthesize(
     temperature: float = 0.6,
     top_p: float = 1.0,
     seed: int = 0,
-    first_index: int = 0,
+    indices: Sequence[int] | None = None,
     torch_compile: bool = False,
     max_cached_tokens: int | None = None,
 ) -> Iterator[Trajectory]:
@@ -323,7 +322,7 @@ def synthesize(
         temperature: 0 is greedy.
         top_p: sample among the fewest likeliest tokens that hold this probability.
         seed: of all sampling.
-        first_index: the place of the first prompt among all, where these are a part of them.
+        indices: the place of each prompt among all, ascending, where these are a part of them.
         torch_compile: draft and score with compiled models (`torch.compile`, on a GPU with CUDA graphs): pays where a
             forward pass waits for Python, as those of one token do, and costs a minute or more at the first ones.
             `model.generation_config.compile_config` where that is set. Compiled models round in another way, so that
@@ -366,6 +365,9 @@ def synthesize(
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     models = [model for model in (student, teacher) if model is not None]
     encoded = encode_prompts(prompts, tokenizer, models, max_new_tokens)
+    indices = range(len(encoded)) if indices is None else indices
+    if len(indices) != len(encoded) or any(a >= b for a, b in pairwise(indices)):
+        raise ValueError(f"indices must be {len(encoded)} ascending places, one for each prompt, got {list(indices)}")
     if not encoded:
         return iter(())
     engine = Engine(
@@ -380,7 +382,7 @@ def synthesize(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
-        first_index=first_index,
+        indices=indices,
         torch_compile=torch_compile,
         max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
     )

@@ -105,7 +105,7 @@ def evaluate(
     first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
     if processes.count > 1:  # all have seen that none of the prompts is refused
         share = prompts[first * samples : end * samples]
-        texts = synthesize(model, None, tokenizer, share, first_index=first * samples, **options)
+        texts = synthesize(model, None, tokenizer, share, indices=range(first * samples, end * samples), **options)
     right, overlong = [0.0] * len(problems), 0
     for trajectory in texts:
         place = trajectory.index // samples

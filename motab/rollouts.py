@@ -64,9 +64,8 @@ class Rollouts(Dataset[Prompt]):
         was_training = student.training
         student.eval()
         try:
-            return list(
-                synthesize(student, teacher, tokenizer, prompts, **settings, seed=seed, first_index=first_index)
-            )
+            indices = range(first_index, first_index + len(prompts))
+            return list(synthesize(student, teacher, tokenizer, prompts, **settings, seed=seed, indices=indices))
         finally:
             student.train(was_training)
 

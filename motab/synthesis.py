@@ -1,27 +1,28 @@
-"""`synthesize` into a JSONL file, by one process or several: an interrupted run goes on where it stopped and ends with
-the same file."""
+"""`synthesize` into a JSONL file, by one process or several: an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import synthesize
-from motab.files import whole_file, write_whole
+from motab.files import write_whole
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
-from motab.prompts import Prompt
+from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
 
-GROUP_BATCHES = 16
+#: What changes the pace alone: a run may go on with others.
+PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
 
 
 def synthesize_to_file(
@@ -32,20 +33,18 @@ def synthesize_to_file(
     prompts: Sequence[Prompt],
     *,
     policy: Policy | None = None,
-    batch_size: int = 8,
     **settings: Any,
 ) -> Iterator[Trajectory]:
     """Write each trajectory of `synthesize` as a line of ``path`` and yield it.
 
-    Prompts run in groups of 16 batches. A run that finds the file of an interrupted one keeps its whole lines,
-    writes the group in which it stopped again, and yields what was not there yet: so the rows of every batch are the
-    ones that they would have been, and the file ends the same to the last bit of its statistics.
+    A run that finds the file of an interrupted one keeps its whole lines, writes the trajectories that are missing and
+    yields these. They are those that the other run would have written, but for what rounding does to a model's logits
+    in another batch.
 
-    Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device. It takes whole
-    groups, each into a file of its own in ``path.parts``, and yields its own trajectories; when all have finished, the
-    main process appends the groups to ``path``. So every process must exhaust its iterator, also where that yields
-    nothing: the others wait for it at the end. The file is that of one process, and the run can be gone on with by
-    another number of them.
+    Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device, takes every
+    so-manieth trajectory, writes it to a file of its own in ``path.parts`` (the main process to ``path``), and yields
+    it; when all have finished, the main process brings ``path`` in order. So every process must exhaust its iterator:
+    the others wait for it at the end. The run can be gone on with by another number of processes.
 
     A model that the processes share (tensor parallelism: `DistributedConfig(tp_plan="auto")` of transformers) runs when
     all of them call it. They then write every trajectory together, on GPUs of one kind, so that each samples the same
@@ -57,44 +56,31 @@ def synthesize_to_file(
         settings: as for `synthesize`.
 
     Raises:
-        ValueError: all that `synthesize` refuses, and a file that was begun with other settings or prompts; nothing
-            is written then.
+        ValueError: all that `synthesize` refuses, and a file that was begun with other prompts, models or settings,
+            but for those of the pace (``batch_size``, ``block_size``, ``torch_compile``, ``max_cached_tokens``);
+            nothing is written then.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
-    options: dict[str, Any] = {"policy": policy, "batch_size": batch_size, **settings}
+    options: dict[str, Any] = {"policy": policy, **settings}
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
+    models = {"student": student, "teacher": teacher}
     begun = {
         "policy": type(policy).__name__,
         **asdict(policy),
+        **{name: None if model is None else model.name_or_path for name, model in models.items()},
+        **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
-        "student": None if student is None else student.name_or_path,
-        "teacher": None if teacher is None else teacher.name_or_path,
-        "batch_size": batch_size,
-        **settings,
+        "prompts' hash": _hash(encode_prompts(prompts, tokenizer, [], 0)),
+        **{name: value for name, value in settings.items() if name not in PACE},
     }
-    size = batch_size * GROUP_BATCHES
-    groups = range(0, len(prompts), size)
     processes = Processes()
-    shared = any((model.tp_size or 1) > 1 for model in (student, teacher) if model is not None)
-    if processes.index == 0 and not shared and processes.count > len(groups):
-        warnings.warn(
-            f"expected a group of {size} prompts (16 batches) for each of {processes.count} processes, got "
-            f"{len(prompts)} prompts, so that some processes write nothing; lower batch_size",
-            stacklevel=2,
-        )
-    written, missing = processes.from_main(lambda: _begin(path, begun, groups))
-
-    def write(first: int) -> Iterator[Trajectory]:
-        return synthesize(student, teacher, tokenizer, prompts[first : first + size], first_index=first, **options)
-
-    return _write(path, groups, written, missing, write, processes, shared)
-
-
-def share_of_main(prompts: int, batch_size: int, processes: int) -> int:
-    """How many of the prompts the main process writes on, where nothing is written yet."""
-    size = batch_size * GROUP_BATCHES
-    return sum(min(size, prompts - first) for first in range(0, prompts, size * processes))
+    shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
+    missing = processes.from_main(lambda: _begin(path, begun, len(prompts)))
+    if not shared:
+        missing = missing[processes.index :: processes.count]
+    here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
+    return _write(path, here, processes, shared)
 
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:
@@ -103,63 +89,30 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
         return [Trajectory.from_json(line.decode("utf-8")) for line in lines if line.endswith(b"\n")]
 
 
-def _write(
-    path: Path,
-    groups: range,
-    written: int,
-    missing: Sequence[int],
-    write: Callable[[int], Iterator[Trajectory]],
-    processes: Processes,
-    shared: bool,
-) -> Iterator[Trajectory]:
-    if processes.count > 1 and not shared:
-        for first in missing[processes.index :: processes.count]:
-            with whole_file(_part(path, first)) as part:
-                for trajectory in write(first):
-                    part.write(trajectory.to_json() + "\n")
-                    if trajectory.index >= written:
-                        yield trajectory
-        processes.wait()
+def _hash(prompts: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared: bool) -> Iterator[Trajectory]:
+    if processes.index > 0 and shared:
+        for _ in here:
+            pass
+    else:
+        part = path if processes.index == 0 else _parts(path) / f"{processes.index}.jsonl"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("a", encoding="utf-8") as file:
+            for trajectory in here:
+                file.write(trajectory.to_json() + "\n")
+                file.flush()
+                yield trajectory
+    processes.wait()
     if processes.index == 0:
-        yield from _append(path, groups, written, write)
-    elif shared:
-        for first in missing:
-            for _ in write(first):
-                pass
+        _bring_in_order(path)
     processes.wait()
 
 
-def _append(
-    path: Path, groups: range, written: int, write: Callable[[int], Iterator[Trajectory]]
-) -> Iterator[Trajectory]:
-    """Bring the file to its end, with the groups that have a file of their own and by writing the others."""
-    with path.open("a", encoding="utf-8") as file:
-        for first in groups[written // groups.step :]:
-            part = _part(path, first)
-            if part.exists():
-                with part.open(encoding="utf-8") as lines:
-                    file.writelines(islice(lines, max(written - first, 0), None))
-                file.flush()
-                part.unlink()
-                continue
-            for trajectory in write(first):
-                if trajectory.index >= written:
-                    file.write(trajectory.to_json() + "\n")
-                    file.flush()
-                    yield trajectory
-    shutil.rmtree(_parts(path), ignore_errors=True)
-
-
-def _parts(path: Path) -> Path:
-    return path.with_name(path.name + ".parts")
-
-
-def _part(path: Path, first: int) -> Path:
-    return _parts(path) / f"{first}.jsonl"
-
-
-def _begin(path: Path, begun: dict[str, Any], groups: range) -> tuple[int, list[int]]:
-    """Begin a file, or refuse to go on with it; how many lines it holds, and which groups are still to be written."""
+def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
+    """Begin a file, or refuse to go on with it; which trajectories are missing."""
     beside = path.with_name(path.name + ".settings.json")
     begun = json.loads(json.dumps(begun))
     if path.exists():
@@ -175,16 +128,48 @@ def _begin(path: Path, begun: dict[str, Any], groups: range) -> tuple[int, list[
         shutil.rmtree(_parts(path), ignore_errors=True)  # of a file that was removed to start anew
         write_whole(beside, json.dumps(begun, indent=1))
         path.touch()
-    written = _whole_lines(path)
-    return written, [first for first in groups[written // groups.step :] if not _part(path, first).exists()]
+    written = _bring_in_order(path)
+    return [index for index in range(count) if index not in written]
 
 
-def _whole_lines(path: Path) -> int:
-    """How many lines the file holds, after a last one that was cut short has been taken off."""
-    count = end = 0
-    with path.open("rb+") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                count, end = count + 1, end + len(line)
-        file.truncate(end)
-    return count
+class _Line(NamedTuple):
+    path: Path
+    begin: int
+    length: int
+
+
+def _bring_in_order(path: Path) -> set[int]:
+    """Put the whole lines of the file and of its parts into the file, by index; which there are."""
+    lines: dict[int, _Line] = {}
+    files = [path, *sorted(_parts(path).glob("*.jsonl"))]
+    for file in files:
+        begin = 0
+        with file.open("rb") as content:
+            for line in content:
+                if found := re.match(rb'{"index": (\d+),', line) if line.endswith(b"\n") else None:
+                    lines[int(found[1])] = _Line(file, begin, len(line))
+                begin += len(line)
+    own = [index for index, line in lines.items() if line.path == path]
+    size = sum(lines[index].length for index in own)
+    if len(files) > 1 or size != path.stat().st_size or any(a > b for a, b in pairwise(own)):
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as out:
+            _copy([lines[index] for index in sorted(lines)], out)
+        temporary.replace(path)
+        shutil.rmtree(_parts(path), ignore_errors=True)
+    return set(lines)
+
+
+def _copy(lines: list[_Line], out: BinaryIO) -> None:
+    contents = {path: path.open("rb") for path in {line.path for line in lines}}
+    try:
+        for line in lines:
+            contents[line.path].seek(line.begin)
+            out.write(contents[line.path].read(line.length))
+    finally:
+        for content in contents.values():
+            content.close()
+
+
+def _parts(path: Path) -> Path:
+    return path.with_name(path.name + ".parts")

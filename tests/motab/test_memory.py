@@ -11,7 +11,14 @@ from motab.engine import Row
 from motab_kernels import RaggedKVCache
 from motab_kernels.backend import HAS_LIBRARY
 
-SETTINGS = {"max_new_tokens": 150, "batch_size": 6, "block_size": 24, "temperature": 0.7, "seed": 5, "first_index": 30}
+SETTINGS = {
+    "max_new_tokens": 150,
+    "batch_size": 6,
+    "block_size": 24,
+    "temperature": 0.7,
+    "seed": 5,
+    "indices": range(30, 42),
+}
 LONGEST = 13 + 150 + 24  # a prompt, the budget, a block
 POLICIES = [
     motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,"),

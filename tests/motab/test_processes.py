@@ -10,7 +10,6 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import make_model, teacher, tokenizer
 from test_cli import TASK, TINY
+from test_synthesis import assert_same
 from test_trainer import config, softcapped_model, trajectory
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
@@ -193,7 +193,7 @@ def process_main(rank, count, folder):
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]
         torch.distributed.barrier()
-        if rank == 0:  # what one process leaves that is killed in the second group
+        if rank == 0:  # what one process leaves that is killed
             content = (folder / "by 2" / "t.jsonl").read_bytes()
             settings = (folder / "by 2" / "t.jsonl.settings.json").read_text()
             write_whole(begun.with_name("t.jsonl.settings.json"), settings)
@@ -202,16 +202,13 @@ def process_main(rank, count, folder):
         torch.distributed.barrier()
         found["begun"] = [t.index for t in write(begun)]
         found["cut for two"] = [t.index for t in write(folder / "cut for two" / "t.jsonl")]
-        with warnings.catch_warnings(record=True) as warned:
-            found["few"] = [t.index for t in write(folder / "few" / "t.jsonl", test_synthesis.PROMPTS[:3])]
-        found["warned"] = [str(warning.message) for warning in warned if "a group" in str(warning.message)]
+        found["few"] = [t.index for t in write(folder / "few" / "t.jsonl", test_synthesis.PROMPTS[:1])]
         found["together"] = [t.index for t in write_together(folder / "together" / "t.jsonl")]
         torch.distributed.barrier()
-        if rank == 0:  # two of three groups: the first in part, the last in a file of its own
+        if rank == 0:
             shutil.copytree(folder / "together", folder / "together again")
             lines = (folder / "together" / "t.jsonl").read_bytes().splitlines(keepends=True)
-            write_whole(folder / "together again" / "t.jsonl.parts" / "64.jsonl", b"".join(lines[64:]).decode())
-            (folder / "together again" / "t.jsonl").write_bytes(b"".join(lines[:20]))
+            (folder / "together again" / "t.jsonl").write_bytes(b"".join(lines[:20] + lines[64:]))
         torch.distributed.barrier()
         found["together again"] = [t.index for t in write_together(folder / "together again" / "t.jsonl")]
         rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
@@ -290,23 +287,24 @@ def test_training_on_what_both_write(ranks, tmp_path):
 
 
 def test_a_file_is_that_of_one_process(ranks, alone, folder):
-    content = (folder / "by 1" / "t.jsonl").read_bytes()
     assert alone["whole"] == list(range(90))
-    assert [found["whole"] for found in ranks] == [[*range(32), *range(64, 90)], [*range(32, 64)]]
-    assert (folder / "by 2" / "t.jsonl").read_bytes() == content
+    assert [found["whole"] for found in ranks] == [[*range(0, 90, 2)], [*range(1, 90, 2)]]
+    assert_same(*(read_trajectories(folder / name / "t.jsonl") for name in ("by 2", "by 1")))
     assert {path.name for path in (folder / "by 2").iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
 
 
 def test_interrupted_and_gone_on_with_by_another_number(ranks, alone, folder):
     """By two and then by one, by one and then by two, by two and again by two."""
-    content = (folder / "by 1" / "t.jsonl").read_bytes()
+    expected = read_trajectories(folder / "by 1" / "t.jsonl")
     for name in ("cut", "begun", "cut for two"):
-        assert (folder / name / "t.jsonl").read_bytes() == content
+        assert_same(read_trajectories(folder / name / "t.jsonl"), expected)
         assert {path.name for path in (folder / name).iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
-    # The groups are 0 to 31, 32 to 63 and 64 to 89; the first alone was whole.
-    assert [found["cut"] for found in ranks] == [[*range(32), *range(64, 72)], [*range(32, 52)]]
-    assert alone["cut"] == [*range(32, 90)]
-    assert [found["cut for two"] for found in ranks] == [[*range(32, 64)], [*range(64, 90)]]
+    # One process had written 40 and the other 20, and nothing that was whole is written again.
+    assert [found["cut"] for found in ranks] == [[*range(0, 80, 2)], [*range(1, 41, 2)]]
+    missing = [*range(41, 80, 2), *range(80, 90)]
+    assert alone["cut"] == missing
+    assert [found["cut for two"] for found in ranks] == [missing[::2], missing[1::2]]
+    content = (folder / "by 2" / "t.jsonl").read_bytes()
     lines = content[: len(content) // 2].count(b"\n")
     assert sorted(ranks[0]["begun"] + ranks[1]["begun"]) == [*range(lines, 90)]
 
@@ -314,14 +312,10 @@ def test_interrupted_and_gone_on_with_by_another_number(ranks, alone, folder):
 def test_a_teacher_that_all_share(ranks, folder):
     """What one process writes, but for the rounding of sums over parts; interrupted and gone on with too."""
     alone, together = (read_trajectories(folder / name / "t.jsonl") for name in ("by 1", "together"))
-    for one, other in zip(alone, together, strict=True):
-        assert (one.token_ids, one.author, one.breach_step) == (other.token_ids, other.author, other.breach_step)
-        values = [[step.value for step in t.steps] for t in (one, other)]
-        torch.testing.assert_close(*map(torch.tensor, values), rtol=1e-4, atol=1e-5)
+    assert_same(together, alone)
     assert [found["together"] for found in ranks] == [list(range(90)), []]
     assert [found["together again"] for found in ranks] == [list(range(20, 64)), []]
-    content = (folder / "together" / "t.jsonl").read_bytes()
-    assert (folder / "together again" / "t.jsonl").read_bytes() == content
+    assert_same(read_trajectories(folder / "together again" / "t.jsonl"), together)
     assert not (folder / "together again" / "t.jsonl.parts").exists()
 
 
@@ -332,11 +326,8 @@ def test_bad_input_is_refused_in_every_process(ranks, alone, folder):
     assert not (folder / "bad").exists()
 
 
-def test_fewer_groups_than_processes(ranks):
-    assert [found["few"] for found in ranks] == [[0, 1, 2], []]
-    (warned,), none = (found["warned"] for found in ranks)
-    assert warned.startswith("expected a group of 32 prompts (16 batches) for each of 2 processes, got 3 prompts")
-    assert none == []
+def test_fewer_prompts_than_processes(ranks):
+    assert [found["few"] for found in ranks] == [[0], []]
 
 
 def test_no_process_waits_for_one_that_failed(tmp_path):
@@ -344,10 +335,9 @@ def test_no_process_waits_for_one_that_failed(tmp_path):
     assert codes == [1, 1]
     assert "out of memory" in written
     assert "Connection closed by peer" in written
-    assert (
-        tmp_path / "t.jsonl"
-    ).read_bytes() == b""  # the first has kept what it wrote, and done nothing of the other's
-    assert {path.name for path in (tmp_path / "t.jsonl.parts").iterdir()} == {"0.jsonl", "64.jsonl", "32.jsonl.tmp"}
+    # The first has kept what it wrote, up to where it failed, and nothing of the other's is lost.
+    assert [t.index for t in read_trajectories(tmp_path / "t.jsonl")] == [*range(0, 42, 2)]
+    assert [t.index for t in read_trajectories(tmp_path / "t.jsonl.parts" / "1.jsonl")] == [*range(1, 90, 2)]
 
 
 def test_evaluation(ranks, alone):

@@ -63,7 +63,7 @@ def test_each_step_trains_on_what_its_own_student_writes(
             *(writer, teacher, tokenizer, [t.prompt_ids for t in trajectories]),
             policy=POLICIES[name],
             seed=trainer.args.seed,
-            first_index=offset,
+            indices=range(offset, offset + 4),
             **SETTINGS,
         )
         assert [t.token_ids for t in expected] == [t.token_ids for t in trajectories]
@@ -81,7 +81,7 @@ def test_each_step_trains_on_what_its_own_student_writes(
         *(student, teacher, tokenizer, [t.prompt_ids for t in trajectories]),
         policy=POLICIES[name],
         seed=trainer.args.seed,
-        first_index=trajectories[0].index,
+        indices=[t.index for t in trajectories],
         **SETTINGS,
     )
     assert [t.token_ids for t in stale] != [t.token_ids for t in trajectories]
