@@ -1,17 +1,22 @@
-"""The divergence of a student from its teacher over the tokens of a batch, for the trainer.
+"""The trainer's losses over the tokens of a batch: cross-entropy, and the divergence of a student from its teacher.
 
 B rows, T tokens, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy, linear
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+
+IGNORED = -100  # the label of a token that is not trained on
+BUDGET = 1 << 30  # bytes of logits that exist at a time, with what cross-entropy makes of them
 
 
 class Divergence(NamedTuple):
@@ -24,29 +29,59 @@ class Divergence(NamedTuple):
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its last hidden states times its output embeddings, and nothing more: asked of the
-    model itself, by two tokens."""
+    """Whether the model's logits are its last hidden states, as both ways to these give them, times its output
+    embeddings, and nothing more: asked of the model itself, by two tokens."""
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:  # an adapter's is more than its weight
         return False
     was_training = model.training
     with torch.no_grad():
-        outputs = model.eval()(torch.tensor([[0, 1]], device=model.device), output_hidden_states=True)
+        token_ids = torch.tensor([[0, 1]], device=model.device)
+        outputs = model.eval()(token_ids, output_hidden_states=True)
+        hidden = last_hidden_states(model, input_ids=token_ids)
         model.train(was_training)
         # To the last bit: of small logits a softcap takes next to nothing.
-        return torch.equal(head(outputs.hidden_states[-1]).float(), outputs.logits.float())
+        return torch.equal(hidden, outputs.hidden_states[-1]) and torch.equal(
+            head(hidden).float(), outputs.logits.float()
+        )
+
+
+def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """(B, T, H), and nothing else that a forward pass would keep: no layer's states, no keys and values."""
+    if isinstance(model, PreTrainedModel):
+        return getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
+    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # one with adapters
+
+
+def cross_entropy_from_head(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None
+) -> Tensor:
+    """Of (B, T) labels, each predicted by the (B, T, H) hidden states before it; the sum over ``num_items``, or the
+    mean. Logits exist for some positions at a time, and are computed again for the gradient."""
+    head = model.get_output_embeddings()
+    hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+
+    def part(hidden: Tensor, labels: Tensor) -> Tensor:
+        logits = linear(hidden, head.weight, head.bias).float()
+        return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+    # Logits, their float32, and the gradients of both.
+    size = max(1, BUDGET // (len(head.weight) * (8 + 2 * head.weight.element_size())))
+    pairs = zip(hidden.split(size), labels.split(size), strict=True)
+    total = torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
+    return total / ((labels != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
 
 
 def loss_from_heads(
     models: tuple[PreTrainedModel, PreTrainedModel],
-    outputs: tuple[Any, Any],
+    hidden: tuple[Tensor, Tensor],
     mask: Tensor,
     settings: Divergence,
     num_items: int | Tensor | None,
 ) -> Tensor:
-    """From hidden states and output embeddings: logits exist for some positions at a time."""
+    """From (B, T, H) hidden states and output embeddings: logits exist for some positions at a time."""
     heads = [model.get_output_embeddings() for model in models]
-    student, teacher = (x.hidden_states[-1][:, :-1] for x in outputs)
+    student, teacher = (x[:, :-1] for x in hidden)
     return mk.fused_linear_divergence(
         student,
         heads[0].weight,
@@ -61,10 +96,10 @@ def loss_from_heads(
 
 
 def loss_from_logits(
-    outputs: tuple[Any, Any], mask: Tensor, settings: Divergence, num_items: int | Tensor | None
+    logits: tuple[Tensor, Tensor], mask: Tensor, settings: Divergence, num_items: int | Tensor | None
 ) -> Tensor:
     """Whatever the heads do. Nobody reads the logits again: the gradient goes over them."""
-    student, teacher = (x.logits[:, :-1] for x in outputs)
+    student, teacher = (x[:, :-1] for x in logits)
     return mk.divergence_loss(
         student, teacher, mask=mask, num_items=num_items, inplace_backward=True, **settings._asdict()
     )

@@ -14,7 +14,15 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
-from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
+from motab.distillation import (
+    IGNORED,
+    Divergence,
+    cross_entropy_from_head,
+    has_plain_head,
+    last_hidden_states,
+    loss_from_heads,
+    loss_from_logits,
+)
 from motab.policies import TeacherOnly
 from motab.prompts import Prompt
 from motab.report import figures
@@ -22,7 +30,6 @@ from motab.rollouts import Rollouts
 from motab.synthesis import read_trajectories
 from motab.trajectory import AUTHORS, Trajectory
 
-IGNORED = -100
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
 
@@ -106,10 +113,10 @@ class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
     what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
 
-    By a divergence, neither model's logits are held: the loss takes the hidden states and the output embeddings, where
-    these two alone make the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an
-    adapter on the head), and for sharded ones (FSDP, DeepSpeed), it takes the logits. It is the mean over the tokens of
-    a step, however that is cut into micro-batches and among processes.
+    No model's logits are held: the loss takes the hidden states and the output embeddings, where these two alone make
+    the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an adapter on the
+    head), and for sharded ones (FSDP, DeepSpeed), it takes the logits; so does cross-entropy with label smoothing or a
+    router's loss. It is the mean over the tokens of a step, however that is cut into micro-batches and among processes.
 
     Args:
         model: the student.
@@ -173,8 +180,14 @@ class MotabTrainer(Trainer):
             raise ValueError("Rollouts need whole models, got sharded ones; take DDP, or write trajectories beforehand")
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
-        if teacher_model is not None and by_divergence:
-            self.from_heads = not is_sharded and has_plain_head(model) and has_plain_head(teacher_model)
+        self.from_heads = not is_sharded and has_plain_head(model)
+        if by_divergence:
+            assert teacher_model is not None
+            self.from_heads &= has_plain_head(teacher_model)
+        else:
+            has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
+            self.from_heads &= not has_more
+        if by_divergence or self.from_heads:
             self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
@@ -200,7 +213,8 @@ class MotabTrainer(Trainer):
         step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
         writers = (self.model, self.teacher_model, self.processing_class)
-        trajectories = self.rollouts.write(*writers, prompts, seed=self.args.seed, first_index=place)
+        with self.accelerator.autocast():  # in the precision of the training
+            trajectories = self.rollouts.write(*writers, prompts, seed=self.args.seed, first_index=place)
         self.written += trajectories
         examples = iter(TrajectoryDataset(trajectories, self.args.ignore_authors))
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
@@ -219,24 +233,32 @@ class MotabTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        if self.args.loss_type == "cross_entropy":
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        assert self.teacher_model is not None
         args = self.args
-        mask = inputs["labels"][:, 1:] != IGNORED
+        by_divergence = args.loss_type != "cross_entropy"
+        if not by_divergence and not self.from_heads:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        mask = labels[:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
-        if self.from_heads:
-            inputs |= {"output_hidden_states": True, "logits_to_keep": 1}
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher = self.teacher_model(**inputs)
-        student = model(**inputs)
+        if by_divergence:
+            assert self.teacher_model is not None
+            with torch.no_grad(), self.accelerator.autocast():
+                if self.from_heads:
+                    teacher = last_hidden_states(self.teacher_model, **inputs)
+                else:
+                    teacher = self.teacher_model(**inputs, use_cache=False).logits
+        of_heads: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.from_heads else {}
+        student = model(**inputs, **of_heads)
+        bare = self.accelerator.unwrap_model(model)
         settings = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
         with self.accelerator.autocast():
-            if self.from_heads:
-                models = self.accelerator.unwrap_model(model), self.teacher_model
-                loss = loss_from_heads(models, (student, teacher), mask, settings, num_items_in_batch)
+            if not by_divergence:
+                loss = cross_entropy_from_head(bare, student.hidden_states[-1], labels, num_items_in_batch)
+            elif self.from_heads:
+                hidden = student.hidden_states[-1], teacher
+                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, settings, num_items_in_batch)
             else:
-                loss = loss_from_logits((student, teacher), mask, settings, num_items_in_batch)
+                loss = loss_from_logits((student.logits, teacher), mask, settings, num_items_in_batch)
         if args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # over which the gradients are averaged
         return (loss, student) if return_outputs else loss

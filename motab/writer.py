@@ -29,12 +29,14 @@ class Writer:
         self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int, num_pages: int | None = None
     ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
+        kind = model.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self.cache = mk.RaggedKVCache(
             model.config,
             batch_size,
             max_length,
             device=model.device,
-            dtype=model.dtype,
+            dtype=dtype,
             num_pages=num_pages,
             page_size=memory.PAGE_SIZE,
         )

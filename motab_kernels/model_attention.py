@@ -53,6 +53,8 @@ def _attend(
             f'expected nothing that attention "{RAGGED_ATTENTION}" does not know, got {", ".join(unknown)} of '
             f'{type(module).__name__}: load the model with attn_implementation="eager"'
         )
+    if torch.is_autocast_enabled(query.device.type):
+        query = query.to(key.dtype)
     out = ragged_attention(
         query,
         key,

@@ -115,7 +115,7 @@ class RaggedKVCache(Cache):
         batch_size: rows, B.
         max_length: tokens that a row can hold, S.
         device: where keys, values and ``lengths`` live; the default device if None.
-        dtype: the keys' and values' dtype; the default dtype if None.
+        dtype: the keys' and values' dtype; the default dtype if None. Under autocast what a model gives is cast to it.
         num_pages: pages that all rows share, P; None: none, and each row lies in one piece.
         page_size: tokens of a page, a multiple of 64.
 
@@ -162,7 +162,8 @@ class RaggedKVCache(Cache):
             ]
         )
         self.max_length = max_length
-        self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        # Not `dtype`, by which accelerate knows a tensor among a model's outputs.
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # `visible_length` until the forward pass in progress ends, and from then on.
         self._bounds = (0, 0)
         # Whether the host knows that every row has exactly visible_length tokens.
@@ -246,7 +247,9 @@ class RaggedKVCache(Cache):
             self._require_uniform()
             self._step = self._begin(key_states.shape[2], None, None)
         step = self._step
-        expected = (tuple(step.slots.shape), self.dtype, self.device)
+        if torch.is_autocast_enabled(self.device.type):
+            key_states, value_states = key_states.to(self._dtype), value_states.to(self._dtype)
+        expected = (tuple(step.slots.shape), self._dtype, self.device)
         got = ((key_states.shape[0], key_states.shape[2]), key_states.dtype, key_states.device)
         if got != expected:
             raise ValueError(f"expected keys of (rows, tokens), dtype, device = {expected}, got {got}")
@@ -320,7 +323,7 @@ class RaggedKVCache(Cache):
         if attention == "sdpa":
             return visible
         if attention == "eager":
-            return torch.zeros_like(visible, dtype=self.dtype).masked_fill_(~visible, torch.finfo(self.dtype).min)
+            return torch.zeros_like(visible, dtype=self._dtype).masked_fill_(~visible, torch.finfo(self._dtype).min)
         raise ValueError(
             f'expected attention "sdpa", "eager" or "{RAGGED_ATTENTION}", got {attention!r}: load the model with '
             'attn_implementation="sdpa"'

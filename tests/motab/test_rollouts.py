@@ -8,6 +8,7 @@ from conftest import make_model
 from test_trainer import StopAt, config
 
 import motab
+import motab_kernels as mk
 
 POLICIES = {
     "on-policy": motab.OnPolicy(),
@@ -151,3 +152,30 @@ def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
 def test_a_policy_without_its_teacher(tmp_path, student, tokenizer, prompts):
     with pytest.raises(ValueError, match="MotabPolicy needs a teacher, got None"):
         train(tmp_path, student, None, tokenizer, prompts, motab.MotabPolicy(), trainer=motab.MotabTrainer)
+
+
+@pytest.mark.parametrize("loss_type", ["reverse_kl", "cross_entropy"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_mixed_precision(tmp_path, student, teacher, tokenizer, prompts, monkeypatch, loss_type, checkpointing):
+    """Float32 weights under autocast write in its precision, keys and values too, what they write there otherwise."""
+    caches = []
+    make = mk.RaggedKVCache.__init__
+    monkeypatch.setattr(
+        mk.RaggedKVCache, "__init__", lambda *x, dtype, **kw: caches.append(dtype) or make(*x, dtype=dtype, **kw)
+    )
+    pair = [copy.deepcopy(model).float() for model in (student, teacher)]
+    settings = {"bf16": True, "max_steps": 2, "loss_type": loss_type, "activation_checkpointing": checkpointing}
+    trainer = train(tmp_path, *pair, tokenizer, prompts, POLICIES["motab"], **settings)
+    assert set(caches) == {torch.bfloat16}
+    assert all(entry["grad_norm"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+    _, trajectories, *_ = trainer.steps[0]
+    assert any(t.breach_step is not None for t in trajectories)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = motab.synthesize(
+            *(*pair, tokenizer, [t.prompt_ids for t in trajectories]),
+            policy=POLICIES["motab"],
+            seed=trainer.args.seed,
+            indices=[t.index for t in trajectories],
+            **SETTINGS,
+        )
+        assert [t.token_ids for t in again] == [t.token_ids for t in trajectories]

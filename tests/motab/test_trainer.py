@@ -61,6 +61,17 @@ def test_loss_by_definition(tmp_path):
         assert logged == pytest.approx(total / count, rel=1e-3)
 
 
+def test_the_teacher_keeps_nothing_but_its_last_hidden_states(tmp_path, monkeypatch):
+    teacher = make_model(4)
+    args = config(tmp_path, loss_type="jsd", max_steps=1)
+    trainer = motab.MotabTrainer(make_model(3), teacher, args, train_dataset=TRAJECTORIES)
+    asked = []
+    teacher.model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
+    monkeypatch.setattr(teacher, "forward", None)  # which would make logits
+    trainer.train()
+    assert [(x["use_cache"], x.get("output_hidden_states")) for x in asked] == [(False, None)]
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -113,6 +124,24 @@ def step(folder, student, teacher, size, **settings):
     trainer.train()
     logged = next(entry for entry in trainer.state.log_history if "loss" in entry)
     return logged["loss"], logged["grad_norm"], trainer
+
+
+def test_cross_entropy_makes_logits_for_some_positions_at_a_time(tmp_path, monkeypatch):
+    """The loss and the gradient are those of transformers' own."""
+    monkeypatch.setattr("motab.distillation.BUDGET", 2 * 12 * 24)  # two positions
+
+    def logged(folder):
+        model, lengths = make_model(3), []
+        model.get_output_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[-2]))
+        *numbers, trainer = step(folder, model, None, 2)
+        return numbers, trainer.from_heads, max(n for n in lengths if n != 2)  # the tokens of the start
+
+    numbers, from_heads, length = logged(tmp_path / "heads")
+    monkeypatch.setattr("motab.trainer.has_plain_head", lambda model: False)
+    expected, from_heads_then, length_then = logged(tmp_path / "logits")
+    assert (from_heads, from_heads_then) == (True, False)
+    assert (length, length_then) == (1, 7)
+    assert numbers == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(
