@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
@@ -148,14 +149,17 @@ class Row:
                 self.rollback_step = starts.index(keep) if keep in starts else len(starts)
         rolled_back = self.records[keep:]
         del self.records[keep:]
-        # An end token amid the target would teach to stop there.
-        flawed = [] if rules.stitch is None else [record for record in rolled_back if record[0] not in self.end_ids]
+        # An end token amid the target would teach to stop there, and a </think> to think on behind it.
+        left_out = {*self.end_ids, *(n for text, n in tokenizer.get_added_vocab().items() if text.startswith("</"))}
+        stays = [rules.stitch is not None and token not in left_out for token, _ in rolled_back]
+        flawed = [record for record, it_stays in zip(rolled_back, stays, strict=True) if it_stays]
+        behind = [*accumulate(stays, initial=0)]  # of the flawed tokens, those before each place
         kept = len(self.target) + keep - self.turn_start
         for step in self.steps[self.turn_step :]:
             if rules.stitch is None and step.start >= keep:
                 step.discarded_ids = [token for token, _ in rolled_back[step.start - keep : step.end - keep]]
             step.start, step.end = (
-                min(place - self.turn_start + len(self.target), kept + len(flawed)) for place in (step.start, step.end)
+                kept + (place - keep if place < keep else behind[place - keep]) for place in (step.start, step.end)
             )
         self._close_turn("student")
         self.target += [("flawed", record) for record in flawed]
