@@ -32,6 +32,8 @@ class MotabConfig(TrainingArguments):
     """TrainingArguments with the paper's defaults and some settings more.
 
     Attributes:
+        lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
+            learning rate where that is less. Other schedules have no such default.
         ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
             output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
@@ -44,7 +46,9 @@ class MotabConfig(TrainingArguments):
 
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
+    )
     num_train_epochs: float = 6.0
     ddp_find_unused_parameters: bool | None = False
     loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
@@ -61,6 +65,14 @@ class MotabConfig(TrainingArguments):
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
         self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
+        least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
+        if least is not None and least > self.learning_rate:
+            raise ValueError(
+                f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
+                "the schedule would rise; lower it, or leave it out"
+            )
         if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):

@@ -34,7 +34,7 @@ class Recording(motab.MotabTrainer):
 def train(folder, student, teacher, tokenizer, prompts, policy, trainer=Recording, resume=None, stop=None, **settings):
     settings = {"learning_rate": 3e-2, "per_device_train_batch_size": 2, "logging_steps": 1, **settings}
     rollouts = motab.Rollouts(prompts, policy, **SETTINGS)
-    args = config(folder, lr_scheduler_type="constant", lr_scheduler_kwargs={}, **settings)
+    args = config(folder, lr_scheduler_type="constant", **settings)
     trainer = trainer(copy.deepcopy(student), teacher, args, train_dataset=rollouts, processing_class=tokenizer)
     if stop:
         trainer.add_callback(StopAt(stop))

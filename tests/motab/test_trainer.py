@@ -192,6 +192,29 @@ def test_the_papers_settings(tmp_path):
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
 
 
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({}, 1e-6),
+        ({"learning_rate": 1e-6}, 5e-7),  # it would rise to 1e-6
+        ({"lr_scheduler_kwargs": {"min_lr_rate": 0.5}}, 2.5e-5),
+        ({"lr_scheduler_kwargs": '{"min_lr": 2e-5}'}, 2e-5),  # as a flag gives it
+        ({"lr_scheduler_type": "linear"}, 0.0),
+        ({"lr_scheduler_type": "cosine"}, 0.0),
+    ],
+)
+def test_where_the_learning_rate_ends(tmp_path, settings, last):
+    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path, **settings), train_dataset=TRAJECTORIES)
+    trainer.create_optimizer_and_scheduler(8)
+    rates = []
+    for _ in range(8):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        rates += trainer.lr_scheduler.get_last_lr()[:1]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(last)
+
+
 def test_bad_input(tmp_path):
     with pytest.raises(ValueError, match=r"ignore_authors must be among student, flawed.* got me"):
         config(tmp_path, ignore_authors=["me"])
@@ -205,3 +228,5 @@ def test_bad_input(tmp_path):
         motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
         config(tmp_path, loss_type="kl")
+    with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
+        config(tmp_path, learning_rate=1e-6, lr_scheduler_kwargs={"min_lr": 1e-3})
