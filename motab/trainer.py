@@ -34,6 +34,7 @@ class MotabConfig(TrainingArguments):
     Attributes:
         lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
             learning rate where that is less. Other schedules have no such default.
+        save_steps, save_total_limit: ten checkpoints a run, of which the last is kept.
         ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
             output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
@@ -50,6 +51,8 @@ class MotabConfig(TrainingArguments):
         default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
     )
     num_train_epochs: float = 6.0
+    save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
     ddp_find_unused_parameters: bool | None = False
     loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
     beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})

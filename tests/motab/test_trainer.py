@@ -1,6 +1,7 @@
 """Training on trajectories: what the loss sees, that it learns, that it resumes."""
 
 import copy
+import pathlib
 
 import pytest
 import torch
@@ -87,6 +88,28 @@ def test_learns_and_resumes(tmp_path):
         assert torch.equal(a, b)
     ids = torch.tensor([TRAJECTORIES[0].prompt_ids + TRAJECTORIES[0].token_ids])
     assert whole(ids).logits[0, 1:-1].argmax(-1).tolist() == TRAJECTORIES[0].token_ids
+
+
+class Checkpoints(TrainerCallback):
+    """After which steps there is one, and how many there are."""
+
+    def __init__(self):
+        self.steps, self.most = [], 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+        self.most = max(self.most, len(list(pathlib.Path(args.output_dir).glob("checkpoint-*"))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "most"),
+    [({}, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20], 1), ({"save_steps": 8, "save_total_limit": 2}, [8, 16, 20], 2)],
+)
+def test_checkpoints(tmp_path, settings, steps, most):
+    args = config(tmp_path, per_device_train_batch_size=2, num_train_epochs=20, save_strategy="steps", **settings)
+    seen = Checkpoints()
+    motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES, callbacks=[seen]).train()
+    assert (seen.steps, seen.most) == (steps, most)
 
 
 def softcapped_model(seed):
