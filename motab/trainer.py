@@ -137,8 +137,8 @@ class MotabTrainer(Trainer):
 
     Raises:
         ValueError: no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
-            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); in
-            training, what `synthesize` refuses.
+            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
+            several GPUs in one process (DataParallel); in training, what `synthesize` refuses.
     """
 
     def __init__(
@@ -182,6 +182,12 @@ class MotabTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"MotabTrainer runs one process a GPU, got {self.args.n_gpu} GPUs in one process: start it "
+                f"by accelerate launch --num_processes {self.args.n_gpu} -m motab.cli train ..., or set "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         self.teacher_model = teacher_model
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded and self.rollouts is not None:

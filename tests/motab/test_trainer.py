@@ -62,6 +62,14 @@ def test_loss_by_definition(tmp_path):
         assert logged == pytest.approx(total / count, rel=1e-3)
 
 
+def test_several_gpus_in_one_process(tmp_path):
+    args = config(tmp_path)
+    assert args.n_gpu < 2
+    args._n_gpu = 2  # what transformers finds on a machine with two GPUs and no launcher
+    with pytest.raises(ValueError, match=r"got 2 GPUs in one process: .* --num_processes 2 -m motab.cli train"):
+        motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
