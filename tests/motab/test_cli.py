@@ -112,6 +112,40 @@ def test_policies_by_flags(flags, policy):
     assert parse(SynthesizeArguments, flags, "synthesize").make_policy() == policy
 
 
+@pytest.mark.parametrize(
+    ("written", "flags", "policy"),
+    [
+        ("stitch: null", [], motab.MotabPolicy(stitch=None)),
+        ("stitch: null", ["--stitch", "But"], motab.MotabPolicy(stitch="But")),
+        ("epsilon0: null\nentropy_top_k: null", [], motab.MotabPolicy()),
+    ],
+)
+def test_null_in_a_file(tmp_path, written, flags, policy):
+    path = tmp_path / "config.yaml"
+    path.write_text(written)
+    assert parse(SynthesizeArguments, ["--config", str(path), *flags], "synthesize").make_policy() == policy
+
+
+@pytest.mark.parametrize("name", ["bogus", "[motab]"])
+def test_an_unknown_policy_in_a_file(tmp_path, name):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"policy: {name}")
+    with pytest.raises(ValueError, match=r"policy must be one of motab, on_policy, .* got .*(bogus|\['motab'\])"):
+        parse(SynthesizeArguments, ["--config", str(path)], "synthesize").make_policy()
+
+
+def test_files_that_are_not_there(tmp_path, capsys):
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    assert main([*command, "--train_file", "none.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "--train_file must name a file that is there, got 'none.jsonl'; motab synthesize writes" in error
+    assert main([*command, "--config", "none.yaml"]) == 2
+    assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("stitch: [")
+    assert main([*command, "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml must hold settings in YAML, got what is none" in capsys.readouterr().err
+
+
 def test_a_policy_that_lacks_a_setting():
     with pytest.raises(ValueError, match="give --factor and --window"):
         parse(SynthesizeArguments, ["--policy", "adaswitch"], "synthesize").make_policy()
