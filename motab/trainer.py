@@ -11,18 +11,16 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
 from motab.policies import TeacherOnly
 from motab.prompts import Prompt
 from motab.report import figures
 from motab.rollouts import Rollouts
-from motab.synthesis import read_trajectories
 from motab.trajectory import AUTHORS, Trajectory
 
-IGNORED = -100
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
 
@@ -84,39 +82,6 @@ class MotabConfig(TrainingArguments):
             raise ValueError("ignore_authors names every author: no token would be left to train on")
 
 
-class TrajectoryDataset(Dataset[dict[str, list[int]]]):
-    """Trajectories as ``input_ids`` and ``labels``; the prompt and ignored authors have label -100."""
-
-    def __init__(self, trajectories: Sequence[Trajectory], ignore_authors: Sequence[str] = ()):
-        self.trajectories, self.ignore_authors = trajectories, frozenset(ignore_authors)
-
-    def __len__(self) -> int:
-        return len(self.trajectories)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        trajectory = self.trajectories[index]
-        labels = [IGNORED] * len(trajectory.prompt_ids) + [
-            IGNORED if author in self.ignore_authors else token
-            for token, author in zip(trajectory.token_ids, trajectory.author, strict=True)
-        ]
-        return {"input_ids": trajectory.prompt_ids + trajectory.token_ids, "labels": labels}
-
-
-def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch padded on the right: input_ids, attention_mask and labels, each (B, T)."""
-    longest = max(len(example["input_ids"]) for example in examples)
-
-    def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
-
-    ids = [example["input_ids"] for example in examples]
-    return {
-        "input_ids": padded(ids, 0),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded([example["labels"] for example in examples], IGNORED),
-    }
-
-
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
     what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
@@ -170,8 +135,7 @@ class MotabTrainer(Trainer):
             if processing_class is None:
                 raise ValueError("Rollouts need the tokenizer; give processing_class")
         else:
-            trajectories = read_trajectories(train_dataset) if isinstance(train_dataset, str | Path) else train_dataset
-            dataset = TrajectoryDataset(trajectories, args.ignore_authors)
+            dataset = TrajectoryDataset(train_dataset, args.ignore_authors)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         super().__init__(

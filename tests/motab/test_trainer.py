@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 import motab
 from motab.distillation import has_plain_head
-from motab.trainer import LOSS_TYPES, TrajectoryDataset, collate
+from motab.trainer import LOSS_TYPES
 
 
 def trajectory(index, prompt_ids, token_ids, author):
@@ -26,15 +26,6 @@ TRAJECTORIES = [
 def config(folder, **settings):
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     return motab.MotabConfig(output_dir=str(folder), **{**defaults, **settings})
-
-
-def test_labels_and_padding():
-    batch = collate([TrajectoryDataset(TRAJECTORIES)[i] for i in (0, 1)])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, 3, 4, 5, 6, 7], [-100, 9, 0, -100, -100, -100, -100]]
-    ignoring = TrajectoryDataset(TRAJECTORIES, ["flawed", "stitch"])
-    assert ignoring[0]["labels"] == [-100, -100, 3, -100, -100, 6, 7]
 
 
 def test_loss_by_definition(tmp_path):
@@ -207,13 +198,6 @@ def test_a_divergence_leaves_the_teacher_as_it_is_and_closes_in_on_it(tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0] / 10
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
-
-
-def test_reads_the_file_of_a_synthesis(tmp_path):
-    path = tmp_path / "trajectories.jsonl"
-    path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
-    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=path)
-    assert len(trainer.train_dataset) == 2
 
 
 def test_the_papers_settings(tmp_path):
