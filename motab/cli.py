@@ -82,11 +82,15 @@ def train(arguments: list[str], console: Console) -> None:
         data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
     model = load_model(args.model_name_or_path, args.dtype)
     teacher = load_model(teacher_name, args.dtype) if teacher_name else None
-    trainer = MotabTrainer(model, teacher, config, train_dataset=data, processing_class=tokenizer)
+    held_out = args.eval_file or None
+    trainer = MotabTrainer(
+        model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
+    )
     last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last)
     trainer.save_model()
-    console.print(f"{config.output_dir}: the trained model")
+    loss = f", held-out loss {trainer.evaluate()['eval_loss']:.4f}" if held_out else ""
+    console.print(f"{config.output_dir}: the trained model{loss}")
 
 
 def evaluate(arguments: list[str], console: Console) -> None:

@@ -147,6 +147,7 @@ class TrainArguments(PolicyArguments):
     model_name_or_path: str = _setting("", "The student.")
     teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
     train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
+    eval_file: str = _setting("", "Held-out trajectories: their loss at the end, and when --eval_strategy says.")
     dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
     dataset_split: str | None = _setting(None, "Of a hub dataset (train).")
     max_new_tokens: int | None = _setting(None, "Of what is written as it trains: budget after the prompt (1024).")
@@ -175,8 +176,9 @@ class TrainArguments(PolicyArguments):
                 f"--train_file is trained on as it was written, got {', '.join(given)} besides: leave them out, or "
                 "give --dataset_name in place of --train_file to write as it trains"
             )
-        if self.train_file:
-            require_file(self.train_file, "train_file", "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
+        for name in ("train_file", "eval_file"):
+            if path := getattr(self, name):
+                require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
         """What these settings have the student write on."""

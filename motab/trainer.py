@@ -4,7 +4,7 @@ the teacher at every token; on trajectories that are written, or that the studen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +23,7 @@ from motab.trajectory import AUTHORS, Trajectory
 
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
+Trajectories = Sequence[Trajectory] | str | Path
 
 
 @dataclass
@@ -32,7 +33,8 @@ class MotabConfig(TrainingArguments):
     Attributes:
         lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
             learning rate where that is less. Other schedules have no such default.
-        save_steps, save_total_limit: ten checkpoints a run, of which the last is kept.
+        save_steps, save_total_limit, eval_steps: ten checkpoints a run, of which the last is kept; by ``eval_strategy``
+            "steps" as many evaluations.
         ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
             output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
@@ -50,6 +52,9 @@ class MotabConfig(TrainingArguments):
     )
     num_train_epochs: float = 6.0
     save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Of eval_strategy steps; below 1 a share of the run."}
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
     ddp_find_unused_parameters: bool | None = False
     loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
@@ -82,6 +87,11 @@ class MotabConfig(TrainingArguments):
             raise ValueError("ignore_authors names every author: no token would be left to train on")
 
 
+def _collate_or_list(examples: list[Any]) -> Any:
+    """A batch of trajectories; prompts as they are."""
+    return collate(examples) if isinstance(examples[0], dict) else examples
+
+
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
     what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
@@ -98,6 +108,8 @@ class MotabTrainer(Trainer):
             written it is not needed, and refused.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
+        eval_dataset: held-out trajectories, their file, or several such by name. Their loss is logged when
+            ``eval_strategy`` says, and returned by `evaluate`: the mean over batches of the mean over their tokens.
         processing_class: the tokenizer, saved with the model; `Rollouts` need it.
 
     Raises:
@@ -112,7 +124,8 @@ class MotabTrainer(Trainer):
         teacher_model: PreTrainedModel | None = None,
         args: MotabConfig | None = None,
         *,
-        train_dataset: Sequence[Trajectory] | str | Path | Rollouts,
+        train_dataset: Trajectories | Rollouts,
+        eval_dataset: Trajectories | Mapping[str, Trajectories] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
@@ -138,11 +151,17 @@ class MotabTrainer(Trainer):
             dataset = TrajectoryDataset(train_dataset, args.ignore_authors)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
+        held_out: Any = eval_dataset
+        if isinstance(eval_dataset, Mapping):
+            held_out = {name: TrajectoryDataset(data, args.ignore_authors) for name, data in eval_dataset.items()}
+        elif eval_dataset is not None:
+            held_out = TrajectoryDataset(eval_dataset, args.ignore_authors)
         super().__init__(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=list if self.rollouts is not None else collate,
+            eval_dataset=held_out,
+            data_collator=_collate_or_list,
             processing_class=processing_class,
             **kwargs,
         )
@@ -161,6 +180,12 @@ class MotabTrainer(Trainer):
         if teacher_model is not None and by_divergence:
             self.from_heads = not is_sharded and has_plain_head(model) and has_plain_head(teacher_model)
             self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+
+    def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
+        """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
+            eval_dataset = TrajectoryDataset(eval_dataset, self.args.ignore_authors)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""

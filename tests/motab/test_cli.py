@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -57,7 +58,9 @@ def test_from_synthesis_to_report(config, tmp_path, capsys):
     assert main([*command, "--loss_type", "jsd"]) == 2
     assert "loss_type jsd compares the student with a teacher" in capsys.readouterr().err
     assert main([*command, "--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")]) == 0
-    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--eval_file", str(out / "trajectories.jsonl"), "--eval_strategy", "steps"]) == 0
+    assert re.search(r"model: the trained\s+model,\s+held-out\s+loss\s+0\.\d{4}", capsys.readouterr().out)
     figures = tmp_path / "figures.json"
     command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
     assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0
@@ -139,6 +142,10 @@ def test_files_that_are_not_there(tmp_path, capsys):
     assert main([*command, "--train_file", "none.jsonl"]) == 2
     error = capsys.readouterr().err
     assert "--train_file must name a file that is there, got 'none.jsonl'; motab synthesize writes" in error
+    file = tmp_path / "t.jsonl"
+    file.touch()
+    assert main([*command, "--train_file", str(file), "--eval_file", "no.jsonl"]) == 2
+    assert "--eval_file must name a file that is there, got 'no.jsonl'" in capsys.readouterr().err
     assert main([*command, "--config", "none.yaml"]) == 2
     assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("stitch: [")

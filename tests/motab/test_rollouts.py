@@ -1,6 +1,7 @@
 """Training on what the student writes as it trains."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -122,6 +123,20 @@ def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer
     )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
+    """Written beforehand, evaluated as the student trains on what it writes."""
+    held_out = list(motab.synthesize(student, teacher, tokenizer, prompts, **SETTINGS))
+    trainer = train(
+        tmp_path,
+        *(student, teacher, tokenizer, prompts, motab.OnPolicy()),
+        trainer=functools.partial(motab.MotabTrainer, eval_dataset=held_out),
+        **{"loss_type": "forward_kl", "max_steps": 30, "eval_strategy": "steps", "learning_rate": 3e-3},
+    )
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
