@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from motab.processes import process_state
 from motab.trajectory import Trajectory
 
 IGNORED = -100
@@ -23,17 +25,37 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
     Args:
         trajectories: the trajectories, or the file that `synthesize_to_file` wrote; a last line cut short is left out.
         ignore_authors: whose tokens are not trained on.
+        max_length: leave out, with one warning, the trajectories of more tokens, prompt and target together.
+
+    Raises:
+        ValueError: a trajectory whose tokens and authors differ in number; none that is short enough.
     """
 
-    def __init__(self, trajectories: Iterable[Trajectory] | str | Path, ignore_authors: Sequence[str] = ()):
-        ignored = frozenset(ignore_authors)
+    def __init__(
+        self,
+        trajectories: Iterable[Trajectory] | str | Path,
+        ignore_authors: Sequence[str] = (),
+        max_length: int | None = None,
+    ):
+        ignored, longer = frozenset(ignore_authors), 0
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, of the target alone
         for t in _lines(trajectories) if isinstance(trajectories, str | Path) else trajectories:
             if len(t.author) != len(t.token_ids):
                 raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
+            if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
+                longer += 1
+                continue
             self.ids.append(np.array(t.prompt_ids + t.token_ids, dtype=np.int32))
             self.trained.append(np.array([author not in ignored for author in t.author], dtype=np.bool_))
+        if longer and not self.ids:
+            raise ValueError(f"all {longer} trajectories have more than max_length {max_length} tokens; raise it")
+        if longer and process_state().is_main_process:
+            warnings.warn(
+                f"{longer} of {longer + len(self.ids)} trajectories have more than max_length {max_length} tokens and "
+                "are left out",
+                stacklevel=2,
+            )
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -43,6 +43,8 @@ class MotabConfig(TrainingArguments):
         beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
+        max_length: leave out trajectories of more tokens, prompt and target together; None: none. What `Rollouts` write
+            has a budget of its own.
     """
 
     learning_rate: float = 5e-5
@@ -64,6 +66,7 @@ class MotabConfig(TrainingArguments):
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
+    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
 
     def __post_init__(self) -> None:
         # Unless told so, each of several processes on a CPU takes itself for the only one.
@@ -85,6 +88,10 @@ class MotabConfig(TrainingArguments):
             raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
         if set(self.ignore_authors) >= set(AUTHORS):
             raise ValueError("ignore_authors names every author: no token would be left to train on")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(
+                f"max_length must be at least 1, or None for trajectories of any length, got {self.max_length}"
+            )
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
@@ -147,15 +154,23 @@ class MotabTrainer(Trainer):
                 raise ValueError("Rollouts are the student's, got policy TeacherOnly; write those once, by synthesize")
             if processing_class is None:
                 raise ValueError("Rollouts need the tokenizer; give processing_class")
+            if args.max_length is not None:
+                raise ValueError(
+                    f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
+                    "max_new_tokens"
+                )
         else:
-            dataset = TrajectoryDataset(train_dataset, args.ignore_authors)
+            dataset = TrajectoryDataset(train_dataset, args.ignore_authors, args.max_length)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         held_out: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):
-            held_out = {name: TrajectoryDataset(data, args.ignore_authors) for name, data in eval_dataset.items()}
+            held_out = {
+                name: TrajectoryDataset(data, args.ignore_authors, args.max_length)
+                for name, data in eval_dataset.items()
+            }
         elif eval_dataset is not None:
-            held_out = TrajectoryDataset(eval_dataset, args.ignore_authors)
+            held_out = TrajectoryDataset(eval_dataset, args.ignore_authors, args.max_length)
         super().__init__(
             model=model,
             args=args,
@@ -184,7 +199,7 @@ class MotabTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
         """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
-            eval_dataset = TrajectoryDataset(eval_dataset, self.args.ignore_authors)
+            eval_dataset = TrajectoryDataset(eval_dataset, self.args.ignore_authors, self.args.max_length)
         return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

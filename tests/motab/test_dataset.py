@@ -3,7 +3,8 @@
 import tracemalloc
 
 import pytest
-from test_trainer import TRAJECTORIES, trajectory
+from conftest import make_model
+from test_trainer import TRAJECTORIES, config, trajectory
 
 import motab
 from motab.dataset import TrajectoryDataset, collate
@@ -53,3 +54,24 @@ def test_a_few_bytes_a_token(tmp_path, in_file):
 def test_tokens_and_authors_that_differ_in_number():
     with pytest.raises(ValueError, match="trajectory 7 has 2 tokens and 1 authors"):
         TrajectoryDataset([trajectory(7, [1], [2, 3], ["student"])])
+
+
+def test_trajectories_that_are_too_long():
+    """Of 7 and 3 tokens."""
+    assert len(TrajectoryDataset(TRAJECTORIES, max_length=7)) == 2
+    with pytest.warns(UserWarning, match="1 of 2 trajectories have more than max_length 6 tokens and are left out"):
+        assert list(TrajectoryDataset(TRAJECTORIES, max_length=6)) == [TrajectoryDataset(TRAJECTORIES)[1]]
+    with pytest.raises(ValueError, match="all 2 trajectories have more than max_length 2 tokens; raise it"):
+        TrajectoryDataset(TRAJECTORIES, max_length=2)
+
+
+@pytest.mark.filterwarnings("ignore:1 of 2 trajectories")
+def test_the_trainer_leaves_them_out(tmp_path):
+    short, both = {"max_length": 6}, {"a": TRAJECTORIES}
+    trainer = motab.MotabTrainer(
+        make_model(3), args=config(tmp_path, **short), train_dataset=TRAJECTORIES, eval_dataset=both
+    )
+    assert (len(trainer.train_dataset), len(trainer.eval_dataset["a"])) == (1, 1)
+    assert len(trainer.get_eval_dataloader(TRAJECTORIES).dataset) == 1
+    with pytest.raises(ValueError, match=r"max_length must be at least 1, or None .* got 0"):
+        config(tmp_path, max_length=0)

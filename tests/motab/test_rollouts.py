@@ -148,6 +148,7 @@ def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
             "Rollouts are the student's, got .*TeacherOnly",
         ),
         ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
+        ({"max_length": 9}, "max_length is of trajectories that are written, got 9 with Rollouts; give them max_new"),
         ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
     ],
 )
@@ -155,7 +156,7 @@ def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
     arguments = {
         "model": copy.deepcopy(student),
         "teacher_model": teacher,
-        "args": config(tmp_path, loss_type="jsd"),
+        "args": config(tmp_path, loss_type="jsd", max_length=change.pop("max_length", None)),
         "train_dataset": motab.Rollouts([[1]], motab.OnPolicy()),
         "processing_class": tokenizer,
     }
