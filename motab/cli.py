@@ -47,7 +47,9 @@ def synthesize(arguments: list[str], console: Console) -> None:
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
     student, teacher = (
-        load_model(names[name], args.dtype, shared=shared) if name in names else None
+        load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
+        if name in names
+        else None
         for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
     )
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
@@ -80,8 +82,9 @@ def train(arguments: list[str], console: Console) -> None:
     if args.dataset_name:
         problems = load_problems(args.dataset_name, args.dataset_split or "train")
         data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
-    model = load_model(args.model_name_or_path, args.dtype)
-    teacher = load_model(teacher_name, args.dtype) if teacher_name else None
+    attention = {"attn_implementation": args.attn_implementation}
+    model = load_model(args.model_name_or_path, args.dtype, **attention)
+    teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
     held_out = args.eval_file or None
     trainer = MotabTrainer(
         model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
@@ -107,7 +110,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_model(args.model_name_or_path, args.dtype)
+    model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps(asdict(result)))

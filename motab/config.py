@@ -18,6 +18,7 @@ from motab.rollouts import Rollouts
 T = TypeVar("T")
 #: What null in a file says where None of the API is not "not given", as a flag says it.
 _NULL = {"stitch": ""}
+_ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -39,6 +40,7 @@ class GenerationArguments:
         None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
     )
     dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    attn_implementation: str | None = _setting(None, _ATTENTION)
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
@@ -157,7 +159,9 @@ class TrainArguments(PolicyArguments):
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", "Of the weights.")
+    dtype: str = _setting("float32", "Of the student's weights.")
+    teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
+    attn_implementation: str | None = _setting(None, _ATTENTION)
 
     def check_source(self) -> None:
         """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.
