@@ -27,6 +27,9 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         ignore_authors: whose tokens are not trained on.
         max_length: leave out, with one warning, the trajectories of more tokens, prompt and target together.
 
+    Attributes:
+        end_tokens: those that trajectories end with; none of one that ran out of budget.
+
     Raises:
         ValueError: a trajectory whose tokens and authors differ in number; none that is short enough.
     """
@@ -38,6 +41,7 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         max_length: int | None = None,
     ):
         ignored, longer = frozenset(ignore_authors), 0
+        self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, of the target alone
         for t in _lines(trajectories) if isinstance(trajectories, str | Path) else trajectories:
@@ -46,6 +50,8 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
             if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
                 longer += 1
                 continue
+            if t.finish_reason == "eos":
+                self.end_tokens.add(t.token_ids[-1])
             self.ids.append(np.array(t.prompt_ids + t.token_ids, dtype=np.int32))
             self.trained.append(np.array([author not in ignored for author in t.author], dtype=np.bool_))
         if longer and not self.ids:

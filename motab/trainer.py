@@ -4,7 +4,7 @@ the teacher at every token; on trajectories that are written, or that the studen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, Trai
 from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import Divergence, has_plain_head, loss_from_heads, loss_from_logits
 from motab.policies import TeacherOnly
-from motab.prompts import Prompt
+from motab.prompts import Prompt, end_tokens
 from motab.report import figures
 from motab.rollouts import Rollouts
 from motab.trajectory import AUTHORS, Trajectory
@@ -99,6 +99,15 @@ def _collate_or_list(examples: list[Any]) -> Any:
     return collate(examples) if isinstance(examples[0], dict) else examples
 
 
+def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
+    """Have the model's generation end with these tokens too: a student learns to write those of its teacher."""
+    if model.generation_config is not None:
+        known = model.generation_config.eos_token_id
+        ids = [*known] if isinstance(known, list) else [] if known is None else [known]
+        ids += sorted(set(tokens) - set(ids))
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
+
+
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
     what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
@@ -107,6 +116,9 @@ class MotabTrainer(Trainer):
     these two alone make the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an
     adapter on the head), and for sharded ones (FSDP, DeepSpeed), it takes the logits. It is the mean over the tokens of
     a step, however that is cut into micro-batches and among processes.
+
+    The student learns the end tokens that its trajectories end with: its ``generation_config``, saved with it, then
+    names them beside its own; with `Rollouts` those of both models.
 
     Args:
         model: the student.
@@ -190,6 +202,12 @@ class MotabTrainer(Trainer):
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded and self.rollouts is not None:
             raise ValueError("Rollouts need whole models, got sharded ones; take DDP, or write trajectories beforehand")
+        if isinstance(dataset, Rollouts):
+            assert processing_class is not None
+            writers = [model] if teacher_model is None else [model, teacher_model]
+            _end_with(model, end_tokens(writers, processing_class))
+        else:
+            _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
         if teacher_model is not None and by_divergence:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 from test_trainer import StopAt, config
+from transformers import GenerationConfig
 
 import motab
 
@@ -123,6 +124,14 @@ def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer
     )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+
+
+def test_the_saved_model_ends_where_either_model_does(tmp_path, student, teacher, tokenizer, prompts):
+    teacher = copy.deepcopy(teacher)
+    teacher.generation_config.eos_token_id = [0, 9]
+    trainer = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], max_steps=1)
+    trainer.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 9]
 
 
 def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):

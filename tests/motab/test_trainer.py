@@ -1,12 +1,13 @@
 """Training on trajectories: what the loss sees, that it learns, that it resumes."""
 
 import copy
+import dataclasses
 import pathlib
 
 import pytest
 import torch
 from conftest import make_model
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 import motab
 from motab.distillation import has_plain_head
@@ -51,6 +52,27 @@ def test_loss_by_definition(tmp_path):
         trainer.train()
         logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         assert logged == pytest.approx(total / count, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("own", "finish_reasons", "expected"),
+    [
+        (0, ["eos", "eos"], [0, 7]),  # the last tokens are 7 and 0
+        (0, ["length", "eos"], 0),
+        ([5, 0], ["eos", "length"], [5, 0, 7]),
+        (None, ["eos", "length"], 7),
+        (None, ["length", "length"], None),
+    ],
+)
+def test_the_saved_model_ends_where_its_trajectories_do(tmp_path, own, finish_reasons, expected):
+    """A base model's end token is not that of the chat model whose text it learns."""
+    model = make_model(3)
+    model.generation_config.eos_token_id = own
+    data = [dataclasses.replace(t, finish_reason=x) for t, x in zip(TRAJECTORIES, finish_reasons, strict=True)]
+    trainer = motab.MotabTrainer(model, args=config(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == expected
 
 
 def test_several_gpus_in_one_process(tmp_path):
