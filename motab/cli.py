@@ -47,7 +47,9 @@ def synthesize(arguments: list[str], console: Console) -> None:
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
     student, teacher = (
-        load_model(names[name], args.dtype, shared=shared) if name in names else None
+        load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
+        if name in names
+        else None
         for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
     )
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
@@ -63,11 +65,11 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written beforehand or as it trains."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     from motab.data import load_problems
     from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
+    from motab.processes import Processes
+    from motab.resume import decisive_settings, last_checkpoint, record
     from motab.trainer import MotabConfig, MotabTrainer
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
@@ -80,13 +82,27 @@ def train(arguments: list[str], console: Console) -> None:
     if args.dataset_name:
         problems = load_problems(args.dataset_name, args.dataset_split or "train")
         data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
-    model = load_model(args.model_name_or_path, args.dtype)
-    teacher = load_model(teacher_name, args.dtype) if teacher_name else None
-    trainer = MotabTrainer(model, teacher, config, train_dataset=data, processing_class=tokenizer)
-    last = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last)
+    processes, folder = Processes(), config.output_dir
+    settings = processes.from_main(lambda: decisive_settings(args, config, data))
+    last, finished = config.resume_from_checkpoint, False
+    if not last:
+        last, finished = processes.from_main(lambda: last_checkpoint(folder, settings))
+    if finished:
+        console.print(f"{folder}: already trained with these settings; remove it to train again")
+        return
+    attention = {"attn_implementation": args.attn_implementation}
+    model = load_model(args.model_name_or_path, args.dtype, **attention)
+    teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
+    held_out = args.eval_file or None
+    trainer = MotabTrainer(
+        model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
+    )
+    processes.from_main(lambda: record(folder, settings, finished=False))
+    trainer.train(resume_from_checkpoint=last)
     trainer.save_model()
-    console.print(f"{config.output_dir}: the trained model")
+    processes.from_main(lambda: record(folder, settings, finished=True))
+    loss = f", held-out loss {trainer.evaluate()['eval_loss']:.4f}" if held_out else ""
+    console.print(f"{folder}: the trained model{loss}")
 
 
 def evaluate(arguments: list[str], console: Console) -> None:
@@ -103,7 +119,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    model = load_model(args.model_name_or_path, args.dtype)
+    model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps(asdict(result)))

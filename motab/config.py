@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
@@ -15,6 +16,9 @@ from motab.prompts import Prompt
 from motab.rollouts import Rollouts
 
 T = TypeVar("T")
+#: What null in a file says where None of the API is not "not given", as a flag says it.
+_NULL = {"stitch": ""}
+_ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
 
 
 def _setting(default: Any, text: str) -> Any:
@@ -36,6 +40,7 @@ class GenerationArguments:
         None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
     )
     dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    attn_implementation: str | None = _setting(None, _ATTENTION)
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
@@ -56,7 +61,8 @@ class PolicyArguments:
     entropy_top_k: int | None = _setting(None, "Of motab: entropy of the renormalised top k; exact when not given.")
     backtrack: str | None = _setting(None, "Of motab: the teacher starts where td (this), breach or none says.")
     stitch: str | None = _setting(
-        None, "Of motab: phrase before the teacher's text ('However,'); '' leaves the flawed steps out."
+        None,
+        "Of motab: phrase before the teacher's text ('However,'); '' (null in a file) leaves the flawed steps out.",
     )
     delimiter: str | None = _setting(None, "Ends a step ('.\\n\\n', of relay_opd '\\n\\n').")
     max_interventions: int | None = _setting(None, "Of motab (1) and relay_opd (2).")
@@ -76,9 +82,12 @@ class PolicyArguments:
         """The policy that these settings describe.
 
         Raises:
-            ValueError: a setting that the policy needs is missing, one of another policy's is there, or out of range.
+            ValueError: an unknown policy; a setting that it needs is missing, one of another policy's is there, or out
+                of range.
         """
         policy = self.policy or "motab"
+        if policy not in list(POLICIES):  # a name that only the command line looks at
+            raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         kind = POLICIES[policy]
         own = {entry.name: entry for entry in dataclasses.fields(kind)}
         settings = {entry.name for each in POLICIES.values() for entry in dataclasses.fields(each)}
@@ -140,6 +149,7 @@ class TrainArguments(PolicyArguments):
     model_name_or_path: str = _setting("", "The student.")
     teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
     train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
+    eval_file: str = _setting("", "Held-out trajectories: their loss at the end, and when --eval_strategy says.")
     dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
     dataset_split: str | None = _setting(None, "Of a hub dataset (train).")
     max_new_tokens: int | None = _setting(None, "Of what is written as it trains: budget after the prompt (1024).")
@@ -149,10 +159,12 @@ class TrainArguments(PolicyArguments):
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", "Of the weights.")
+    dtype: str = _setting("float32", "Of the student's weights.")
+    teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
+    attn_implementation: str | None = _setting(None, _ATTENTION)
 
     def check_source(self) -> None:
-        """Refuse none or two of the sources, and settings of the writing where nothing is written.
+        """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.
 
         Raises:
             ValueError: names the settings, and the way out.
@@ -168,6 +180,9 @@ class TrainArguments(PolicyArguments):
                 f"--train_file is trained on as it was written, got {', '.join(given)} besides: leave them out, or "
                 "give --dataset_name in place of --train_file to write as it trains"
             )
+        for name in ("train_file", "eval_file"):
+            if path := getattr(self, name):
+                require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
         """What these settings have the student write on."""
@@ -179,20 +194,24 @@ def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str)
     """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
 
     Raises:
-        ValueError: a file that is not a mapping of known settings.
+        ValueError: no such file, or one that is not a mapping of known settings.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     parser = HfArgumentParser(kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False)
     parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
     config = _config_file(arguments)
     if config:
+        require_file(config, "config", "it holds settings in YAML")
         with open(config, encoding="utf-8") as file:
-            values = yaml.safe_load(file) or {}
+            try:
+                values = yaml.safe_load(file) or {}
+            except yaml.YAMLError as error:
+                raise ValueError(f"{config} must hold settings in YAML, got what is none: {error}") from error
         known = {entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init}
         if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
             what = ", ".join(unknown) if isinstance(values, dict) else type(values).__name__
             raise ValueError(f"{config} must hold settings of motab {command}, got {what}; see motab {command} --help")
-        parser.set_defaults(**values)
+        parser.set_defaults(**{name: _NULL.get(name) if value is None else value for name, value in values.items()})
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     filled = parsed[: len(kinds)]
     return filled[0] if len(filled) == 1 else filled
@@ -211,3 +230,9 @@ def require(**settings: str) -> None:
     """Refuse settings that have no default and were not given."""
     if missing := [f"--{name}" for name, value in settings.items() if not value]:
         raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
+
+
+def require_file(path: str, name: str, source: str) -> None:
+    """Refuse a file that is not there, and say where it comes from."""
+    if not Path(path).is_file():
+        raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+from motab.dataset import IGNORED
 
-IGNORED = -100  # the label of a token that is not trained on
 BUDGET = 1 << 30  # bytes of logits that exist at a time, with what cross-entropy makes of them
 
 

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 
 from motab.processes import process_state
 
 
-def load_model(name_or_path: str, dtype: str = "auto", *, shared: bool = False) -> PreTrainedModel:
+def load_model(
+    name_or_path: str, dtype: str = "auto", *, shared: bool = False, attn_implementation: str | None = None
+) -> PreTrainedModel:
     """A causal language model in evaluation mode, on the accelerator where there is one; of several
     processes each takes its own, or all share one, tensor-parallel.
 
     Raises:
-        ValueError: what is named is not a model, or not one to be shared.
+        ValueError: what is named is not a model, or not one to be shared, or not one with that attention.
     """
     device = process_state().device
-    options = {"distributed_config": DistributedConfig(tp_plan="auto")} if shared else {}
+    options: dict[str, Any] = {"distributed_config": DistributedConfig(tp_plan="auto")} if shared else {}
+    with_attention = ""
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation
+        with_attention = f" to be loaded with attn_implementation {attn_implementation!r}"
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # ImportError: an attention whose package is missing
         raise ValueError(
-            f"{name_or_path!r} is not a causal language model (expected a hub name or a folder with config.json and "
-            f"weights): {error}"
+            f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
+            f"folder with config.json and weights): {error}"
         ) from error
     is_split = (model.tp_size or 1) > 1  # and lies where it should
     return model.eval() if is_split else model.to(device).eval()

@@ -4,18 +4,17 @@ the teacher at every token; on trajectories that are written, or that the studen
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
-    IGNORED,
     Divergence,
     cross_entropy_from_head,
     has_plain_head,
@@ -24,14 +23,14 @@ from motab.distillation import (
     loss_from_logits,
 )
 from motab.policies import TeacherOnly
-from motab.prompts import Prompt
+from motab.prompts import Prompt, end_tokens
 from motab.report import figures
 from motab.rollouts import Rollouts
-from motab.synthesis import read_trajectories
 from motab.trajectory import AUTHORS, Trajectory
 
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
+Trajectories = Sequence[Trajectory] | str | Path
 
 
 @dataclass
@@ -39,6 +38,10 @@ class MotabConfig(TrainingArguments):
     """TrainingArguments with the paper's defaults and some settings more.
 
     Attributes:
+        lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
+            learning rate where that is less. Other schedules have no such default.
+        save_steps, save_total_limit, eval_steps: ten checkpoints a run, of which the last is kept; by ``eval_strategy``
+            "steps" as many evaluations.
         ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
             output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
@@ -47,12 +50,21 @@ class MotabConfig(TrainingArguments):
         beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
+        max_length: leave out trajectories of more tokens, prompt and target together; None: none. What `Rollouts` write
+            has a budget of its own.
     """
 
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(default_factory=lambda: {"min_lr": 1e-6})
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
+    )
     num_train_epochs: float = 6.0
+    save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
+    eval_steps: float | None = field(
+        default=0.1, metadata={"help": "Of eval_strategy steps; below 1 a share of the run."}
+    )
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
     ddp_find_unused_parameters: bool | None = False
     loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
     beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
@@ -61,6 +73,7 @@ class MotabConfig(TrainingArguments):
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
+    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
 
     def __post_init__(self) -> None:
         # Unless told so, each of several processes on a CPU takes itself for the only one.
@@ -68,45 +81,38 @@ class MotabConfig(TrainingArguments):
         super().__post_init__()
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
         self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
+        least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
+        if least is not None and least > self.learning_rate:
+            raise ValueError(
+                f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
+                "the schedule would rise; lower it, or leave it out"
+            )
         if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
             raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
         if set(self.ignore_authors) >= set(AUTHORS):
             raise ValueError("ignore_authors names every author: no token would be left to train on")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(
+                f"max_length must be at least 1, or None for trajectories of any length, got {self.max_length}"
+            )
 
 
-class TrajectoryDataset(Dataset[dict[str, list[int]]]):
-    """Trajectories as ``input_ids`` and ``labels``; the prompt and ignored authors have label -100."""
-
-    def __init__(self, trajectories: Sequence[Trajectory], ignore_authors: Sequence[str] = ()):
-        self.trajectories, self.ignore_authors = trajectories, frozenset(ignore_authors)
-
-    def __len__(self) -> int:
-        return len(self.trajectories)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        trajectory = self.trajectories[index]
-        labels = [IGNORED] * len(trajectory.prompt_ids) + [
-            IGNORED if author in self.ignore_authors else token
-            for token, author in zip(trajectory.token_ids, trajectory.author, strict=True)
-        ]
-        return {"input_ids": trajectory.prompt_ids + trajectory.token_ids, "labels": labels}
+def _collate_or_list(examples: list[Any]) -> Any:
+    """A batch of trajectories; prompts as they are."""
+    return collate(examples) if isinstance(examples[0], dict) else examples
 
 
-def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
-    """A batch padded on the right: input_ids, attention_mask and labels, each (B, T)."""
-    longest = max(len(example["input_ids"]) for example in examples)
-
-    def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
-        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
-
-    ids = [example["input_ids"] for example in examples]
-    return {
-        "input_ids": padded(ids, 0),
-        "attention_mask": padded([[1] * len(row) for row in ids], 0),
-        "labels": padded([example["labels"] for example in examples], IGNORED),
-    }
+def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
+    """Have the model's generation end with these tokens too: a student learns to write those of its teacher."""
+    if model.generation_config is not None:
+        known = model.generation_config.eos_token_id
+        ids = [*known] if isinstance(known, list) else [] if known is None else [known]
+        ids += sorted(set(tokens) - set(ids))
+        model.generation_config.eos_token_id = ids if len(ids) > 1 else next(iter(ids), None)
 
 
 class MotabTrainer(Trainer):
@@ -118,6 +124,9 @@ class MotabTrainer(Trainer):
     head), and for sharded ones (FSDP, DeepSpeed), it takes the logits; so does cross-entropy with label smoothing or a
     router's loss. It is the mean over the tokens of a step, however that is cut into micro-batches and among processes.
 
+    The student learns the end tokens that its trajectories end with: its ``generation_config``, saved with it, then
+    names them beside its own; with `Rollouts` those of both models.
+
     Args:
         model: the student.
         teacher_model: for a divergence, and for what a policy of `Rollouts` has it write or score, with the student's
@@ -125,12 +134,14 @@ class MotabTrainer(Trainer):
             written it is not needed, and refused.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
+        eval_dataset: held-out trajectories, their file, or several such by name. Their loss is logged when
+            ``eval_strategy`` says, and returned by `evaluate`: the mean over batches of the mean over their tokens.
         processing_class: the tokenizer, saved with the model; `Rollouts` need it.
 
     Raises:
         ValueError: no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
-            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); in
-            training, what `synthesize` refuses.
+            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
+            several GPUs in one process (DataParallel); in training, what `synthesize` refuses.
     """
 
     def __init__(
@@ -139,7 +150,8 @@ class MotabTrainer(Trainer):
         teacher_model: PreTrainedModel | None = None,
         args: MotabConfig | None = None,
         *,
-        train_dataset: Sequence[Trajectory] | str | Path | Rollouts,
+        train_dataset: Trajectories | Rollouts,
+        eval_dataset: Trajectories | Mapping[str, Trajectories] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
@@ -161,23 +173,48 @@ class MotabTrainer(Trainer):
                 raise ValueError("Rollouts are the student's, got policy TeacherOnly; write those once, by synthesize")
             if processing_class is None:
                 raise ValueError("Rollouts need the tokenizer; give processing_class")
+            if args.max_length is not None:
+                raise ValueError(
+                    f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
+                    "max_new_tokens"
+                )
         else:
-            trajectories = read_trajectories(train_dataset) if isinstance(train_dataset, str | Path) else train_dataset
-            dataset = TrajectoryDataset(trajectories, args.ignore_authors)
+            dataset = TrajectoryDataset(train_dataset, args.ignore_authors, args.max_length)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
+        held_out: Any = eval_dataset
+        if isinstance(eval_dataset, Mapping):
+            held_out = {
+                name: TrajectoryDataset(data, args.ignore_authors, args.max_length)
+                for name, data in eval_dataset.items()
+            }
+        elif eval_dataset is not None:
+            held_out = TrajectoryDataset(eval_dataset, args.ignore_authors, args.max_length)
         super().__init__(
             model=model,
             args=args,
             train_dataset=dataset,
-            data_collator=list if self.rollouts is not None else collate,
+            eval_dataset=held_out,
+            data_collator=_collate_or_list,
             processing_class=processing_class,
             **kwargs,
         )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"MotabTrainer runs one process a GPU, got {self.args.n_gpu} GPUs in one process: start it "
+                f"by accelerate launch --num_processes {self.args.n_gpu} -m motab.cli train ..., or set "
+                "CUDA_VISIBLE_DEVICES=0"
+            )
         self.teacher_model = teacher_model
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded and self.rollouts is not None:
             raise ValueError("Rollouts need whole models, got sharded ones; take DDP, or write trajectories beforehand")
+        if isinstance(dataset, Rollouts):
+            assert processing_class is not None
+            writers = [model] if teacher_model is None else [model, teacher_model]
+            _end_with(model, end_tokens(writers, processing_class))
+        else:
+            _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
         self.from_heads = not is_sharded and has_plain_head(model)
@@ -189,6 +226,12 @@ class MotabTrainer(Trainer):
             self.from_heads &= not has_more
         if by_divergence or self.from_heads:
             self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+
+    def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
+        """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
+            eval_dataset = TrajectoryDataset(eval_dataset, self.args.ignore_authors, self.args.max_length)
+        return super().get_eval_dataloader(eval_dataset)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""

@@ -1,15 +1,20 @@
 """The commands on the tiny pair, from synthesis to report, and what they refuse."""
 
+import importlib.util
 import itertools
 import json
 import pathlib
+import re
+import shutil
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import motab
 from motab.cli import main
-from motab.config import SynthesizeArguments, parse
+from motab.config import SynthesizeArguments, TrainArguments, parse
+from motab.models import load_model
+from motab.resume import decisive_settings, last_checkpoint, record
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 TASK = "reasoning-gym:chain_sum?size=6&seed=5&min_terms=4&max_terms=6&min_digits=2&max_digits=2"
@@ -25,7 +30,8 @@ def config(tmp_path):
     return str(path)
 
 
-def test_from_synthesis_to_report(config, tmp_path, capsys):
+def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")  # of the console
     out = tmp_path / "run"
     assert main(["synthesize", "--config", config, "--output_dir", str(out), "--num_samples", "2"]) == 0
     trajectories = motab.read_trajectories(out / "trajectories.jsonl")
@@ -57,7 +63,9 @@ def test_from_synthesis_to_report(config, tmp_path, capsys):
     assert main([*command, "--loss_type", "jsd"]) == 2
     assert "loss_type jsd compares the student with a teacher" in capsys.readouterr().err
     assert main([*command, "--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")]) == 0
-    assert main(command) == 0
+    capsys.readouterr()
+    assert main([*command, "--eval_file", str(out / "trajectories.jsonl"), "--eval_strategy", "steps"]) == 0
+    assert re.search(r"model: the trained model, held-out loss 0\.\d{4}", capsys.readouterr().out)
     figures = tmp_path / "figures.json"
     command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
     assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0
@@ -86,12 +94,116 @@ def test_training_as_it_writes(tmp_path, capsys):
     command += ["--dataset_name", TASK, "--policy", "step_skd"]
     assert main(command) == 2
     assert "give --gamma" in capsys.readouterr().err
-    assert main([*command, "--gamma", "0.5", "--max_steps", "1"]) == 0
-    assert main([*command, "--gamma", "0.5"]) == 0
+    command += ["--gamma", "0.5", "--save_total_limit", "2"]
+    assert main(command) == 0
+    model = tmp_path / "model"
+    shutil.rmtree(model / "checkpoint-2")
+    settings = json.loads((model / "motab_training.json").read_text())["settings"]
+    (model / "motab_training.json").write_text(json.dumps({"settings": settings, "finished": False}))
+    assert main([*command, "--rollout_temperature", "0.5"]) == 2
+    assert "(rollout temperature: 0.6 there, 0.5 now)" in capsys.readouterr().err
+    assert main([*command, "--gamma", "0.4"]) == 2
+    assert "(policy gamma: 0.5 there, 0.4 now)" in capsys.readouterr().err
+    assert main([*command, "--dataset_name", TASK.replace("seed=5", "seed=6")]) == 2
+    assert "(prompts: " in capsys.readouterr().err
+    assert main([*command, "--rollout_batch_size", "2", "--block_size", "4"]) == 0
     state = json.loads((tmp_path / "model" / "checkpoint-2" / "trainer_state.json").read_text())
     steps = [entry for entry in state["log_history"] if "loss" in entry]
     assert [(entry["step"], entry["trajectories"]) for entry in steps] == [(1, 3), (2, 3)]
     assert any(entry["teacher_share"] > 0 for entry in steps)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A command that trains four steps on four trajectories, and its file of them."""
+    tokens = AutoTokenizer.from_pretrained(TINY / "student").encode("1 + 2 = 3")
+    path = tmp_path / "trajectories.jsonl"
+    author = ["student"] * len(tokens)
+    path.write_text(
+        "".join(
+            motab.Trajectory(i, tokens[:-i], tokens, author, "", [], None, None, "length").to_json() + "\n"
+            for i in range(1, 5)
+        )
+    )
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--train_file", str(path), "--use_cpu"]
+    command += ["--num_train_epochs", "1", "--per_device_train_batch_size", "1", "--report_to", "none"]
+    return [*command, "--output_dir", str(tmp_path / "model")], path
+
+
+def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
+    command, _ = training
+    assert main(command) == 0
+    assert "model: the trained model" in " ".join(capsys.readouterr().out.split())
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(motab.MotabTrainer, "train", None)
+    assert main([*command, "--logging_steps", "1", "--save_steps", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "model: already trained with these settings" in out
+    assert "the trained model" not in out
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate: 5e-05 there, 0.001 now"),
+        (["--num_train_epochs", "2"], "num_train_epochs: 1.0 there, 2.0 now"),
+        (["--max_steps", "9", "--seed", "7"], "max_steps: -1 there, 9 now, seed: 42 there, 7 now"),
+        (["--gradient_accumulation_steps", "2"], "trajectories of a step: 1 there, 2 now"),
+        (["--ignore_authors", "flawed"], "ignore_authors: [] there, ['flawed'] now"),
+        (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs: {'min_lr': 1e-06} there, None now"),
+        (["--dtype", "bfloat16"], "dtype: 'float32' there, 'bfloat16' now"),
+        (
+            ["--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")],
+            "loss_type: 'cross_entropy' there, 'jsd' now, teacher_dtype: None there, 'auto' now",
+        ),
+        (["--model_name_or_path", str(TINY / "teacher")], "tiny/student' there, "),
+        ([], "content of train_file: "),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named, finished):
+    """In a folder with a checkpoint of the first."""
+    command, path = training
+    model = tmp_path / "model"
+    (model / "checkpoint-1").mkdir(parents=True)
+    (model / "checkpoint-1" / "trainer_state.json").touch()
+    args, config = parse((TrainArguments, motab.MotabConfig), command[1:], "train")
+    record(model, decisive_settings(args, config, str(path)), finished=finished)
+    if not flags:
+        path.write_text(path.read_text() * 2)
+    assert main([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"{model} holds checkpoints of a training with other settings (" in error
+    assert named in error
+    assert "give another --output_dir, remove it to start anew, or name the checkpoint to go on from" in error
+
+
+def test_where_a_training_goes_on(training, tmp_path, capsys):
+    """From its last whole checkpoint; from another with other settings when it is named; never from an unknown one."""
+    command, _ = training
+    command += ["--save_steps", "1", "--save_total_limit", "4", "--logging_steps", "1"]
+    model, file = tmp_path / "model", tmp_path / "model" / "motab_training.json"
+    assert main(command) == 0
+    known = json.loads(file.read_text())
+    assert known["finished"]
+    content = (model / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "checkpoint-4/trainer_state.json", "checkpoint-3/trainer_state.json"):
+        (model / name).unlink()  # as if it had been cut short while it saved
+    file.write_text(json.dumps(known | {"finished": False}))
+    assert last_checkpoint(model, known["settings"]) == (str(model / "checkpoint-2"), False)
+    assert main(command) == 0
+    assert (model / "model.safetensors").read_bytes() == content
+
+    longer = [*command, "--num_train_epochs", "2", "--resume_from_checkpoint", str(model / "checkpoint-4")]
+    assert main(longer) == 0
+    assert json.loads((model / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+    assert json.loads(file.read_text())["settings"]["num_train_epochs"] == 2
+    file.unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "other settings (unknown: there is no motab_training.json)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -110,6 +222,44 @@ def test_training_as_it_writes(tmp_path, capsys):
 )
 def test_policies_by_flags(flags, policy):
     assert parse(SynthesizeArguments, flags, "synthesize").make_policy() == policy
+
+
+@pytest.mark.parametrize(
+    ("written", "flags", "policy"),
+    [
+        ("stitch: null", [], motab.MotabPolicy(stitch=None)),
+        ("stitch: null", ["--stitch", "But"], motab.MotabPolicy(stitch="But")),
+        ("epsilon0: null\nentropy_top_k: null", [], motab.MotabPolicy()),
+    ],
+)
+def test_null_in_a_file(tmp_path, written, flags, policy):
+    path = tmp_path / "config.yaml"
+    path.write_text(written)
+    assert parse(SynthesizeArguments, ["--config", str(path), *flags], "synthesize").make_policy() == policy
+
+
+@pytest.mark.parametrize("name", ["bogus", "[motab]"])
+def test_an_unknown_policy_in_a_file(tmp_path, name):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"policy: {name}")
+    with pytest.raises(ValueError, match=r"policy must be one of motab, on_policy, .* got .*(bogus|\['motab'\])"):
+        parse(SynthesizeArguments, ["--config", str(path)], "synthesize").make_policy()
+
+
+def test_files_that_are_not_there(tmp_path, capsys):
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    assert main([*command, "--train_file", "none.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "--train_file must name a file that is there, got 'none.jsonl'; motab synthesize writes" in error
+    file = tmp_path / "t.jsonl"
+    file.touch()
+    assert main([*command, "--train_file", str(file), "--eval_file", "no.jsonl"]) == 2
+    assert "--eval_file must name a file that is there, got 'no.jsonl'" in capsys.readouterr().err
+    assert main([*command, "--config", "none.yaml"]) == 2
+    assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("stitch: [")
+    assert main([*command, "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml must hold settings in YAML, got what is none" in capsys.readouterr().err
 
 
 def test_a_policy_that_lacks_a_setting():
@@ -171,6 +321,53 @@ def test_compiled_models_and_pages_are_asked_for(command, tmp_path, capsys, monk
     ]
     assert main([*command, *pair[: 2 if command[0] == "evaluate" else 4], *options]) == 2
     assert "it would be compiled, with 2 pages" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def half_teacher(tmp_path_factory):
+    """The teacher, saved in bfloat16."""
+    folder = tmp_path_factory.mktemp("teacher")
+    AutoTokenizer.from_pretrained(TINY / "teacher").save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(TINY / "teacher", dtype="bfloat16").save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        (["synthesize"], ["float32 eager", "bfloat16 eager"]),
+        (["evaluate"], ["float32 eager"]),
+        (["train"], ["float32 eager", "bfloat16 eager"]),
+        (["train", "--dtype", "bfloat16", "--teacher_dtype", "float32"], ["bfloat16 eager", "float32 eager"]),
+    ],
+    ids=["synthesize", "evaluate", "train", "train otherwise"],
+)
+def test_how_models_are_loaded(command, expected, half_teacher, tmp_path, monkeypatch):
+    """And that a student in float32 works with a teacher in bfloat16, in writing and in training."""
+    loaded = []
+
+    def load(*arguments, **settings):
+        model = load_model(*arguments, **settings)
+        loaded.append(f"{model.dtype} {model.config._attn_implementation}".removeprefix("torch."))
+        return model
+
+    monkeypatch.setattr("motab.models.load_model", load)
+    flags = ["--model_name_or_path", str(TINY / "student"), "--dataset_name", TASK, "--max_new_tokens", "8"]
+    if command[0] != "evaluate":
+        flags += ["--teacher_model_name_or_path", half_teacher, "--output_dir", str(tmp_path / "out")]
+    if command[0] == "train":
+        flags += ["--loss_type", "jsd", "--max_steps", "1", "--report_to", "none", "--use_cpu", "--save_strategy", "no"]
+    assert main([*command, *flags, "--attn_implementation", "eager"]) == 0
+    assert loaded == expected
+
+
+@pytest.mark.parametrize("name", ["bogus", "flash_attention_2"])
+def test_an_attention_that_is_not_there(name, capsys):
+    if importlib.util.find_spec("flash_attn") and name == "flash_attention_2":
+        pytest.skip("it is there")
+    command = ["evaluate", "--model_name_or_path", str(TINY / "student"), "--dataset_name", TASK]
+    assert main([*command, "--attn_implementation", name]) == 2
+    assert f"language model to be loaded with attn_implementation '{name}'" in capsys.readouterr().err
 
 
 def test_a_policy_that_hands_back(config, tmp_path, capsys):

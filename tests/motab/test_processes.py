@@ -160,7 +160,11 @@ def commands(folder, rank):
     training = ["--train_file", str(file), "--loss_type", "jsd", "--num_train_epochs", "1", "--report_to", "none"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         assert main(["synthesize", *pair, *task, "--num_samples", "5", "--output_dir", str(file.parent)]) == 0
-        assert main(["train", *pair, *training, "--output_dir", str(model)]) == 0
+        train = ["train", *pair, *training, "--output_dir", str(model)]
+        assert main(train) == 0
+        assert main(train) == 0  # as the main process finds in its own folder, for all
+        with contextlib.redirect_stderr(printed):
+            assert main([*train, "--seed", "5"]) == 2
         figures = ["--output_file", str(folder / f"figures-{rank}.json")]
         assert main(["evaluate", *pair[:2], *task, *figures]) == 0
     return printed.getvalue()
@@ -347,9 +351,10 @@ def test_evaluation(ranks, alone):
 
 def test_commands_print_and_save_once(ranks, folder):
     first, second = (found["printed"] for found in ranks)
-    assert second == ""
-    for line in ("trajectories.jsonl: 30 trajectories", "the trained model", "accuracy"):
+    assert [line for line in second.splitlines() if "seed: 42 there, 5 now" not in line] == []
+    for line in ("30 trajectories", "the trained model", "already trained", "seed: 42 there, 5 now", "accuracy"):
         assert first.count(line) == 1
+    assert not (folder / "model-1" / "motab_training.json").exists()
     assert (folder / "model-0" / "model.safetensors").exists()
     assert not list(folder.glob("model-1/**/*.safetensors"))
     assert json.loads((folder / "figures-0.json").read_text())["problems"] == 6

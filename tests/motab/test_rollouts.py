@@ -1,11 +1,13 @@
 """Training on what the student writes as it trains."""
 
 import copy
+import functools
 
 import pytest
 import torch
 from conftest import make_model
 from test_trainer import StopAt, config
+from transformers import GenerationConfig
 
 import motab
 import motab_kernels as mk
@@ -35,7 +37,7 @@ class Recording(motab.MotabTrainer):
 def train(folder, student, teacher, tokenizer, prompts, policy, trainer=Recording, resume=None, stop=None, **settings):
     settings = {"learning_rate": 3e-2, "per_device_train_batch_size": 2, "logging_steps": 1, **settings}
     rollouts = motab.Rollouts(prompts, policy, **SETTINGS)
-    args = config(folder, lr_scheduler_type="constant", lr_scheduler_kwargs={}, **settings)
+    args = config(folder, lr_scheduler_type="constant", **settings)
     trainer = trainer(copy.deepcopy(student), teacher, args, train_dataset=rollouts, processing_class=tokenizer)
     if stop:
         trainer.add_callback(StopAt(stop))
@@ -125,6 +127,28 @@ def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
+def test_the_saved_model_ends_where_either_model_does(tmp_path, student, teacher, tokenizer, prompts):
+    teacher = copy.deepcopy(teacher)
+    teacher.generation_config.eos_token_id = [0, 9]
+    trainer = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], max_steps=1)
+    trainer.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [0, 9]
+
+
+def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
+    """Written beforehand, evaluated as the student trains on what it writes."""
+    held_out = list(motab.synthesize(student, teacher, tokenizer, prompts, **SETTINGS))
+    trainer = train(
+        tmp_path,
+        *(student, teacher, tokenizer, prompts, motab.OnPolicy()),
+        trainer=functools.partial(motab.MotabTrainer, eval_dataset=held_out),
+        **{"loss_type": "forward_kl", "max_steps": 30, "eval_strategy": "steps", "learning_rate": 3e-3},
+    )
+    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -134,6 +158,7 @@ def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer
             "Rollouts are the student's, got .*TeacherOnly",
         ),
         ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
+        ({"max_length": 9}, "max_length is of trajectories that are written, got 9 with Rollouts; give them max_new"),
         ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
     ],
 )
@@ -141,7 +166,7 @@ def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
     arguments = {
         "model": copy.deepcopy(student),
         "teacher_model": teacher,
-        "args": config(tmp_path, loss_type="jsd"),
+        "args": config(tmp_path, loss_type="jsd", max_length=change.pop("max_length", None)),
         "train_dataset": motab.Rollouts([[1]], motab.OnPolicy()),
         "processing_class": tokenizer,
     }

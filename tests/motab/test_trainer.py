@@ -1,15 +1,17 @@
 """Training on trajectories: what the loss sees, that it learns, that it resumes."""
 
 import copy
+import dataclasses
+import pathlib
 
 import pytest
 import torch
 from conftest import make_model
-from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 import motab
 from motab.distillation import has_plain_head
-from motab.trainer import LOSS_TYPES, TrajectoryDataset, collate
+from motab.trainer import LOSS_TYPES
 
 
 def trajectory(index, prompt_ids, token_ids, author):
@@ -25,15 +27,6 @@ TRAJECTORIES = [
 def config(folder, **settings):
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no"}
     return motab.MotabConfig(output_dir=str(folder), **{**defaults, **settings})
-
-
-def test_labels_and_padding():
-    batch = collate([TrajectoryDataset(TRAJECTORIES)[i] for i in (0, 1)])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0]]
-    assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
-    assert batch["labels"].tolist() == [[-100, -100, 3, 4, 5, 6, 7], [-100, 9, 0, -100, -100, -100, -100]]
-    ignoring = TrajectoryDataset(TRAJECTORIES, ["flawed", "stitch"])
-    assert ignoring[0]["labels"] == [-100, -100, 3, -100, -100, 6, 7]
 
 
 def test_loss_by_definition(tmp_path):
@@ -72,6 +65,35 @@ def test_the_teacher_keeps_nothing_but_its_last_hidden_states(tmp_path, monkeypa
     assert [(x["use_cache"], x.get("output_hidden_states")) for x in asked] == [(False, None)]
 
 
+@pytest.mark.parametrize(
+    ("own", "finish_reasons", "expected"),
+    [
+        (0, ["eos", "eos"], [0, 7]),  # the last tokens are 7 and 0
+        (0, ["length", "eos"], 0),
+        ([5, 0], ["eos", "length"], [5, 0, 7]),
+        (None, ["eos", "length"], 7),
+        (None, ["length", "length"], None),
+    ],
+)
+def test_the_saved_model_ends_where_its_trajectories_do(tmp_path, own, finish_reasons, expected):
+    """A base model's end token is not that of the chat model whose text it learns."""
+    model = make_model(3)
+    model.generation_config.eos_token_id = own
+    data = [dataclasses.replace(t, finish_reason=x) for t, x in zip(TRAJECTORIES, finish_reasons, strict=True)]
+    trainer = motab.MotabTrainer(model, args=config(tmp_path, max_steps=1), train_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == expected
+
+
+def test_several_gpus_in_one_process(tmp_path):
+    args = config(tmp_path)
+    assert args.n_gpu < 2
+    args._n_gpu = 2  # what transformers finds on a machine with two GPUs and no launcher
+    with pytest.raises(ValueError, match=r"got 2 GPUs in one process: .* --num_processes 2 -m motab.cli train"):
+        motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step):
         self.step = step
@@ -98,6 +120,28 @@ def test_learns_and_resumes(tmp_path):
         assert torch.equal(a, b)
     ids = torch.tensor([TRAJECTORIES[0].prompt_ids + TRAJECTORIES[0].token_ids])
     assert whole(ids).logits[0, 1:-1].argmax(-1).tolist() == TRAJECTORIES[0].token_ids
+
+
+class Checkpoints(TrainerCallback):
+    """After which steps there is one, and how many there are."""
+
+    def __init__(self):
+        self.steps, self.most = [], 0
+
+    def on_save(self, args, state, control, **kwargs):
+        self.steps.append(state.global_step)
+        self.most = max(self.most, len(list(pathlib.Path(args.output_dir).glob("checkpoint-*"))))
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps", "most"),
+    [({}, [2, 4, 6, 8, 10, 12, 14, 16, 18, 20], 1), ({"save_steps": 8, "save_total_limit": 2}, [8, 16, 20], 2)],
+)
+def test_checkpoints(tmp_path, settings, steps, most):
+    args = config(tmp_path, per_device_train_batch_size=2, num_train_epochs=20, save_strategy="steps", **settings)
+    seen = Checkpoints()
+    motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES, callbacks=[seen]).train()
+    assert (seen.steps, seen.most) == (steps, most)
 
 
 def softcapped_model(seed):
@@ -142,6 +186,28 @@ def test_cross_entropy_makes_logits_for_some_positions_at_a_time(tmp_path, monke
     assert (from_heads, from_heads_then) == (True, False)
     assert (length, length_then) == (1, 7)
     assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["cross_entropy", "jsd"])
+@pytest.mark.parametrize("make", [make_model, softcapped_model])
+def test_held_out_loss(tmp_path, loss_type, make):
+    """That of a step on the same trajectories, before it is taken; of several sets by name, and as it trains."""
+    student, teacher = make(3), make_model(4) if loss_type == "jsd" else None
+    expected, *_ = step(tmp_path, student, teacher, 2, loss_type=loss_type, ignore_authors=["flawed"])
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
+    settings = {"loss_type": loss_type, "ignore_authors": ["flawed"], "eval_strategy": "steps", "num_train_epochs": 10}
+    for held_out, names in ((TRAJECTORIES, [""]), (path, [""]), ({"a": path, "b": TRAJECTORIES}, ["a_", "b_"])):
+        model = copy.deepcopy(student)
+        args = config(tmp_path, per_device_train_batch_size=2, learning_rate=1e-2, **settings)
+        trainer = motab.MotabTrainer(model, teacher, args, train_dataset=TRAJECTORIES, eval_dataset=held_out)
+        before = {name: value for name, value in trainer.evaluate().items() if name.endswith("_loss")}
+        assert before == {f"eval_{name}loss": pytest.approx(expected, rel=1e-3) for name in names}
+        for other in (path, TRAJECTORIES):
+            assert trainer.evaluate(other)["eval_loss"] == pytest.approx(expected, rel=1e-3)
+        trainer.train()
+        logged = [[entry[name] for entry in trainer.state.log_history if name in entry] for name in before]
+        assert all(len(losses) == 10 and losses[-1] < losses[0] for losses in logged)
 
 
 @pytest.mark.parametrize(
@@ -207,18 +273,34 @@ def test_a_divergence_leaves_the_teacher_as_it_is_and_closes_in_on_it(tmp_path):
     assert all(torch.equal(x, before[name]) for name, x in teacher.state_dict().items())
 
 
-def test_reads_the_file_of_a_synthesis(tmp_path):
-    path = tmp_path / "trajectories.jsonl"
-    path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
-    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=path)
-    assert len(trainer.train_dataset) == 2
-
-
 def test_the_papers_settings(tmp_path):
     args = config(tmp_path)
     assert (args.learning_rate, args.num_train_epochs) == (5e-5, 6.0)
     assert args.lr_scheduler_type == "cosine_with_min_lr"
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
+
+
+@pytest.mark.parametrize(
+    ("settings", "last"),
+    [
+        ({}, 1e-6),
+        ({"learning_rate": 1e-6}, 5e-7),  # it would rise to 1e-6
+        ({"lr_scheduler_kwargs": {"min_lr_rate": 0.5}}, 2.5e-5),
+        ({"lr_scheduler_kwargs": '{"min_lr": 2e-5}'}, 2e-5),  # as a flag gives it
+        ({"lr_scheduler_type": "linear"}, 0.0),
+        ({"lr_scheduler_type": "cosine"}, 0.0),
+    ],
+)
+def test_where_the_learning_rate_ends(tmp_path, settings, last):
+    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path, **settings), train_dataset=TRAJECTORIES)
+    trainer.create_optimizer_and_scheduler(8)
+    rates = []
+    for _ in range(8):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+        rates += trainer.lr_scheduler.get_last_lr()[:1]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(last)
 
 
 def test_bad_input(tmp_path):
@@ -234,3 +316,5 @@ def test_bad_input(tmp_path):
         motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
         config(tmp_path, loss_type="kl")
+    with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
+        config(tmp_path, learning_rate=1e-6, lr_scheduler_kwargs={"min_lr": 1e-3})

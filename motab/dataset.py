@@ -1,0 +1,95 @@
+"""Trajectories as the trainer's examples: of each token its id, and whether it is trained on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from motab.processes import process_state
+from motab.trajectory import Trajectory
+
+IGNORED = -100
+
+
+class TrajectoryDataset(Dataset[dict[str, list[int]]]):
+    """Trajectories as ``input_ids`` and ``labels``; the prompt and ignored authors have label -100.
+
+    Five bytes a token are kept, where a `Trajectory` with its statistics takes some 400: a file is read line by line.
+
+    Args:
+        trajectories: the trajectories, or the file that `synthesize_to_file` wrote; a last line cut short is left out.
+        ignore_authors: whose tokens are not trained on.
+        max_length: leave out, with one warning, the trajectories of more tokens, prompt and target together.
+
+    Attributes:
+        end_tokens: those that trajectories end with; none of one that ran out of budget.
+
+    Raises:
+        ValueError: a trajectory whose tokens and authors differ in number; none that is short enough.
+    """
+
+    def __init__(
+        self,
+        trajectories: Iterable[Trajectory] | str | Path,
+        ignore_authors: Sequence[str] = (),
+        max_length: int | None = None,
+    ):
+        ignored, longer = frozenset(ignore_authors), 0
+        self.end_tokens: set[int] = set()
+        self.ids: list[np.ndarray] = []  # int32, prompt and target
+        self.trained: list[np.ndarray] = []  # bool, of the target alone
+        for t in _lines(trajectories) if isinstance(trajectories, str | Path) else trajectories:
+            if len(t.author) != len(t.token_ids):
+                raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
+            if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
+                longer += 1
+                continue
+            if t.finish_reason == "eos":
+                self.end_tokens.add(t.token_ids[-1])
+            self.ids.append(np.array(t.prompt_ids + t.token_ids, dtype=np.int32))
+            self.trained.append(np.array([author not in ignored for author in t.author], dtype=np.bool_))
+        if longer and not self.ids:
+            raise ValueError(f"all {longer} trajectories have more than max_length {max_length} tokens; raise it")
+        if longer and process_state().is_main_process:
+            warnings.warn(
+                f"{longer} of {longer + len(self.ids)} trajectories have more than max_length {max_length} tokens and "
+                "are left out",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids, trained = self.ids[index], self.trained[index]
+        target = ids[len(ids) - len(trained) :]
+        labels = [IGNORED] * (len(ids) - len(trained)) + np.where(trained, target, IGNORED).tolist()
+        return {"input_ids": ids.tolist(), "labels": labels}
+
+
+def _lines(path: str | Path) -> Iterator[Trajectory]:
+    with Path(path).open("rb") as lines:
+        for line in lines:
+            if line.endswith(b"\n"):
+                yield Trajectory.from_json(line.decode("utf-8"))
+
+
+def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+    """A batch padded on the right: input_ids, attention_mask and labels, each (B, T)."""
+    longest = max(len(example["input_ids"]) for example in examples)
+
+    def padded(rows: Sequence[list[int]], fill: int) -> Tensor:
+        return torch.tensor([row + [fill] * (longest - len(row)) for row in rows])
+
+    ids = [example["input_ids"] for example in examples]
+    return {
+        "input_ids": padded(ids, 0),
+        "attention_mask": padded([[1] * len(row) for row in ids], 0),
+        "labels": padded([example["labels"] for example in examples], IGNORED),
+    }

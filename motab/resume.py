@@ -1,0 +1,95 @@
+"""A training that is run again: where it goes on, and that it is the same one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from motab.config import TrainArguments
+from motab.files import write_whole
+from motab.prompts import Prompt
+from motab.rollouts import Rollouts
+from motab.trainer import MotabConfig
+
+FILE = "motab_training.json"
+#: Of the arguments of a training those that decide what it comes to. How many trajectories a step takes, in how many
+#: micro-batches and processes, is one more; logging, saving and speed are none.
+DECISIVE = (
+    *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length"),
+    *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
+    *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
+    *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+    *("bf16", "fp16", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
+    *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
+)
+#: Of what is written as it trains; batches, blocks, pages and compilation leave it as it is.
+_OF_ROLLOUTS = ("max_new_tokens", "temperature", "top_p")
+
+
+def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:
+    """What decides the outcome of ``motab train``, as JSON gives it back; of a file its content."""
+    found: dict[str, Any] = {
+        "model_name_or_path": args.model_name_or_path,
+        "teacher_model_name_or_path": args.teacher_model_name_or_path,
+        "dtype": args.dtype,
+        "trajectories of a step": config.per_device_train_batch_size
+        * config.gradient_accumulation_steps
+        * config.world_size,
+    }
+    if args.teacher_model_name_or_path:
+        found["teacher_dtype"] = args.teacher_dtype
+    if isinstance(data, Rollouts):
+        found |= {"prompts": _hash_of_prompts(data.prompts), "policy": type(data.policy).__name__}
+        found |= {f"policy {name}": value for name, value in asdict(data.policy).items()}
+        found |= {f"rollout {name}": getattr(data, name) for name in _OF_ROLLOUTS}
+    else:
+        found["content of train_file"] = _hash_of_file(data)
+    if config.load_best_model_at_end and args.eval_file:
+        found["content of eval_file"] = _hash_of_file(args.eval_file)
+    found |= {name: getattr(config, name) for name in DECISIVE if hasattr(config, name)}
+    return json.loads(json.dumps(found, default=str))
+
+
+def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str | None, bool]:
+    """The last whole checkpoint of a training with these settings, and whether that training has come to its end.
+
+    Raises:
+        ValueError: the folder holds checkpoints of a training with other settings.
+    """
+    folder = Path(folder)
+    # trainer_state.json is written last: a checkpoint without it was cut short.
+    whole = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
+    steps = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
+    path = folder / FILE
+    before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = before.get("settings", {})
+    other = [name for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
+    if steps and other:
+        different = ", ".join(f"{name}: {known.get(name)!r} there, {settings.get(name)!r} now" for name in other)
+        raise ValueError(
+            f"{folder} holds checkpoints of a training with other settings "
+            f"({different if known else f'unknown: there is no {FILE}'}); give another --output_dir, remove it to "
+            "start anew, or name the checkpoint to go on from, by --resume_from_checkpoint"
+        )
+    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not other
+
+
+def record(folder: str | Path, settings: dict[str, Any], *, finished: bool) -> None:
+    """Write down what is being trained, or has been."""
+    write_whole(Path(folder) / FILE, json.dumps({"settings": settings, "finished": finished}, indent=1))
+
+
+def _hash_of_file(path: str) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as lines:
+        for line in lines:
+            found.update(line)
+    return found.hexdigest()
+
+
+def _hash_of_prompts(prompts: Sequence[Prompt]) -> str:
+    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
