@@ -61,7 +61,7 @@ def test_the_same_trajectories_from_three_programs(student, teacher, tokenizer, 
     """Batches of which rows and blocks are odd numbers, and equal to other sizes; caches of several lengths."""
     pair = pair_of(student, teacher, "eager")
     breaches = 0
-    for batch_size, block_size, max_new_tokens in ((1, 4, 40), (3, 16, 23), (5, 2, 31), (12, 12, 40)):
+    for batch_size, block_size, max_new_tokens in ((1, 4, 40), (5, 2, 31), (12, 12, 40)):
         sizes = {"batch_size": batch_size, "block_size": block_size, "max_new_tokens": max_new_tokens}
         before = counters["stats"]["unique_graphs"]
         expected = run(pair, tokenizer, prompts, policy, **sizes)

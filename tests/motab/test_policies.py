@@ -194,8 +194,8 @@ def test_by_definition(student, teacher, tokenizer, prompts, name):
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_p": 0.7}])
 def test_batch_and_block_change_nothing(student, teacher, tokenizer, prompts, name, sampling):
     one, *others = (
-        run(student, teacher, tokenizer, prompts, POLICIES[name], batch_size=b, block_size=k, **sampling)
-        for b, k in ((1, 1), (3, 4), (7, 16), (16, 64))
+        run(student, teacher, tokenizer, prompts[:7], POLICIES[name], batch_size=b, block_size=k, **sampling)
+        for b, k in ((1, 1), (3, 4), (7, 64))
     )
     for other in others:
         for a, b in zip(one, other, strict=True):
