@@ -85,6 +85,7 @@ class Engine:
         self.writers = [writer for writer in (self.student, self.teacher) if writer is not None]
         self.rows: list[Row | None] = [None] * self.batch_size
         self.waiting = sorted(self.prompts)  # a heap
+        self.parked: dict[int, tuple[Row, list[Tensor]]] = {}  # of those that wait, the ones that have been begun
         self.automaton = None
         if rules is not None:
             if rules.delimiter is not None:
@@ -117,29 +118,50 @@ class Engine:
         """Give the next prompts to free rows, as long as there is room in the caches."""
         self._make_room()
         fresh: dict[int, list[int]] = {}
+        resumed: dict[int, Row] = {}
         turn = TEACHER if self.rules is None else STUDENT
         for slot in range(self.batch_size):
             if self.rows[slot] is not None or not self.waiting:
                 continue
-            prompt = self.prompts[self.waiting[0]]
-            if not self._has_room({slot: len(prompt)}, spare=memory.PAGE_SIZE):
+            index = self.waiting[0]
+            parked = self.parked.get(index)
+            length = len(self.prompts[index]) if parked is None else parked[0].length
+            if not self._has_room({slot: length}, spare=memory.PAGE_SIZE):
                 break
-            index = heapq.heappop(self.waiting)
-            self.rows[slot] = Row(index, prompt, self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn)
-            fresh[slot] = prompt
+            heapq.heappop(self.waiting)
+            if parked is not None:
+                self.rows[slot] = resumed[slot] = parked[0]
+                continue
+            fresh[slot] = self.prompts[index]
+            self.rows[slot] = Row(
+                index, fresh[slot], self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn
+            )
         for writer in self.writers:
             writer.reserve(self._room_needed())
             if fresh:
                 writer.start(fresh)
+            for slot, row in resumed.items():
+                writer.resume(slot, row.text)
         self._begin_turns(list(fresh))
+        for slot, row in resumed.items():
+            for x, part in zip(self._judgement(), self.parked.pop(row.index)[1], strict=True):
+                x[slot] = part
 
     def _make_room(self) -> None:
-        """Where the caches do not hold what the coming round may write, the rows that have least begin anew later: the
-        seed makes them write the same."""
+        """Where the caches do not hold what the coming round may write, the rows that have least wait, and are read
+        again when there is room."""
         while not self._has_room():
             slot, row = min(self._busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
+            self.parked[row.index] = row, [x[slot].clone() for x in self._judgement()]
             heapq.heappush(self.waiting, row.index)
             self.rows[slot] = None
+
+    def _judgement(self) -> tuple[Tensor, ...]:
+        """What the device knows of each row's turn in progress."""
+        return () if self.rules is None else (self.automaton_state, *self._boundary_state())
+
+    def _boundary_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.state.counters, self.state.scores, self.state.history
 
     def _has_room(self, fresh: dict[int, int] | None = None, spare: int = 0) -> bool:
         return all(writer.has_room(self._room_needed(fresh, spare)) for writer in self.writers)
@@ -218,12 +240,11 @@ class Engine:
         """For each of (b, T) tokens what `Row.judge` takes, and for each row how much of its turn a rollback keeps."""
         assert self.rules is not None
         tokens = torch.where(draft.valid, draft.tokens, -1)
-        whole = (self.state.counters, self.state.scores, self.state.history)
-        state = mk.BoundaryState.of(*(x[index] for x in whole))
+        state = mk.BoundaryState.of(*(x[index] for x in self._boundary_state()))
         out = mk.fused_kl_boundary(
             draft.logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
         )
-        for x, part in zip(whole, (state.counters, state.scores, state.history), strict=True):
+        for x, part in zip(self._boundary_state(), (state.counters, state.scores, state.history), strict=True):
             x.index_copy_(0, index, part)
         strays = out.stray
         if self.rules.reflection:
@@ -330,7 +351,7 @@ def synthesize(
         max_cached_tokens: tokens whose keys and values each model holds for all rows together, at least a prompt's,
             ``max_new_tokens`` and a block; what is more than ``batch_size`` such rows need is not taken. Rows then
             share pages, so that memory goes to what is written; where it runs out, the trajectories that have written
-            least wait and begin anew. None: on a GPU what its free memory holds, elsewhere no limit.
+            least wait, and are read again. None: on a GPU what its free memory holds, elsewhere no limit.
 
     Returns:
         An iterator of `Trajectory`, in the order of the prompts.

@@ -22,6 +22,9 @@ Choose = Callable[[Tensor, int], Tensor]
 Model = Callable[..., Any]  # as a model is called
 
 
+PREFILL = 1024  # tokens of a long text that are read at a time
+
+
 class Writer:
     """One model and the cache of its ``batch_size`` rows, in pages if these are given."""
 
@@ -95,6 +98,11 @@ class Writer:
         """Let rows begin with new prompts: cached but for their last token."""
         self.rollback(dict.fromkeys(prompts, 0))
         self._feed({row: ids[:-1] for row, ids in prompts.items()})
+
+    def resume(self, row: int, text: list[int]) -> None:
+        """Let a row go on with a text that it may have forgotten: cached but for its last token."""
+        self.rollback({row: 0})
+        self.catch_up({row: text}, PREFILL)
 
     def catch_up(self, texts: dict[int, list[int]], block_size: int) -> None:
         """Read on where another wrote: texts of rows, cached but for their last token. Some tokens at a time, for

@@ -7,7 +7,7 @@ import torch
 
 import motab
 from motab import memory
-from motab.engine import Row
+from motab.engine import Engine
 from motab_kernels import RaggedKVCache
 from motab_kernels.backend import HAS_LIBRARY
 
@@ -37,21 +37,27 @@ def long_texts_in_small_pages(monkeypatch):
 
 
 @pytest.fixture
-def begun(monkeypatch):
-    """The place of each trajectory that was begun."""
-    places = []
-    monkeypatch.setattr("motab.engine.Row", lambda index, *rest, **kw: places.append(index) or Row(index, *rest, **kw))
-    return places
+def waited(monkeypatch):
+    """How much each trajectory that had to wait had written."""
+    make_room, found = Engine._make_room, []
+
+    def noting(engine):
+        before = set(engine.parked)
+        make_room(engine)
+        found.extend(len(engine.parked[index][0].records) for index in set(engine.parked) - before)
+
+    monkeypatch.setattr(Engine, "_make_room", noting)
+    return found
 
 
 @pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
-def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, begun, monkeypatch):
-    """Some begin anew; pages that no row holds are NaN, and so is what padding was written to."""
+def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, waited, monkeypatch):
+    """Some have to wait; pages that no row holds are NaN, and so is what padding was written to."""
+    monkeypatch.setattr("motab.writer.PREFILL", 16)
     pair = [copy.deepcopy(model).float() for model in (student, teacher)]
     expected = list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **SETTINGS))
-    assert begun == list(range(30, 30 + len(prompts)))
-    begun.clear()
+    assert not waited
     reserve, most = RaggedKVCache.reserve_, []
 
     def poisoning(cache, lengths):
@@ -63,7 +69,7 @@ def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, beg
 
     monkeypatch.setattr(RaggedKVCache, "reserve_", poisoning)
     found = list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=7 * 64 + 63))
-    assert len(begun) > len(prompts)
+    assert max(waited) > 30
     assert max(most) == 7
     assert max(len(t.token_ids) for t in found) >= 150
     for ours, theirs in zip(found, expected, strict=True):
@@ -71,14 +77,15 @@ def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, beg
         assert (ours.breach_step, ours.rollback_step) == (theirs.breach_step, theirs.rollback_step)
 
 
-def test_one_row_at_a_time(student, teacher, tokenizer, prompts, begun):
-    """The least room: the longest row's own. Nothing begins twice, for nothing runs beside it."""
+def test_one_row_at_a_time(student, teacher, tokenizer, prompts, waited):
+    """The least room: the longest row's own. Nothing has to wait, for nothing runs beside it."""
     least = 64 * 3
     policy = POLICIES[0]
     found = list(
         motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=least)
     )
-    assert [t.index for t in found] == begun == list(range(30, 30 + len(prompts)))
+    assert [t.index for t in found] == list(range(30, 30 + len(prompts)))
+    assert not waited
     with pytest.raises(ValueError, match=f"max_cached_tokens: expected at least {least}, .* {LONGEST} tokens in pages"):
         motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=least - 1)
 
