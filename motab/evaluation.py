@@ -54,23 +54,44 @@ def stated_answer(text: str) -> str | None:
     return None
 
 
-def is_correct(text: str, problem: Problem) -> bool:
+def after_thinking(text: str) -> str | None:
+    """What follows the last ``</think>``, the whole text without one; None where a ``<think>`` was not closed."""
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest
+
+
+def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
+
+    Only what follows the thinking counts; where the thinking was not ended, nothing does.
+
+    Args:
+        finish_reason: of ``"length"``, a text that ran out of budget, only what it states as its answer counts
+            (`stated_answer`): the last number of a text that was cut off is no answer.
+        thinking: the prompt ended with ``<think>``, so that the text begins within the thinking.
 
     Raises:
         ValueError: the problem has no answer to compare with.
     """
     if problem.answer is None:
         raise ValueError("the dataset has no answer column, so that nothing can be verified; got a problem without one")
+    answer = after_thinking("<think>" + text if thinking else text)
+    if answer is None:
+        return False
+    stated = stated_answer(answer)
     task = problem.record.get("metadata", {}).get("source_dataset") if "metadata" in problem.record else None
     if task is not None:
         import reasoning_gym
 
-        return bool(reasoning_gym.get_score_answer_fn(task)(stated_answer(text), problem.record) == 1.0)
+        return bool(reasoning_gym.get_score_answer_fn(task)(stated, problem.record) == 1.0)
+    if finish_reason == "length":
+        if stated is None:
+            return False
+        answer = f"\\boxed{{{stated.strip('* ')}}}"
     import math_verify
 
     gold = problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}"
-    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(text)))
+    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(answer)))
 
 
 def evaluate(
@@ -109,7 +130,10 @@ def evaluate(
     right, overlong = [0.0] * len(problems), 0
     for trajectory in texts:
         place = trajectory.index // samples
-        right[place] += is_correct(trajectory.text, problems[place]) / samples
+        thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+        reason = trajectory.finish_reason
+        is_right = is_correct(trajectory.text, problems[place], finish_reason=reason, thinking=thinking)
+        right[place] += is_right / samples
         overlong += trajectory.finish_reason == "length"
     shares = processes.gather((right[first:end], overlong))
     right = [share for part, _ in shares for share in part]

@@ -36,6 +36,37 @@ def test_math_verify_and_the_tasks_own_verifier():
     assert not is_correct("nothing", problem)
 
 
+@pytest.mark.parametrize(
+    ("text", "settings", "right"),
+    [
+        ("<think>Let me count 204 tokens and then", {}, False),
+        (r"<think>The answer is \boxed{204}, but let me check", {}, False),
+        (r"<think>It is 204.</think>So \boxed{204}", {}, True),
+        (r"<think>The answer is \boxed{204}.</think>So it is \boxed{7}.", {}, False),
+        (r"<think>1</think>\boxed{204}<think>Or is it 204?", {}, False),
+        (r"Hm.</think>So \boxed{204}", {"thinking": True}, True),
+        (r"So \boxed{204}", {"thinking": True}, False),
+        (r"So \boxed{204}", {}, True),
+        (r"Let me see: \boxed{204}, but", {"finish_reason": "length"}, True),
+        (r"<think>No.</think>The answer is 204.", {"finish_reason": "length"}, True),
+        (r"<think>\boxed{204}</think>We have \boxed{20", {"finish_reason": "length"}, False),
+        (r"<answer>7</answer> is not 204", {"finish_reason": "length"}, False),
+    ],
+)
+@pytest.mark.parametrize("task", [False, True], ids=["math-verify", "reasoning-gym"])
+def test_thinking_and_budget(text, settings, right, task):
+    record = {"answer": "204", "metadata": {"source_dataset": "chain_sum"}} if task else {}
+    assert is_correct(text, Problem("?", "204", record), **settings) == right
+
+
+def test_the_last_number_of_a_cut_off_text():
+    """math-verify takes it, with good reason only of a text that came to its end."""
+    problem = Problem("?", "204", {})
+    assert is_correct("we have 204", problem)
+    assert not is_correct("we have 204", problem, finish_reason="length")
+    assert is_correct("**The answer is $204$**\nas we have 3", problem, finish_reason="length")
+
+
 def test_figures(monkeypatch, student, tokenizer):
     """Four problems, two samples each, with known outcomes."""
     answers = ["1", "1", "1", "0", "0", "0", "1", "1"]
@@ -43,7 +74,7 @@ def test_figures(monkeypatch, student, tokenizer):
     def fake(model, teacher, tokenizer, prompts, **settings):
         for index, answer in enumerate(answers):
             reason = "length" if index == 4 else "eos"
-            yield SimpleNamespace(index=index, text=f"\\boxed{{{answer}}}", finish_reason=reason)
+            yield SimpleNamespace(index=index, prompt_ids=[], text=f"\\boxed{{{answer}}}", finish_reason=reason)
 
     monkeypatch.setattr(evaluation, "synthesize", fake)
     result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, samples=2, temperature=1.0)
@@ -53,6 +84,18 @@ def test_figures(monkeypatch, student, tokenizer):
     assert result.standard_error == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3 / 4))
     assert result.overlong == 1 / 8
     assert str(result) == "0.625 ± 0.239"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason", "accuracy"),
+    [("?<think>\n", "eos", 0.0), ("?", "eos", 1.0), ("?", "length", 0.0), ("<think>?", "eos", 1.0)],
+)
+def test_what_the_grading_is_told(monkeypatch, student, prompt, reason, accuracy):
+    """How the text ended, and whether the prompt's template has opened the thinking."""
+    written = SimpleNamespace(index=0, prompt_ids=list(prompt.encode()), text="it is 1", finish_reason=reason)
+    bytes_tokenizer = SimpleNamespace(chat_template=None, decode=lambda ids: bytes(ids).decode())
+    monkeypatch.setattr(evaluation, "synthesize", lambda *_, **__: [written])
+    assert evaluate(student, bytes_tokenizer, [Problem("?", "1", {})]).accuracy == accuracy
 
 
 def test_a_real_model_runs_out_of_budget(student, tokenizer):
