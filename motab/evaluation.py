@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +79,8 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
     if answer is None:
         return False
     stated = stated_answer(answer)
-    task = problem.record.get("metadata", {}).get("source_dataset") if "metadata" in problem.record else None
+    metadata = problem.record.get("metadata")
+    task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if task is not None:
         import reasoning_gym
 

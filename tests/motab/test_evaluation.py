@@ -59,6 +59,11 @@ def test_thinking_and_budget(text, settings, right, task):
     assert is_correct(text, Problem("?", "204", record), **settings) == right
 
 
+@pytest.mark.parametrize("metadata", [None, "AIME", ["source_dataset"], {}, {"source_dataset": None}, {"level": 5}])
+def test_metadata_of_other_kinds(metadata):
+    assert is_correct(r"\boxed{0.5}", Problem("?", "1/2", {"metadata": metadata}))
+
+
 def test_the_last_number_of_a_cut_off_text():
     """math-verify takes it, with good reason only of a text that came to its end."""
     problem = Problem("?", "204", {})
