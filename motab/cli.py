@@ -104,12 +104,14 @@ def evaluate(arguments: list[str], console: Console) -> None:
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype)
-    result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
+    settings = {"samples": args.num_samples, "answers_file": args.answers_file, **args.generation()}
+    result = measure(model, tokenizer, problems, **settings)
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps(asdict(result)))
+    passed = f"pass@{result.samples} {result.pass_at_k:.3f}, " if result.samples > 1 else ""
     console.print(
         f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
-        f"out of budget {result.overlong:.1%}"
+        f"{passed}out of budget {result.overlong:.1%}"
     )
 
 

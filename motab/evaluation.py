@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
 from motab.engine import synthesize
+from motab.files import write_whole
 from motab.policies import OnPolicy
 from motab.processes import Processes
 
@@ -33,6 +36,7 @@ class Evaluation:
         overlong: share of answers that ran out of budget.
         problems, samples: how many problems, and how many answers to each.
         correct: for each problem its share of right answers.
+        pass_at_k: share of problems with at least one right answer among their k = `samples`; `accuracy` of one sample.
     """
 
     accuracy: float
@@ -41,6 +45,7 @@ class Evaluation:
     problems: int
     samples: int
     correct: tuple[float, ...]
+    pass_at_k: float
 
     def __str__(self) -> str:
         return f"{self.accuracy:.3f} ± {self.standard_error:.3f}"
@@ -102,6 +107,7 @@ def evaluate(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    answers_file: str | Path | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Let a model answer problems and verify the answers.
@@ -111,6 +117,8 @@ def evaluate(
 
     Args:
         samples: answers to each problem.
+        answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
+            ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
@@ -128,21 +136,33 @@ def evaluate(
     if processes.count > 1:  # all have seen that none of the prompts is refused
         share = prompts[first * samples : end * samples]
         texts = synthesize(model, None, tokenizer, share, first_index=first * samples, **options)
-    right, overlong = [0.0] * len(problems), 0
+    right, overlong, lines = [0] * len(problems), 0, []
     for trajectory in texts:
-        place = trajectory.index // samples
+        place, sample = divmod(trajectory.index, samples)
+        text, reason = trajectory.text, trajectory.finish_reason
         thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
-        reason = trajectory.finish_reason
-        is_right = is_correct(trajectory.text, problems[place], finish_reason=reason, thinking=thinking)
-        right[place] += is_right / samples
-        overlong += trajectory.finish_reason == "length"
-    shares = processes.gather((right[first:end], overlong))
-    right = [share for part, _ in shares for share in part]
-    overlong = sum(part for _, part in shares)
-    mean = sum(right) / len(right)
-    spread = sum((share - mean) ** 2 for share in right) / max(len(right) - 1, 1)
+        correct = is_correct(text, problems[place], finish_reason=reason, thinking=thinking)
+        right[place] += correct
+        overlong += reason == "length"
+        if answers_file is not None:
+            answer = {"index": place, "sample": sample, "text": text, "correct": correct, "finish_reason": reason}
+            lines.append(json.dumps({**answer, "tokens": len(trajectory.token_ids)}, ensure_ascii=False) + "\n")
+    if answers_file is not None:
+        text = "".join(line for part in processes.gather(lines) for line in part)
+        processes.from_main(lambda: write_whole(answers_file, text))
+    counted = processes.gather((right[first:end], overlong))
+    right = [count for part, _ in counted for count in part]
+    shares = [count / samples for count in right]
+    mean = sum(shares) / len(shares)
+    spread = sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
     return Evaluation(
-        mean, math.sqrt(spread / len(right)), overlong / len(prompts), len(problems), samples, tuple(right)
+        accuracy=mean,
+        standard_error=math.sqrt(spread / len(shares)),
+        overlong=sum(part for _, part in counted) / len(prompts),
+        problems=len(problems),
+        samples=samples,
+        correct=tuple(shares),
+        pass_at_k=sum(count > 0 for count in right) / len(right),
     )
 
 

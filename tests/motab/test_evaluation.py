@@ -1,5 +1,6 @@
 """Verification of answers, and the figures made of it."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -72,23 +73,40 @@ def test_the_last_number_of_a_cut_off_text():
     assert is_correct("**The answer is $204$**\nas we have 3", problem, finish_reason="length")
 
 
-def test_figures(monkeypatch, student, tokenizer):
+def test_figures_and_answers(monkeypatch, tmp_path, student, tokenizer):
     """Four problems, two samples each, with known outcomes."""
     answers = ["1", "1", "1", "0", "0", "0", "1", "1"]
 
     def fake(model, teacher, tokenizer, prompts, **settings):
         for index, answer in enumerate(answers):
             reason = "length" if index == 4 else "eos"
-            yield SimpleNamespace(index=index, prompt_ids=[], text=f"\\boxed{{{answer}}}", finish_reason=reason)
+            text = f"\\boxed{{{answer}}} é\u2028"
+            yield SimpleNamespace(index=index, prompt_ids=[], token_ids=[1] * index, text=text, finish_reason=reason)
 
     monkeypatch.setattr(evaluation, "synthesize", fake)
-    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, samples=2, temperature=1.0)
+    path = tmp_path / "answers" / "a.jsonl"
+    settings = {"samples": 2, "temperature": 1.0, "answers_file": path}
+    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, **settings)
     assert result.correct == (1.0, 0.5, 0.0, 1.0)
     assert result.accuracy == 0.625
     deviations = [0.375, 0.125, 0.625, 0.375]
     assert result.standard_error == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3 / 4))
     assert result.overlong == 1 / 8
     assert str(result) == "0.625 ± 0.239"
+    assert result.pass_at_k == 0.75
+    lines = path.read_bytes().decode().split("\n")
+    assert lines.pop() == ""
+    assert [json.loads(line) for line in lines] == [
+        {
+            "index": index // 2,
+            "sample": index % 2,
+            "text": f"\\boxed{{{answer}}} é\u2028",
+            "correct": answer == "1",
+            "finish_reason": "length" if index == 4 else "eos",
+            "tokens": index,
+        }
+        for index, answer in enumerate(answers)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -97,7 +115,9 @@ def test_figures(monkeypatch, student, tokenizer):
 )
 def test_what_the_grading_is_told(monkeypatch, student, prompt, reason, accuracy):
     """How the text ended, and whether the prompt's template has opened the thinking."""
-    written = SimpleNamespace(index=0, prompt_ids=list(prompt.encode()), text="it is 1", finish_reason=reason)
+    written = SimpleNamespace(
+        index=0, prompt_ids=list(prompt.encode()), token_ids=[], text="it is 1", finish_reason=reason
+    )
     bytes_tokenizer = SimpleNamespace(chat_template=None, decode=lambda ids: bytes(ids).decode())
     monkeypatch.setattr(evaluation, "synthesize", lambda *_, **__: [written])
     assert evaluate(student, bytes_tokenizer, [Problem("?", "1", {})]).accuracy == accuracy
