@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from motab.engine import synthesize
 from motab.files import write_whole
 from motab.policies import OnPolicy
 from motab.processes import Processes
+from motab.trajectory import Trajectory
 
 # The places where a text states its answer, best first; in each the last one counts.
 _STATED = (
@@ -108,6 +109,7 @@ def evaluate(
     samples: int = 1,
     temperature: float = 0.0,
     answers_file: str | Path | None = None,
+    watch: Callable[[Iterable[Trajectory], int], Iterable[Trajectory]] | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Let a model answer problems and verify the answers.
@@ -119,6 +121,8 @@ def evaluate(
         samples: answers to each problem.
         answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
             ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
+        watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
+            `motab.progress.watch` does.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
@@ -130,13 +134,15 @@ def evaluate(
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(samples)]
     options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
-    texts = synthesize(model, None, tokenizer, prompts, **options)
+    texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
     processes = Processes()
     first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
     if processes.count > 1:  # all have seen that none of the prompts is refused
         share = prompts[first * samples : end * samples]
         texts = synthesize(model, None, tokenizer, share, first_index=first * samples, **options)
     right, overlong, lines = [0] * len(problems), 0, []
+    if watch is not None:
+        texts = watch(texts, (end - first) * samples)
     for trajectory in texts:
         place, sample = divmod(trajectory.index, samples)
         text, reason = trajectory.text, trajectory.finish_reason

@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import re
 
 import pytest
 from transformers import AutoTokenizer
@@ -61,7 +62,9 @@ def test_from_synthesis_to_report(config, tmp_path, capsys):
     figures = tmp_path / "figures.json"
     command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
     assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0
-    printed = capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert re.search(r"evaluate .* 6/6 .* tok/s", printed)
+    assert "ran out of their budget" not in warned
     assert "mean over 1 samples of 6 problems" in printed
     assert "pass@" not in printed
     assert json.loads(figures.read_text())["problems"] == 6
@@ -73,6 +76,13 @@ def test_from_synthesis_to_report(config, tmp_path, capsys):
     assert [(json.loads(line)["index"], json.loads(line)["sample"]) for line in lines] == [
         (index, sample) for index in range(6) for sample in range(2)
     ]
+
+
+def test_answers_that_run_out_of_budget(capsys):
+    command = ["evaluate", "--model_name_or_path", str(TINY / "teacher"), "--dataset_name", TASK, "--temperature", "0"]
+    assert main([*command, "--max_new_tokens", "3"]) == 0
+    assert "100.0% of the answers ran out of their budget of 3 tokens" in (warned := capsys.readouterr().err)
+    assert "raise --max_new_tokens" in warned
 
 
 def test_verify_finds_a_changed_file(config, tmp_path, capsys):
