@@ -16,6 +16,7 @@ from rich.text import Text
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments, parse, require
 from motab.trajectory import Trajectory
 
+_MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
 
 
@@ -108,11 +109,13 @@ def train(arguments: list[str], console: Console) -> None:
 def evaluate(arguments: list[str], console: Console) -> None:
     """Measure accuracy."""
     from dataclasses import asdict
+    from functools import partial
 
     from motab.data import load_problems
     from motab.evaluation import evaluate as measure
     from motab.files import write_whole
     from motab.models import load_model, load_tokenizer
+    from motab.progress import watch
 
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
     state = _state(console)
@@ -120,13 +123,22 @@ def evaluate(arguments: list[str], console: Console) -> None:
     problems = load_problems(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
-    result = measure(model, tokenizer, problems, samples=args.num_samples, **args.generation())
+    settings = {"samples": args.num_samples, "answers_file": args.answers_file, **args.generation()}
+    shown = partial(watch, title="evaluate", console=console)
+    result = measure(model, tokenizer, problems, watch=shown, **settings)
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps(asdict(result)))
+    passed = f"pass@{result.samples} {result.pass_at_k:.3f}, " if result.samples > 1 else ""
     console.print(
         f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
-        f"out of budget {result.overlong:.1%}"
+        f"{passed}out of budget {result.overlong:.1%}"
     )
+    if result.overlong > _MANY_OVERLONG and state.is_main_process:
+        print(
+            f"motab evaluate: {result.overlong:.1%} of the answers ran out of their budget of {args.max_new_tokens} "
+            "tokens, and count only where the answer was already stated; raise --max_new_tokens",
+            file=sys.stderr,
+        )
 
 
 def _state(console: Console) -> PartialState:

@@ -128,6 +128,7 @@ class EvaluateArguments(GenerationArguments):
     dataset_split: str = _setting("test", "Of a hub dataset.")
     num_samples: int = _setting(1, "Answers to each problem.")
     output_file: str | None = _setting(None, "Write the figures to this JSON file as well.")
+    answers_file: str | None = _setting(None, "Write the answers to this JSONL file.")
 
 
 #: Settings of `motab train`, and what `Rollouts` calls them.

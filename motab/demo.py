@@ -28,7 +28,7 @@ TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 TASK = "chain_sum?min_terms=4&max_terms=6&min_digits=2&max_digits=2"
 # reasoning-gym draws problem i from seed + i: these lie far apart, and far from what trained the pair.
 TRAIN_SEED, TEST_SEED = 10_000_000, 20_000_000
-GENERATION = {"max_new_tokens": 160, "batch_size": 256}
+GENERATION: dict[str, Any] = {"max_new_tokens": 160, "batch_size": 256}
 # By name, whose trajectories a student is trained on, and how: the paper's recipe; the same trajectories, by a
 # divergence from the teacher at every token but the flawed ones and the phrase; and what the teacher alone would write.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {

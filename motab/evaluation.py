@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
 from motab.engine import synthesize
+from motab.files import write_whole
 from motab.policies import OnPolicy
 from motab.processes import Processes
+from motab.trajectory import Trajectory
 
 # The places where a text states its answer, best first; in each the last one counts.
 _STATED = (
@@ -33,6 +37,7 @@ class Evaluation:
         overlong: share of answers that ran out of budget.
         problems, samples: how many problems, and how many answers to each.
         correct: for each problem its share of right answers.
+        pass_at_k: share of problems with at least one right answer among their k = `samples`; `accuracy` of one sample.
     """
 
     accuracy: float
@@ -41,6 +46,7 @@ class Evaluation:
     problems: int
     samples: int
     correct: tuple[float, ...]
+    pass_at_k: float
 
     def __str__(self) -> str:
         return f"{self.accuracy:.3f} ± {self.standard_error:.3f}"
@@ -54,23 +60,45 @@ def stated_answer(text: str) -> str | None:
     return None
 
 
-def is_correct(text: str, problem: Problem) -> bool:
+def after_thinking(text: str) -> str | None:
+    """What follows the last ``</think>``, the whole text without one; None where a ``<think>`` was not closed."""
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest
+
+
+def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
+
+    Only what follows the thinking counts; where the thinking was not ended, nothing does.
+
+    Args:
+        finish_reason: of ``"length"``, a text that ran out of budget, only what it states as its answer counts
+            (`stated_answer`): the last number of a text that was cut off is no answer.
+        thinking: the prompt ended with ``<think>``, so that the text begins within the thinking.
 
     Raises:
         ValueError: the problem has no answer to compare with.
     """
     if problem.answer is None:
         raise ValueError("the dataset has no answer column, so that nothing can be verified; got a problem without one")
-    task = problem.record.get("metadata", {}).get("source_dataset") if "metadata" in problem.record else None
+    answer = after_thinking("<think>" + text if thinking else text)
+    if answer is None:
+        return False
+    stated = stated_answer(answer)
+    metadata = problem.record.get("metadata")
+    task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if task is not None:
         import reasoning_gym
 
-        return bool(reasoning_gym.get_score_answer_fn(task)(stated_answer(text), problem.record) == 1.0)
+        return bool(reasoning_gym.get_score_answer_fn(task)(stated, problem.record) == 1.0)
+    if finish_reason == "length":
+        if stated is None:
+            return False
+        answer = f"\\boxed{{{stated.strip('* ')}}}"
     import math_verify
 
     gold = problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}"
-    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(text)))
+    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(answer)))
 
 
 def evaluate(
@@ -80,6 +108,8 @@ def evaluate(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    answers_file: str | Path | None = None,
+    watch: Callable[[Iterable[Trajectory], int], Iterable[Trajectory]] | None = None,
     **settings: Any,
 ) -> Evaluation:
     """Let a model answer problems and verify the answers.
@@ -89,6 +119,10 @@ def evaluate(
 
     Args:
         samples: answers to each problem.
+        answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
+            ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
+        watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
+            `motab.progress.watch` does.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
@@ -100,24 +134,41 @@ def evaluate(
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
     prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(samples)]
     options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
-    texts = synthesize(model, None, tokenizer, prompts, **options)
+    texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
     processes = Processes()
     first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
     if processes.count > 1:  # all have seen that none of the prompts is refused
         share = prompts[first * samples : end * samples]
         texts = synthesize(model, None, tokenizer, share, indices=range(first * samples, end * samples), **options)
-    right, overlong = [0.0] * len(problems), 0
+    right, overlong, lines = [0] * len(problems), 0, []
+    if watch is not None:
+        texts = watch(texts, (end - first) * samples)
     for trajectory in texts:
-        place = trajectory.index // samples
-        right[place] += is_correct(trajectory.text, problems[place]) / samples
-        overlong += trajectory.finish_reason == "length"
-    shares = processes.gather((right[first:end], overlong))
-    right = [share for part, _ in shares for share in part]
-    overlong = sum(part for _, part in shares)
-    mean = sum(right) / len(right)
-    spread = sum((share - mean) ** 2 for share in right) / max(len(right) - 1, 1)
+        place, sample = divmod(trajectory.index, samples)
+        text, reason = trajectory.text, trajectory.finish_reason
+        thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+        correct = is_correct(text, problems[place], finish_reason=reason, thinking=thinking)
+        right[place] += correct
+        overlong += reason == "length"
+        if answers_file is not None:
+            answer = {"index": place, "sample": sample, "text": text, "correct": correct, "finish_reason": reason}
+            lines.append(json.dumps({**answer, "tokens": len(trajectory.token_ids)}, ensure_ascii=False) + "\n")
+    if answers_file is not None:
+        text = "".join(line for part in processes.gather(lines) for line in part)
+        processes.from_main(lambda: write_whole(answers_file, text))
+    counted = processes.gather((right[first:end], overlong))
+    right = [count for part, _ in counted for count in part]
+    shares = [count / samples for count in right]
+    mean = sum(shares) / len(shares)
+    spread = sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
     return Evaluation(
-        mean, math.sqrt(spread / len(right)), overlong / len(prompts), len(problems), samples, tuple(right)
+        accuracy=mean,
+        standard_error=math.sqrt(spread / len(shares)),
+        overlong=sum(part for _, part in counted) / len(prompts),
+        problems=len(problems),
+        samples=samples,
+        correct=tuple(shares),
+        pass_at_k=sum(count > 0 for count in right) / len(right),
     )
 
 

@@ -69,8 +69,27 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     figures = tmp_path / "figures.json"
     command = ["evaluate", "--model_name_or_path", str(model), "--dataset_name", TASK, "--max_new_tokens", "140"]
     assert main([*command, "--temperature", "0", "--output_file", str(figures)]) == 0
-    assert "mean over 1 samples of 6 problems" in capsys.readouterr().out
+    printed, warned = capsys.readouterr()
+    assert re.search(r"evaluate .* 6/6 .* tok/s", printed)
+    assert "ran out of their budget" not in warned
+    assert "mean over 1 samples of 6 problems" in printed
+    assert "pass@" not in printed
     assert json.loads(figures.read_text())["problems"] == 6
+    answers = ["--temperature", "1", "--num_samples", "2", "--answers_file", str(tmp_path / "answers.jsonl")]
+    assert main([*command, *answers, "--output_file", str(figures)]) == 0
+    passed = json.loads(figures.read_text())["pass_at_k"]
+    assert f"mean over 2 samples of 6 problems), pass@2 {passed:.3f}" in " ".join(capsys.readouterr().out.split())
+    lines = (tmp_path / "answers.jsonl").read_text().splitlines()
+    assert [(json.loads(line)["index"], json.loads(line)["sample"]) for line in lines] == [
+        (index, sample) for index in range(6) for sample in range(2)
+    ]
+
+
+def test_answers_that_run_out_of_budget(capsys):
+    command = ["evaluate", "--model_name_or_path", str(TINY / "teacher"), "--dataset_name", TASK, "--temperature", "0"]
+    assert main([*command, "--max_new_tokens", "3"]) == 0
+    assert "100.0% of the answers ran out of their budget of 3 tokens" in (warned := capsys.readouterr().err)
+    assert "raise --max_new_tokens" in warned
 
 
 def test_verify_finds_a_changed_file(config, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Verification of answers, and the figures made of it."""
 
+import json
 import math
 import re
 from types import SimpleNamespace
@@ -36,23 +37,90 @@ def test_math_verify_and_the_tasks_own_verifier():
     assert not is_correct("nothing", problem)
 
 
-def test_figures(monkeypatch, student, tokenizer):
+@pytest.mark.parametrize(
+    ("text", "settings", "right"),
+    [
+        ("<think>Let me count 204 tokens and then", {}, False),
+        (r"<think>The answer is \boxed{204}, but let me check", {}, False),
+        (r"<think>It is 204.</think>So \boxed{204}", {}, True),
+        (r"<think>The answer is \boxed{204}.</think>So it is \boxed{7}.", {}, False),
+        (r"<think>1</think>\boxed{204}<think>Or is it 204?", {}, False),
+        (r"Hm.</think>So \boxed{204}", {"thinking": True}, True),
+        (r"So \boxed{204}", {"thinking": True}, False),
+        (r"So \boxed{204}", {}, True),
+        (r"Let me see: \boxed{204}, but", {"finish_reason": "length"}, True),
+        (r"<think>No.</think>The answer is 204.", {"finish_reason": "length"}, True),
+        (r"<think>\boxed{204}</think>We have \boxed{20", {"finish_reason": "length"}, False),
+        (r"<answer>7</answer> is not 204", {"finish_reason": "length"}, False),
+    ],
+)
+@pytest.mark.parametrize("task", [False, True], ids=["math-verify", "reasoning-gym"])
+def test_thinking_and_budget(text, settings, right, task):
+    record = {"answer": "204", "metadata": {"source_dataset": "chain_sum"}} if task else {}
+    assert is_correct(text, Problem("?", "204", record), **settings) == right
+
+
+@pytest.mark.parametrize("metadata", [None, "AIME", ["source_dataset"], {}, {"source_dataset": None}, {"level": 5}])
+def test_metadata_of_other_kinds(metadata):
+    assert is_correct(r"\boxed{0.5}", Problem("?", "1/2", {"metadata": metadata}))
+
+
+def test_the_last_number_of_a_cut_off_text():
+    """math-verify takes it, with good reason only of a text that came to its end."""
+    problem = Problem("?", "204", {})
+    assert is_correct("we have 204", problem)
+    assert not is_correct("we have 204", problem, finish_reason="length")
+    assert is_correct("**The answer is $204$**\nas we have 3", problem, finish_reason="length")
+
+
+def test_figures_and_answers(monkeypatch, tmp_path, student, tokenizer):
     """Four problems, two samples each, with known outcomes."""
     answers = ["1", "1", "1", "0", "0", "0", "1", "1"]
 
     def fake(model, teacher, tokenizer, prompts, **settings):
         for index, answer in enumerate(answers):
             reason = "length" if index == 4 else "eos"
-            yield SimpleNamespace(index=index, text=f"\\boxed{{{answer}}}", finish_reason=reason)
+            text = f"\\boxed{{{answer}}} é\u2028"
+            yield SimpleNamespace(index=index, prompt_ids=[], token_ids=[1] * index, text=text, finish_reason=reason)
 
     monkeypatch.setattr(evaluation, "synthesize", fake)
-    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, samples=2, temperature=1.0)
+    path = tmp_path / "answers" / "a.jsonl"
+    settings = {"samples": 2, "temperature": 1.0, "answers_file": path}
+    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, **settings)
     assert result.correct == (1.0, 0.5, 0.0, 1.0)
     assert result.accuracy == 0.625
     deviations = [0.375, 0.125, 0.625, 0.375]
     assert result.standard_error == pytest.approx(math.sqrt(sum(d * d for d in deviations) / 3 / 4))
     assert result.overlong == 1 / 8
     assert str(result) == "0.625 ± 0.239"
+    assert result.pass_at_k == 0.75
+    lines = path.read_bytes().decode().split("\n")
+    assert lines.pop() == ""
+    assert [json.loads(line) for line in lines] == [
+        {
+            "index": index // 2,
+            "sample": index % 2,
+            "text": f"\\boxed{{{answer}}} é\u2028",
+            "correct": answer == "1",
+            "finish_reason": "length" if index == 4 else "eos",
+            "tokens": index,
+        }
+        for index, answer in enumerate(answers)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason", "accuracy"),
+    [("?<think>\n", "eos", 0.0), ("?", "eos", 1.0), ("?", "length", 0.0), ("<think>?", "eos", 1.0)],
+)
+def test_what_the_grading_is_told(monkeypatch, student, prompt, reason, accuracy):
+    """How the text ended, and whether the prompt's template has opened the thinking."""
+    written = SimpleNamespace(
+        index=0, prompt_ids=list(prompt.encode()), token_ids=[], text="it is 1", finish_reason=reason
+    )
+    bytes_tokenizer = SimpleNamespace(chat_template=None, decode=lambda ids: bytes(ids).decode())
+    monkeypatch.setattr(evaluation, "synthesize", lambda *_, **__: [written])
+    assert evaluate(student, bytes_tokenizer, [Problem("?", "1", {})]).accuracy == accuracy
 
 
 def test_a_real_model_runs_out_of_budget(student, tokenizer):

@@ -143,11 +143,12 @@ def message(call, *arguments, **settings):
         return str(error)
 
 
-def measure():
+def measure(file):
     problems = [Problem(text, answer, {}) for text, answer in (("ab.", "1"), ("c,a", "2"), ("b", "3"))]
     model = make_model(1).float()
+    settings = {"samples": 2, "temperature": 1.0, "max_new_tokens": 9}
     return [
-        evaluate(model, tokenizer.__wrapped__(), problems[:size], samples=2, temperature=1.0, max_new_tokens=9)
+        evaluate(model, tokenizer.__wrapped__(), problems[:size], answers_file=file.with_suffix(f".{size}"), **settings)
         for size in (3, 1)
     ]
 
@@ -192,7 +193,7 @@ def process_main(rank, count, folder):
     found["whole"] = [t.index for t in write(folder / f"by {count}" / "t.jsonl")]
     found["other settings"] = message(write, folder / f"by {count}" / "t.jsonl", seed=4)
     found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
-    found["evaluation"] = measure()
+    found["evaluation"] = measure(folder / f"answers by {count} in {rank}.jsonl")
     found |= {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]
@@ -344,9 +345,14 @@ def test_no_process_waits_for_one_that_failed(tmp_path):
     assert [t.index for t in read_trajectories(tmp_path / "t.jsonl.parts" / "1.jsonl")] == [*range(1, 90, 2)]
 
 
-def test_evaluation(ranks, alone):
+def test_evaluation(ranks, alone, folder):
     for found in ranks:
         assert found["evaluation"] == alone["evaluation"]
+    for size in (3, 1):
+        content = (folder / f"answers by 1 in 0.{size}").read_bytes()
+        assert content.count(b"\n") == 2 * size
+        assert (folder / f"answers by 2 in 0.{size}").read_bytes() == content
+        assert not (folder / f"answers by 2 in 1.{size}").exists()
 
 
 def test_commands_print_and_save_once(ranks, folder):
