@@ -31,7 +31,6 @@ class FileArguments:
 def synthesize(arguments: list[str], console: Console) -> None:
     """Write trajectories."""
     from motab.data import load_problems
-    from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
     from motab.synthesis import synthesize_to_file
@@ -45,7 +44,8 @@ def synthesize(arguments: list[str], console: Console) -> None:
         names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     require(dataset_name=args.dataset_name, **names)
     policy = args.make_policy()
-    problems = load_problems(args.dataset_name, args.dataset_split)
+    prompt_format = args.prompt_format()
+    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
     tokenizer = load_tokenizer(*names.values())
     student, teacher = (
         load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
@@ -53,7 +53,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
         else None
         for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
     )
-    prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
+    prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
     if state.is_main_process:
@@ -67,7 +67,6 @@ def synthesize(arguments: list[str], console: Console) -> None:
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written beforehand or as it trains."""
     from motab.data import load_problems
-    from motab.evaluation import chat_prompt
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
@@ -81,8 +80,9 @@ def train(arguments: list[str], console: Console) -> None:
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     data = args.train_file
     if args.dataset_name:
-        problems = load_problems(args.dataset_name, args.dataset_split or "train")
-        data = args.rollouts([chat_prompt(tokenizer, problem) for problem in problems])
+        prompt_format = args.prompt_format()
+        problems = load_problems(args.dataset_name, args.dataset_split or "train", args.dataset_config)
+        data = args.rollouts([prompt_format.render(tokenizer, problem) for problem in problems])
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
     last, finished = config.resume_from_checkpoint, False
@@ -120,10 +120,16 @@ def evaluate(arguments: list[str], console: Console) -> None:
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
-    problems = load_problems(args.dataset_name, args.dataset_split)
+    prompt_format = args.prompt_format()
+    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
-    settings = {"samples": args.num_samples, "answers_file": args.answers_file, **args.generation()}
+    settings = {
+        "samples": args.num_samples,
+        "prompt_format": prompt_format,
+        "answers_file": args.answers_file,
+        **args.generation(),
+    }
     shown = partial(watch, title="evaluate", console=console)
     result = measure(model, tokenizer, problems, watch=shown, **settings)
     if args.output_file and state.is_main_process:

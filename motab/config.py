@@ -12,7 +12,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from motab.policies import POLICIES, Policy
-from motab.prompts import Prompt
+from motab.prompts import Prompt, PromptFormat
 from motab.rollouts import Rollouts
 
 T = TypeVar("T")
@@ -107,7 +107,37 @@ class PolicyArguments:
 
 
 @dataclass
-class SynthesizeArguments(PolicyArguments, GenerationArguments):
+class PromptArguments:
+    """How problems are loaded and put to the models."""
+
+    dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
+    system_prompt: str | None = _setting(None, "The system's message.")
+    prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
+    chat_template_kwargs: str | None = _setting(
+        None, "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."
+    )
+
+    def prompt_format(self) -> PromptFormat:
+        """What these settings describe.
+
+        Raises:
+            ValueError: `chat_template_kwargs` that are no mapping.
+        """
+        kwargs: Any = self.chat_template_kwargs
+        try:
+            kwargs = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
+        except yaml.YAMLError:
+            kwargs = None
+        if not isinstance(kwargs, dict | None) or (kwargs is None and self.chat_template_kwargs):
+            raise ValueError(
+                "--chat_template_kwargs must be a mapping, as '{\"enable_thinking\": false}', got "
+                f"{self.chat_template_kwargs!r}"
+            )
+        return PromptFormat(self.system_prompt, self.prompt_suffix or "", kwargs or {})
+
+
+@dataclass
+class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
     """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
 
     model_name_or_path: str = _setting("", "The student.")
@@ -120,7 +150,7 @@ class SynthesizeArguments(PolicyArguments, GenerationArguments):
 
 
 @dataclass
-class EvaluateArguments(GenerationArguments):
+class EvaluateArguments(PromptArguments, GenerationArguments):
     """motab evaluate: accuracy of a model on problems with answers."""
 
     model_name_or_path: str = _setting("", "The model.")
@@ -144,7 +174,7 @@ _OF_ROLLOUTS = {
 
 
 @dataclass
-class TrainArguments(PolicyArguments):
+class TrainArguments(PolicyArguments, PromptArguments):
     """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
 
     model_name_or_path: str = _setting("", "The student.")
@@ -173,7 +203,8 @@ class TrainArguments(PolicyArguments):
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
             raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
-        writing = [entry.name for entry in dataclasses.fields(PolicyArguments)]
+        kinds = (PolicyArguments, PromptArguments)
+        writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
         writing += ["dataset_split", *_OF_ROLLOUTS]
         given = [f"--{name}" for name in writing if getattr(self, name) is not None]
         if self.train_file and given:

@@ -28,13 +28,13 @@ class Problem:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
-def load_problems(dataset_name: str, split: str = "train") -> list[Problem]:
+def load_problems(dataset_name: str, split: str = "train", config: str | None = None) -> list[Problem]:
     """Load problems.
 
     Args:
         dataset_name: ``reasoning-gym:TASK?size=N&seed=S`` (any other setting of the task may follow), the path of a
             JSONL, JSON or parquet file, or the name of a dataset on the hub.
-        split: of a hub dataset.
+        split, config: of a hub dataset; the configuration is named where it has several.
 
     Returns:
         The problems in order. The question is the first column present of `QUESTION_COLUMNS`, the answer that of
@@ -45,7 +45,7 @@ def load_problems(dataset_name: str, split: str = "train") -> list[Problem]:
     """
     if dataset_name.startswith("reasoning-gym:"):
         return _reasoning_gym(dataset_name)
-    rows = _rows(dataset_name, split)
+    rows = _rows(dataset_name, split, config)
     columns = list(rows.column_names)
     question = next((column for column in QUESTION_COLUMNS if column in columns), None)
     answer = next((column for column in ANSWER_COLUMNS if column in columns and column != question), None)
@@ -79,13 +79,13 @@ def _reasoning_gym(name: str) -> list[Problem]:
     return [Problem(entry["question"], str(entry["answer"]), entry) for entry in dataset]
 
 
-def _rows(name: str, split: str) -> Any:
+def _rows(name: str, split: str, config: str | None) -> Any:
     import datasets
 
     path = Path(name)
     if not path.is_file():
         try:
-            return datasets.load_dataset(name, split=split)
+            return datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} is neither a file here nor a dataset that the hub gives with split {split!r}: {error}"

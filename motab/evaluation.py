@@ -17,6 +17,7 @@ from motab.engine import synthesize
 from motab.files import write_whole
 from motab.policies import OnPolicy
 from motab.processes import Processes
+from motab.prompts import PromptFormat
 from motab.trajectory import Trajectory
 
 # The places where a text states its answer, best first; in each the last one counts.
@@ -108,6 +109,7 @@ def evaluate(
     *,
     samples: int = 1,
     temperature: float = 0.0,
+    prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 (it is frozen)
     answers_file: str | Path | None = None,
     watch: Callable[[Iterable[Trajectory], int], Iterable[Trajectory]] | None = None,
     **settings: Any,
@@ -119,6 +121,7 @@ def evaluate(
 
     Args:
         samples: answers to each problem.
+        prompt_format: how the problems are put to the model.
         answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
             ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
         watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
@@ -132,7 +135,7 @@ def evaluate(
         raise ValueError("evaluate needs at least one problem, got none")
     if samples < 1 or (samples > 1 and temperature == 0):
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
-    prompts = [chat_prompt(tokenizer, problem) for problem in problems for _ in range(samples)]
+    prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(samples)]
     options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
     texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
     processes = Processes()
@@ -170,12 +173,3 @@ def evaluate(
         correct=tuple(shares),
         pass_at_k=sum(count > 0 for count in right) / len(right),
     )
-
-
-def chat_prompt(tokenizer: PreTrainedTokenizerBase, problem: Problem) -> str | list[dict[str, str]]:
-    """The prompt as `synthesize` wants it: messages where the tokenizer has a chat template, else the bare question."""
-    if tokenizer.chat_template is not None:
-        return problem.messages()
-    if isinstance(problem.prompt, str):
-        return problem.prompt
-    return "\n".join(message["content"] for message in problem.prompt)

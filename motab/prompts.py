@@ -1,10 +1,14 @@
-"""What is asked of prompts and models before anything is generated."""
+"""Problems as prompts, and what is asked of prompts and models before anything is generated."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from motab.data import Problem
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
@@ -26,6 +30,49 @@ def encode_prompts(
         _check_vocabulary(model, tokenizer)
         _check_context(model, encoded, max_new_tokens)
     return encoded
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """How a problem is put to the models: as messages where the tokenizer has a chat template, else as bare text.
+
+    Attributes:
+        system_prompt: the system's message, in place of the problem's own if it has one.
+        suffix: what the user's last message ends with, as an instruction of how to state the answer.
+        template_kwargs: what the chat template is given besides, as ``{"enable_thinking": False}``.
+    """
+
+    system_prompt: str | None = None
+    suffix: str = ""
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def render(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Prompt:
+        """The prompt as `synthesize` wants it.
+
+        Raises:
+            ValueError: a system prompt or settings of a template for a tokenizer without one.
+        """
+        messages = problem.messages()
+        *before, last = messages
+        if self.suffix:
+            messages = [*before, {**last, "content": last["content"] + self.suffix}]
+        if tokenizer.chat_template is None:
+            if self.system_prompt is not None or self.template_kwargs:
+                raise ValueError(
+                    "system_prompt and chat_template_kwargs are for a chat template, got a tokenizer without one; put "
+                    "the text into the problems or into prompt_suffix"
+                )
+            return "\n".join(message["content"] for message in messages)
+        if self.system_prompt is not None:
+            others = [message for message in messages if message["role"] != "system"]
+            messages = [{"role": "system", "content": self.system_prompt}, *others]
+        if self.template_kwargs:
+            return list(
+                tokenizer.apply_chat_template(
+                    messages, add_generation_prompt=True, return_dict=False, **self.template_kwargs
+                )
+            )
+        return messages
 
 
 def end_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from motab.data import load_problems
@@ -46,6 +47,14 @@ def test_parquet(tmp_path):
     path = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"problem": ["a?", "b?"], "answer": ["1", None]}), path)
     assert [(p.prompt, p.answer) for p in load_problems(str(path))] == [("a?", "1"), ("b?", None)]
+
+
+def test_a_configuration_is_asked_for(monkeypatch):
+    asked = []
+    table = datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *x, **kw: asked.append((x, kw)) or table)
+    assert load_problems("openai/gsm8k", "test", "main")[0].answer == "2"
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
 def test_reasoning_gym():

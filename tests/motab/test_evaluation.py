@@ -9,7 +9,8 @@ import pytest
 
 from motab import evaluation
 from motab.data import Problem, load_problems
-from motab.evaluation import chat_prompt, evaluate, is_correct, stated_answer
+from motab.evaluation import evaluate, is_correct, stated_answer
+from motab.prompts import PromptFormat
 
 
 @pytest.mark.parametrize(
@@ -123,16 +124,18 @@ def test_what_the_grading_is_told(monkeypatch, student, prompt, reason, accuracy
     assert evaluate(student, bytes_tokenizer, [Problem("?", "1", {})]).accuracy == accuracy
 
 
+def test_problems_are_put_as_asked(student, tokenizer, monkeypatch):
+    asked = []
+    write = evaluation.synthesize
+    monkeypatch.setattr(evaluation, "synthesize", lambda *x, **kw: asked.append(x[3]) or write(*x, **kw))
+    evaluate(student, tokenizer, [Problem("a", "1", {})], max_new_tokens=1, prompt_format=PromptFormat(suffix="b"))
+    assert asked == [["ab"]]
+
+
 def test_a_real_model_runs_out_of_budget(student, tokenizer):
     problems = [Problem("ab.", "1", {}), Problem("c,a", "2", {})]
     result = evaluate(student, tokenizer, problems, max_new_tokens=1)
     assert (result.accuracy, result.overlong, result.problems) == (0.0, 1.0, 2)
-
-
-def test_prompt_without_a_template(tokenizer):
-    messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
-    assert chat_prompt(tokenizer, Problem(messages, None, {})) == "a\nb"
-    assert chat_prompt(tokenizer, Problem("c", None, {})) == "c"
 
 
 @pytest.mark.parametrize(

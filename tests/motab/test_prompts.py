@@ -1,0 +1,67 @@
+"""How problems are put to the models."""
+
+import copy
+
+import pytest
+
+from motab.config import EvaluateArguments, TrainArguments, parse
+from motab.data import Problem
+from motab.prompts import PromptFormat
+
+CONVERSATION = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}.{% endfor %}{% if not quiet %}c{% endif %}"
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def test_without_a_template(tokenizer):
+    assert PromptFormat().render(tokenizer, Problem(CONVERSATION, None, {})) == "a\nb"
+    assert PromptFormat(suffix=",").render(tokenizer, Problem("c", None, {})) == "c,"
+    for wrong in ({"system_prompt": "a"}, {"template_kwargs": {"quiet": True}}):
+        with pytest.raises(ValueError, match=r"for a chat template, got a tokenizer without .* prompt_suffix"):
+            PromptFormat(**wrong).render(tokenizer, Problem("c", None, {}))
+
+
+def test_messages(chat_tokenizer):
+    render = lambda problem, **settings: PromptFormat(**settings).render(chat_tokenizer, Problem(problem, None, {}))  # noqa: E731
+    assert render(CONVERSATION) == CONVERSATION
+    assert render("b", suffix=",") == [{"role": "user", "content": "b,"}]
+    assert render(CONVERSATION, system_prompt="c") == [{"role": "system", "content": "c"}, CONVERSATION[1]]
+    assert CONVERSATION[1]["content"] == "b"  # as it was
+
+
+def test_settings_of_the_template(chat_tokenizer):
+    """Token ids then, in which nothing is left to be said."""
+    problem = Problem("b", None, {})
+    ids = [PromptFormat(template_kwargs={"quiet": quiet}).render(chat_tokenizer, problem) for quiet in (True, False)]
+    assert ids[0] == chat_tokenizer.encode("ub.")
+    assert ids[1] == chat_tokenizer.encode("ub.c")
+
+
+@pytest.mark.parametrize("given", ['{"quiet": true}', "{quiet: true}", "file"])
+def test_from_the_command_line(given, tmp_path):
+    flags = ["--system_prompt", "a", "--prompt_suffix", "b", "--chat_template_kwargs", given]
+    if given == "file":
+        (tmp_path / "c.yaml").write_text("chat_template_kwargs: {quiet: true}\nsystem_prompt: a\nprompt_suffix: b\n")
+        flags = ["--config", str(tmp_path / "c.yaml")]
+    args = parse(EvaluateArguments, flags, "evaluate")
+    assert args.prompt_format() == PromptFormat("a", "b", {"quiet": True})
+    assert parse(EvaluateArguments, [], "evaluate").prompt_format() == PromptFormat()
+
+
+@pytest.mark.parametrize("given", ["true", "[1]", "{a", "enable_thinking"])
+def test_what_is_no_mapping(given):
+    args = parse(EvaluateArguments, ["--chat_template_kwargs", given], "evaluate")
+    with pytest.raises(ValueError, match="--chat_template_kwargs must be a mapping"):
+        args.prompt_format()
+
+
+def test_nothing_is_put_where_nothing_is_written():
+    args = parse(TrainArguments, ["--train_file", "t.jsonl", "--prompt_suffix", "b"], "train")
+    with pytest.raises(ValueError, match="--train_file is trained on as it was written, got --prompt_suffix besides"):
+        args.check_source()
