@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_synthesis import assert_same
 
 import motab
 from motab import memory
@@ -72,9 +73,7 @@ def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, wai
     assert max(waited) > 30
     assert max(most) == 7
     assert max(len(t.token_ids) for t in found) >= 150
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.index, ours.token_ids, ours.author) == (theirs.index, theirs.token_ids, theirs.author)
-        assert (ours.breach_step, ours.rollback_step) == (theirs.breach_step, theirs.rollback_step)
+    assert_same(found, expected)
 
 
 def test_one_row_at_a_time(student, teacher, tokenizer, prompts, waited):
