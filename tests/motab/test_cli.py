@@ -13,7 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import motab
 from motab.cli import main
 from motab.config import SynthesizeArguments, TrainArguments, parse
+from motab.data import Problem
 from motab.models import load_model
+from motab.prompts import PromptFormat
 from motab.resume import decisive_settings, last_checkpoint, record
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
@@ -78,11 +80,32 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     answers = ["--temperature", "1", "--num_samples", "2", "--answers_file", str(tmp_path / "answers.jsonl")]
     assert main([*command, *answers, "--output_file", str(figures)]) == 0
     passed = json.loads(figures.read_text())["pass_at_k"]
-    assert f"mean over 2 samples of 6 problems), pass@2 {passed:.3f}" in " ".join(capsys.readouterr().out.split())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"mean over 2 samples of 6 problems), pass@2 {passed:.3f}" in printed
+    assert " 12/12 " in printed
     lines = (tmp_path / "answers.jsonl").read_text().splitlines()
     assert [(json.loads(line)["index"], json.loads(line)["sample"]) for line in lines] == [
         (index, sample) for index in range(6) for sample in range(2)
     ]
+
+
+@pytest.mark.parametrize("command", ["synthesize", "train", "evaluate"])
+def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
+    """Each command renders them so, and asks for the configuration."""
+
+    def stop(self, tokenizer, problem):
+        raise ValueError(f"put as {self}")
+
+    loaded = []
+    monkeypatch.setattr("motab.data.load_problems", lambda *given: loaded.append(given) or [Problem("b", "1", {})])
+    monkeypatch.setattr("motab.prompts.PromptFormat.render", stop)
+    models = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
+    flags = [*models[: 2 if command == "evaluate" else 4], "--dataset_name", "some", "--dataset_config", "main"]
+    flags += ["--system_prompt", "a", "--prompt_suffix", "b", "--chat_template_kwargs", '{"quiet": true}']
+    flags += ["--output_dir", str(tmp_path)] if command != "evaluate" else []
+    assert main([command, *flags]) == 2
+    assert f"put as {PromptFormat('a', 'b', {'quiet': True})}" in capsys.readouterr().err
+    assert loaded == [("some", "test" if command == "evaluate" else "train", "main")]
 
 
 def test_answers_that_run_out_of_budget(capsys):
