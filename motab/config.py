@@ -121,16 +121,17 @@ class PromptArguments:
         """What these settings describe.
 
         Raises:
-            ValueError: `chat_template_kwargs` that are no mapping.
+            ValueError: `chat_template_kwargs` that are no mapping from names.
         """
         kwargs: Any = self.chat_template_kwargs
         try:
             kwargs = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
         except yaml.YAMLError:
             kwargs = None
-        if not isinstance(kwargs, dict | None) or (kwargs is None and self.chat_template_kwargs):
+        named = isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)
+        if not named and self.chat_template_kwargs is not None:
             raise ValueError(
-                "--chat_template_kwargs must be a mapping, as '{\"enable_thinking\": false}', got "
+                "--chat_template_kwargs must be a mapping from names, as '{\"enable_thinking\": false}', got "
                 f"{self.chat_template_kwargs!r}"
             )
         return PromptFormat(self.system_prompt, self.prompt_suffix or "", kwargs or {})

@@ -41,8 +41,11 @@ def load_problems(dataset_name: str, split: str = "train", config: str | None = 
         `ANSWER_COLUMNS`; an assistant's messages at the end of a conversation are not part of the prompt.
 
     Raises:
-        ValueError: an unknown task or setting, a file of another kind, no known question column, an empty question.
+        ValueError: an unknown task or setting, a file of another kind, no known question column, an empty question, a
+            configuration of what is not on the hub.
     """
+    if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
+        raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
     if dataset_name.startswith("reasoning-gym:"):
         return _reasoning_gym(dataset_name)
     rows = _rows(dataset_name, split, config)

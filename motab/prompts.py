@@ -6,9 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
+
+# Arguments of apply_chat_template that are ours to give, for a prompt is a list of token ids that an answer follows.
+_OURS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors")
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
 
@@ -50,12 +54,16 @@ class PromptFormat:
         """The prompt as `synthesize` wants it.
 
         Raises:
-            ValueError: a system prompt or settings of a template for a tokenizer without one.
+            ValueError: a system prompt or settings of a template for a tokenizer without one; settings that the
+                template refuses or that are not its own; a suffix where the user says nothing.
         """
-        messages = problem.messages()
-        *before, last = messages
+        messages = list(problem.messages())
         if self.suffix:
-            messages = [*before, {**last, "content": last["content"] + self.suffix}]
+            places = [place for place, message in enumerate(messages) if message["role"] == "user"]
+            if not places:
+                raise ValueError(f"prompt_suffix needs a message of the user to end, got {messages!r}")
+            last = messages[places[-1]]
+            messages[places[-1]] = {**last, "content": last["content"] + self.suffix}
         if tokenizer.chat_template is None:
             if self.system_prompt is not None or self.template_kwargs:
                 raise ValueError(
@@ -67,11 +75,11 @@ class PromptFormat:
             others = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": self.system_prompt}, *others]
         if self.template_kwargs:
-            return list(
-                tokenizer.apply_chat_template(
-                    messages, add_generation_prompt=True, return_dict=False, **self.template_kwargs
+            if given := [name for name in self.template_kwargs if name in _OURS]:
+                raise ValueError(
+                    f"chat_template_kwargs are what the template reads, as enable_thinking, got {', '.join(given)}"
                 )
-            )
+            return _from_template(tokenizer, messages, **self.template_kwargs)
         return messages
 
 
@@ -88,11 +96,21 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> l
     if isinstance(prompt, str):
         ids = tokenizer.encode(prompt)
     elif prompt and isinstance(prompt[0], Mapping):
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+        ids = _from_template(tokenizer, prompt)
     else:
         ids = [int(token) for token in prompt]  # type: ignore[arg-type]
     if not ids:
         raise ValueError(f"prompt {index} is empty: a prompt must hold at least one token, got {prompt!r}")
+    return list(ids)
+
+
+def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **settings: Any) -> list[int]:
+    """The token ids of messages, up to where the answer begins."""
+    try:
+        ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **settings)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the tokenizer's chat template refuses messages of {roles}: {error}") from error
     return list(ids)
 
 

@@ -57,6 +57,12 @@ def test_a_configuration_is_asked_for(monkeypatch):
     assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
 
 
+def test_a_configuration_of_what_has_none(jsonl):
+    for name in (jsonl({"question": "1+1?"}), "reasoning-gym:chain_sum?size=1&seed=1"):
+        with pytest.raises(ValueError, match="only a dataset of the hub has configurations, got 'main' for"):
+            load_problems(name, config="main")
+
+
 def test_reasoning_gym():
     name = "reasoning-gym:chain_sum?size=5&seed=3&min_terms=4&max_terms=4"
     problems = load_problems(name)

@@ -6,7 +6,7 @@ import pytest
 
 from motab.config import EvaluateArguments, TrainArguments, parse
 from motab.data import Problem
-from motab.prompts import PromptFormat
+from motab.prompts import PromptFormat, encode_prompts
 
 CONVERSATION = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}.{% endfor %}{% if not quiet %}c{% endif %}"
@@ -43,6 +43,29 @@ def test_settings_of_the_template(chat_tokenizer):
     assert ids[1] == chat_tokenizer.encode("ub.c")
 
 
+@pytest.mark.parametrize("name", ["conversation", "add_generation_prompt", "continue_final_message", "return_tensors"])
+def test_settings_that_are_not_of_the_template(chat_tokenizer, name):
+    with pytest.raises(ValueError, match=f"chat_template_kwargs are what the template reads, .* got {name}"):
+        PromptFormat(template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
+
+
+@pytest.mark.parametrize("settings", [{}, {"template_kwargs": {"quiet": True}}])
+def test_a_template_that_refuses(chat_tokenizer, settings):
+    """As Gemma's does a system's message; with and without settings of the template."""
+    chat_tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    settings = {"system_prompt": "a", **settings}
+    render = lambda: [PromptFormat(**settings).render(chat_tokenizer, Problem("b", None, {}))]  # noqa: E731
+    with pytest.raises(ValueError, match="template refuses messages of system, user: System role not supported"):
+        encode_prompts(render(), chat_tokenizer, [], 0)
+
+
+def test_the_suffix_ends_what_the_user_says(tokenizer):
+    messages = [CONVERSATION[1], CONVERSATION[0]]
+    assert PromptFormat(suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
+    with pytest.raises(ValueError, match=r"prompt_suffix needs a message of the user to end, got \[\{'role': 'system'"):
+        PromptFormat(suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
+
+
 @pytest.mark.parametrize("given", ['{"quiet": true}', "{quiet: true}", "file"])
 def test_from_the_command_line(given, tmp_path):
     flags = ["--system_prompt", "a", "--prompt_suffix", "b", "--chat_template_kwargs", given]
@@ -54,7 +77,7 @@ def test_from_the_command_line(given, tmp_path):
     assert parse(EvaluateArguments, [], "evaluate").prompt_format() == PromptFormat()
 
 
-@pytest.mark.parametrize("given", ["true", "[1]", "{a", "enable_thinking"])
+@pytest.mark.parametrize("given", ["", "true", "false", "[1]", "{1: 2}", "{a", "enable_thinking"])
 def test_what_is_no_mapping(given):
     args = parse(EvaluateArguments, ["--chat_template_kwargs", given], "evaluate")
     with pytest.raises(ValueError, match="--chat_template_kwargs must be a mapping"):
