@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
+from motab.memory import Pages
 from motab.writer import Writer
 from motab_kernels.model_attention import Step, takes_ragged_attention
 
@@ -39,7 +40,7 @@ class CompiledWriter(Writer):
         batch_size: int,
         max_length: int,
         vocab_size: int,
-        num_pages: int | None,
+        pages: Pages | None,
         block_size: int,
     ):
         if not takes_ragged_attention(model):
@@ -49,7 +50,7 @@ class CompiledWriter(Writer):
                 "it with another attn_implementation or dtype, or leave torch_compile off"
             )
         # Rows and tokens of which there is one make programs of their own.
-        super().__init__(model, max(2, batch_size), max_length, vocab_size, num_pages)
+        super().__init__(model, max(2, batch_size), max_length, vocab_size, pages)
         self.block_size = block_size
         own = model.generation_config.compile_config if model.generation_config is not None else None
         self.compiled = model.get_compiled_call(own or CompileConfig(fullgraph=True, dynamic=True))

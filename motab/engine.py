@@ -73,12 +73,12 @@ class Engine:
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
         self.max_length = max(map(len, prompts)) + max_new_tokens + block_size
-        num_pages = memory.pages_for(max_cached_tokens, self.batch_size, self.max_length)
+        pages = memory.pages_for(max_cached_tokens, self.batch_size, self.max_length)
 
         def writer(model: PreTrainedModel | None) -> Writer | None:
             if model is None:
                 return None
-            sizes = (self.batch_size, self.max_length, self.vocab_size, num_pages)
+            sizes = (self.batch_size, self.max_length, self.vocab_size, pages)
             return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
@@ -126,7 +126,7 @@ class Engine:
             index = self.waiting[0]
             parked = self.parked.get(index)
             length = len(self.prompts[index]) if parked is None else parked[0].length
-            if not self._has_room({slot: length}, spare=memory.PAGE_SIZE):
+            if not self._has_room({slot: length}, spare=memory.page_size(self.max_length)):
                 break
             heapq.heappop(self.waiting)
             if parked is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -10,11 +11,22 @@ from transformers import PreTrainedModel
 import motab_kernels as mk
 from motab.processes import Processes
 
-PAGE_SIZE = 256  # tokens
 SHARE = 0.8  # of free memory for keys and values; the rest is for activations and logits
 
 
-def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -> int | None:
+class Pages(NamedTuple):
+    """Of a `RaggedKVCache`."""
+
+    num_pages: int
+    page_size: int
+
+
+def page_size(max_length: int) -> int:
+    """Tokens of a page: many, for a GPU's program reads one, but few beside those of a row."""
+    return 256 if max_length > 4096 else 64
+
+
+def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -> Pages | None:
     """The pages of a cache, or None where each row can have the room that it may need.
 
     Raises:
@@ -22,14 +34,15 @@ def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -
     """
     if max_cached_tokens is None or max_cached_tokens >= batch_size * max_length:
         return None
-    least = -(-max_length // PAGE_SIZE) * PAGE_SIZE
+    size = page_size(max_length)
+    least = -(-max_length // size) * size
     if max_cached_tokens < least:
         raise ValueError(
             f"max_cached_tokens: expected at least {least}, for the longest prompt, max_new_tokens and a block make "
-            f"{max_length} tokens in pages of {PAGE_SIZE}; got {max_cached_tokens}; lower max_new_tokens, drop long "
-            "prompts or free memory"
+            f"{max_length} tokens in pages of {size}; got {max_cached_tokens}; lower max_new_tokens, drop long prompts "
+            "or free memory"
         )
-    return max_cached_tokens // PAGE_SIZE
+    return Pages(max_cached_tokens // size, size)
 
 
 def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:

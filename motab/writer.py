@@ -29,7 +29,12 @@ class Writer:
     """One model and the cache of its ``batch_size`` rows, in pages if these are given."""
 
     def __init__(
-        self, model: PreTrainedModel, batch_size: int, max_length: int, vocab_size: int, num_pages: int | None = None
+        self,
+        model: PreTrainedModel,
+        batch_size: int,
+        max_length: int,
+        vocab_size: int,
+        pages: memory.Pages | None = None,
     ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
         kind = model.device.type
@@ -40,8 +45,7 @@ class Writer:
             max_length,
             device=model.device,
             dtype=dtype,
-            num_pages=num_pages,
-            page_size=memory.PAGE_SIZE,
+            **({} if pages is None else pages._asdict()),
         )
         self.lengths = [0] * batch_size
         self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device

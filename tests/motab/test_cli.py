@@ -347,8 +347,8 @@ def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, n
     ids=lambda command: command[0],
 )
 def test_compiled_models_and_pages_are_asked_for(command, tmp_path, capsys, monkeypatch):
-    def compiled(model, batch_size, max_length, vocab_size, num_pages, block_size):
-        raise ValueError(f"it would be compiled, with {num_pages} pages")
+    def compiled(model, batch_size, max_length, vocab_size, pages, block_size):
+        raise ValueError(f"it would be compiled, with {pages.num_pages} pages")
 
     monkeypatch.setattr("motab.engine.CompiledWriter", compiled)
     pair = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
@@ -362,7 +362,7 @@ def test_compiled_models_and_pages_are_asked_for(command, tmp_path, capsys, monk
         *(["--output_dir", str(tmp_path)] if command[0] != "evaluate" else []),
     ]
     assert main([*command, *pair[: 2 if command[0] == "evaluate" else 4], *options]) == 2
-    assert "it would be compiled, with 2 pages" in capsys.readouterr().err
+    assert "it would be compiled, with 9 pages" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

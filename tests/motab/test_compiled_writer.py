@@ -74,7 +74,7 @@ def test_the_same_trajectories_from_three_programs(student, teacher, tokenizer, 
 
 @needs_kernels
 def test_three_programs_on_pages_too(student, teacher, tokenizer, prompts):
-    """Rows of one page, 3 of which there are."""
+    """Rows of up to 3 pages, 12 of which there are."""
     pair = pair_of(student, teacher, "eager")
     for batch_size, block_size in ((5, 2), (12, 12)):
         sizes = {"batch_size": batch_size, "block_size": block_size, "max_new_tokens": 160}

@@ -31,10 +31,9 @@ POLICIES = [
 
 
 @pytest.fixture(autouse=True)
-def long_texts_in_small_pages(monkeypatch):
+def long_texts(monkeypatch):
     """The tiny models would end after a dozen tokens."""
     monkeypatch.setattr("motab.engine.end_tokens", lambda models, tokenizer: [99])
-    monkeypatch.setattr(memory, "PAGE_SIZE", 64)
 
 
 @pytest.fixture
@@ -92,7 +91,8 @@ def test_one_row_at_a_time(student, teacher, tokenizer, prompts, waited):
 def test_pages_only_where_they_are_needed():
     assert memory.pages_for(None, 4, 100) is None
     assert memory.pages_for(400, 4, 100) is None
-    assert memory.pages_for(399, 4, 100) == 6
+    assert memory.pages_for(399, 4, 100) == (6, 64)
+    assert memory.pages_for(40_000, 8, 32_768) == (156, 256)
 
 
 def test_bytes_of_a_token(student):
