@@ -13,78 +13,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, Step
 from motab_kernels.page_table import PageTable
+from motab_kernels.ragged_layer import RaggedLayer, at_one_address, layer_types
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
 #: What a model's forward pass and `generate` call the cache: transformers 5.24 renamed it, and warns of the old name.
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-
-
-class _RaggedLayer(CacheLayerMixin):
-    """Keys and values of one layer, (B, H, S, D) or (P + 1, H, S, D), allocated when the first ones arrive."""
-
-    is_croppable = True
-
-    def __init__(self, batch_size: int, max_length: int, is_sliding: bool, pages: PageTable | None) -> None:
-        super().__init__()
-        self.max_length = max_length
-        self.is_sliding = is_sliding
-        self.pages = pages
-        self.pieces, self.slots = (batch_size, max_length) if pages is None else (pages.num_pages + 1, pages.page_size)
-
-    # Sizes and positions are the cache's to answer: they are the same for every layer.
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        raise NotImplementedError("ask the cache: RaggedKVCache.get_mask_sizes")
-
-    def get_seq_length(self) -> int:
-        raise NotImplementedError("ask the cache: RaggedKVCache.get_seq_length")
-
-    def get_max_length(self) -> int:
-        return self.max_length
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Tensors born in inference mode could not be written outside of it.
-        with torch.inference_mode(False):
-            self.keys, self.values = (
-                _at_one_address(
-                    torch.zeros(
-                        (self.pieces, states.shape[1], self.slots, states.shape[3]),
-                        dtype=states.dtype,
-                        device=states.device,
-                    )
-                )
-                for states in (key_states, value_states)
-            )
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        return self._write(self.keys, key_states, step), self._write(self.values, value_states, step)
-
-    def _write(self, storage: Tensor, states: Tensor, step: Step) -> Tensor:
-        """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
-        storage for an attention that finds its rows and slots itself."""
-        storage.transpose(1, 2)[step.places, step.offsets] = states.transpose(1, 2)
-        if step.windows is not None:
-            return storage
-        if self.pages is not None:
-            assert step.page_table is not None
-            return self.pages.in_one_piece(storage, step.page_table, step.visible_length)
-        visible = storage[:, :, : step.visible_length]
-        return visible if step.rows is None else visible.index_select(0, step.rows)
-
-
-def _at_one_address(x: Tensor) -> Tensor:
-    """Tell `torch.compile` that a tensor stays where it is: CUDA graphs write nothing in place otherwise."""
-    if x.is_cuda and not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(x)
-    return x
 
 
 class RaggedKVCache(Cache):
@@ -148,16 +87,16 @@ class RaggedKVCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("expected a decoder-only model, got an encoder-decoder: its cross-attention has no rows")
         self.config = config.get_text_config(decoder=True)
-        self.layer_types = _layer_types(self.config)
+        self.layer_types = layer_types(self.config)
         with torch.inference_mode(False):
-            self.lengths = _at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))
+            self.lengths = at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))
         self.device = self.lengths.device
         self.pages: PageTable | None = None
         if num_pages is not None:
             self.pages = PageTable(batch_size, max_length, num_pages, page_size, self.device)
         super().__init__(
             layers=[
-                _RaggedLayer(batch_size, max_length, layer_type == "sliding_attention", self.pages)
+                RaggedLayer(batch_size, max_length, layer_type == "sliding_attention", self.pages)
                 for layer_type in self.layer_types
             ]
         )
@@ -434,25 +373,3 @@ def _known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None
     if isinstance(new_lengths, int):
         return [new_lengths]
     return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None
-
-
-def _layer_types(config: Any) -> list[str]:
-    """Each layer's kind of attention, "full_attention" or "sliding_attention"; any other is refused by name."""
-    num_layers = config.num_hidden_layers
-    layer_types = getattr(config, "layer_types", None)
-    if layer_types is None:
-        if getattr(config, "num_attention_heads", None) is None:
-            raise ValueError(f"expected attention layers, got {config.model_type!r}: layer 0 keeps a recurrent state")
-        sliding = getattr(config, "sliding_window", None) is not None
-        layer_types = ["sliding_attention" if sliding else "full_attention"] * num_layers
-    sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
-    first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
-    for index, layer_type in enumerate(layer_types):
-        if layer_type not in ("full_attention", "sliding_attention"):
-            raise ValueError(
-                f'expected layers of "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}: '
-                "its state cannot be rolled back by a length"
-            )
-        if index >= first_shared or sharing[index] == "reuse":
-            raise ValueError(f"expected every layer to keep its own keys and values, got layer {index} sharing them")
-    return list(layer_types)

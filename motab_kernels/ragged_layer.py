@@ -1,0 +1,99 @@
+"""One layer of a `RaggedKVCache`, and which layers a model has.
+
+B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, q new tokens; P pages.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from motab_kernels.model_attention import Step
+from motab_kernels.page_table import PageTable
+
+
+class RaggedLayer(CacheLayerMixin):
+    """Keys and values of one layer, (B, H, S, D) or (P + 1, H, S, D), allocated when the first ones arrive."""
+
+    is_croppable = True
+
+    def __init__(self, batch_size: int, max_length: int, is_sliding: bool, pages: PageTable | None) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.is_sliding = is_sliding
+        self.pages = pages
+        self.pieces, self.slots = (batch_size, max_length) if pages is None else (pages.num_pages + 1, pages.page_size)
+
+    # Sizes and positions are the cache's to answer: they are the same for every layer.
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        raise NotImplementedError("ask the cache: RaggedKVCache.get_mask_sizes")
+
+    def get_seq_length(self) -> int:
+        raise NotImplementedError("ask the cache: RaggedKVCache.get_seq_length")
+
+    def get_max_length(self) -> int:
+        return self.max_length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        # Tensors born in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.keys, self.values = (
+                at_one_address(
+                    torch.zeros(
+                        (self.pieces, states.shape[1], self.slots, states.shape[3]),
+                        dtype=states.dtype,
+                        device=states.device,
+                    )
+                )
+                for states in (key_states, value_states)
+            )
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, step: Step) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        return self._write(self.keys, key_states, step), self._write(self.values, value_states, step)
+
+    def _write(self, storage: Tensor, states: Tensor, step: Step) -> Tensor:
+        """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
+        storage for an attention that finds its rows and slots itself."""
+        storage.transpose(1, 2)[step.places, step.offsets] = states.transpose(1, 2)
+        if step.windows is not None:
+            return storage
+        if self.pages is not None:
+            assert step.page_table is not None
+            return self.pages.in_one_piece(storage, step.page_table, step.visible_length)
+        visible = storage[:, :, : step.visible_length]
+        return visible if step.rows is None else visible.index_select(0, step.rows)
+
+
+def at_one_address(x: Tensor) -> Tensor:
+    """Tell `torch.compile` that a tensor stays where it is: CUDA graphs write nothing in place otherwise."""
+    if x.is_cuda and not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(x)
+    return x
+
+
+def layer_types(config: Any) -> list[str]:
+    """Each layer's kind of attention, "full_attention" or "sliding_attention"; any other is refused by name."""
+    num_layers = config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        if getattr(config, "num_attention_heads", None) is None:
+            raise ValueError(f"expected attention layers, got {config.model_type!r}: layer 0 keeps a recurrent state")
+        sliding = getattr(config, "sliding_window", None) is not None
+        kinds = ["sliding_attention" if sliding else "full_attention"] * num_layers
+    sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
+    first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
+    for index, layer_type in enumerate(kinds):
+        if layer_type not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f'expected layers of "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}: '
+                "its state cannot be rolled back by a length"
+            )
+        if index >= first_shared or sharing[index] == "reuse":
+            raise ValueError(f"expected every layer to keep its own keys and values, got layer {index} sharing them")
+    return list(kinds)
