@@ -23,7 +23,15 @@ Low-precision logits are read into float32, and everything is summed in float32.
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.online_softmax import LOWEST, inverse_temperature, moved, scaled, tile_max, tile_sum
+from motab_kernels.gpu.online_softmax import (
+    LOWEST,
+    inverse_temperature,
+    moved,
+    scaled,
+    tile_columns,
+    tile_max,
+    tile_sum,
+)
 
 # Rows of the workspace (positions, 10, S).
 TOP_T, Z_T, A_T, G_T, TOP_S, Z_S, A_S, G_S, RANK, ARGMAX = (tl.constexpr(i) for i in range(10))
@@ -93,8 +101,7 @@ def partial_kernel(
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
-    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    columns = tile_columns(GROUPS, LANES, VECTOR)
     top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
     zeros = tl.zeros([LANES], tl.float32)
     z_t, a_t, g_t, z_s, a_s, g_s, rank = zeros, zeros, zeros, zeros, zeros, zeros, zeros

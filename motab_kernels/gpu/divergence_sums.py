@@ -14,6 +14,7 @@ from motab_kernels.gpu.online_softmax import (
     inverse_temperature,
     moved,
     scaled,
+    tile_columns,
     tile_max,
     tile_sum,
 )
@@ -74,8 +75,7 @@ def sums_kernel(
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
-    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    columns = tile_columns(GROUPS, LANES, VECTOR)
     top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
     zeros = tl.zeros([LANES], tl.float32)
     z_t, g_t, z_s, g_s = zeros, zeros, zeros, zeros

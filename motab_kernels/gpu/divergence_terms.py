@@ -9,7 +9,7 @@ agree, nothing overflows, and two or three special functions do for both. The fo
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.online_softmax import LN_2, LOG2_E, inverse_temperature, scaled, tile_sum
+from motab_kernels.gpu.online_softmax import LN_2, LOG2_E, inverse_temperature, scaled, tile_columns, tile_sum
 
 
 @triton.jit
@@ -154,8 +154,7 @@ def terms_kernel(
     m_t, m_s, reciprocal_t, reciprocal_s, offset = _row(saved_ptr + position * 6, c)
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
-    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    columns = tile_columns(GROUPS, LANES, VECTOR)
     divergence, centre = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32)
     first = split * (TILES * TILE)
     end = tl.minimum(first + TILES * TILE, V)
@@ -230,8 +229,7 @@ def gradient_kernel(
     teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
     out_ptr += b * out_stride_b + i * out_stride_t
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
-    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
-    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    columns = tile_columns(GROUPS, LANES, VECTOR)
     first = split * (TILES * TILE)
     end = tl.minimum(first + TILES * TILE, V)
     whole = first + (end - first) // TILE * TILE

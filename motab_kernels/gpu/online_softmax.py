@@ -27,6 +27,16 @@ def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
 
 
 @triton.jit
+def tile_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
+    """(GROUPS, LANES, VECTOR): the columns of a tile, of which a thread has whole lanes."""
+    group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
+    columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
+    # Of the lanes it is not so: they step by VECTOR. But of axes that tie in this, Triton 3.6 spreads the groups over
+    # the threads, which then have to shuffle for each tile. What a load may take at once follows from the last axis.
+    return tl.max_contiguous(columns, [1, 2, VECTOR])
+
+
+@triton.jit
 def tile_sum(x):
     return tl.sum(tl.sum(x, axis=2), axis=0)
 
