@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import gpu_report
 from benchmarks.gpu_races import STAGES, Plan, Record
 
@@ -42,7 +44,7 @@ def run(out: Path, minutes: float, command: str, plan: Plan | None = None, tests
     results: Record = {
         "date": datetime.date.today().isoformat(),
         "command": command,
-        "versions": {"python": platform.python_version(), **installed()},
+        "versions": {"python": platform.python_version(), **installed(), "torch": torch.__version__},  # with its CUDA's
         "checks": {"passed": 0, "skipped": 0, "failed": [], "error": "not run yet"},
         "records": [],
     }
@@ -140,8 +142,6 @@ def main(arguments: list[str] | None = None) -> Any:
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     options = parser.parse_args(arguments)
-    import torch
-
     if not torch.cuda.is_available():
         parser.error("expected a GPU, got none")
     run(options.out, options.minutes, f"python -m benchmarks.gpu --out {options.out}")

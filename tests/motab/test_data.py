@@ -2,10 +2,11 @@
 
 import json
 
-import datasets
 import pytest
 
 from motab.data import load_problems
+
+datasets = pytest.importorskip("datasets")
 
 
 @pytest.fixture

@@ -35,7 +35,8 @@ PROMPTS = [[1 + (7 * i + j) % 11 for j in range(1 + i % 6)] for i in range(90)]
 def run(path, kill_at=None):
     """Run to the end, or kill the process as soon as the file holds so many bytes."""
     command = [sys.executable, "-c", RUN, str(path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    places = os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, env=environment) as process:
         process.stdout.readline()
         if kill_at is not None:
