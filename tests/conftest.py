@@ -1,5 +1,7 @@
-"""Without a GPU, Triton kernels run in Triton's interpreter; it is asked for before triton is imported."""
+"""Without a GPU, Triton kernels run in Triton's interpreter, which is asked for before triton is imported; or, with
+MOTAB_PTX=80, as they are compiled for such a GPU, see `ptx`."""
 
+import importlib
 import os
 import warnings
 
@@ -8,7 +10,14 @@ import pytest
 import torch
 from sanitizer import Sanitizer
 
-if not torch.cuda.is_available():
+if "MOTAB_PTX" in os.environ:
+    from ptx import driver
+
+    import motab_kernels.gpu
+
+    driver.install(int(os.environ["MOTAB_PTX"]))
+    motab_kernels.gpu.INTERPRETED = True  # so that they take tensors on the CPU
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON, warn_once
@@ -19,17 +28,26 @@ if not HAS_LIBRARY:  # warned of once a process: here, where no test fails of it
         warn_once()
 
 
+def in_the_interpreter():
+    return HAS_TRITON and "MOTAB_PTX" not in os.environ and importlib.import_module("motab_kernels.gpu").INTERPRETED
+
+
 def round_as_a_gpu_rounds(monkeypatch):
     """The interpreter rounds a multiply-add twice, a GPU once: in float64 the product is exact. It cuts float32 to
     bfloat16, which a GPU rounds. And it multiplies matrices of bfloat16 as if their bits were whole numbers."""
-    if not HAS_TRITON:
-        return
-    from motab_kernels.gpu import INTERPRETED
-
-    if not INTERPRETED:
+    if not in_the_interpreter():
         return
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):  # Triton 3.6 makes a bound of an array with one element, which NumPy 2.5 refuses
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
 
     def fma(self, x, y, z):
         with np.errstate(all="ignore"):
@@ -67,20 +85,29 @@ def round_as_a_gpu_does(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def kernels_stay_within_their_tensors(monkeypatch):
-    """In the interpreter, which reads past a tensor's end in silence, each address is looked up."""
-    if not HAS_TRITON:
+    """In the interpreter, which reads past a tensor's end in silence, each address is looked up, as `ptx` does."""
+    if in_the_interpreter():
+        lookup = Sanitizer()
+        lookup.patch(monkeypatch)
+    elif "MOTAB_PTX" in os.environ:
+        lookup = driver.Driver
+    else:
         return
-    from motab_kernels.gpu import INTERPRETED, kv_cache
+    from motab_kernels.gpu import kv_cache
 
-    if not INTERPRETED:
-        return
-    sanitizer = Sanitizer()
-    sanitizer.patch(monkeypatch)
     realign_ = kv_cache.realign_
 
     def realigned(storages, *args, **keywords):
-        sanitizer.tensors = storages  # the kernel has their addresses in a table
-        realign_(storages, *args, **keywords)
-        sanitizer.tensors = []
+        with monkeypatch.context() as patch:
+            patch.setattr(lookup, "tensors", storages)  # the kernel has their addresses in a table
+            realign_(storages, *args, **keywords)
 
     monkeypatch.setattr(kv_cache, "realign_", realigned)
+
+
+@pytest.fixture
+def seed():
+    """A fresh one, printed where a test fails."""
+    value = torch.seed() % 2**31
+    print(f"seed {value}")
+    return value

@@ -19,7 +19,11 @@ from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
-    """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles."""
+    """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles.
+
+    A tile has 128 bits of columns for each thread, at least: else two threads hold the same columns, and of a gradient
+    that is written over the logits one would read what the other has written.
+    """
 
     lanes: int = 128  # one a thread
     per_lane: int = 16

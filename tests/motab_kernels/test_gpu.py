@@ -1,8 +1,4 @@
-"""Every kernel compiled, on a GPU: against float64 on fresh random inputs, in CUDA graphs, without waits of the host.
-
-The interpreter runs neither compiled code, nor two tensors that share memory, nor graphs. The default settings are
-tested here, which the other files replace by small ones.
-"""
+"""What only a GPU can show: CUDA graphs, waits of the host, more memory than 32 bits count."""
 
 import math
 import warnings
@@ -10,7 +6,7 @@ import warnings
 import pytest
 import torch
 from attention_cases import assert_matches_definition as assert_attention
-from attention_cases import in_pages, random_case
+from attention_cases import random_case
 from boundary_cases import (
     BOUNDARIES,
     STATISTICS,
@@ -37,14 +33,6 @@ SIZES = [1, 7, 2047, 2048, 8193, 32768, 50257, 151936]
 
 
 @pytest.fixture
-def seed():
-    """A fresh one, printed where a test fails."""
-    value = torch.seed() % 2**31
-    print(f"seed {value}")
-    return value
-
-
-@pytest.fixture
 def no_wait():
     """From the call on, until the test ends, whatever makes the host wait for the device raises."""
     yield lambda: torch.cuda.set_sync_debug_mode("error")
@@ -67,65 +55,6 @@ def captured(call):
     with torch.cuda.graph(graph):
         call()
     return graph
-
-
-def boundary(student, teacher, tokens, **keywords):
-    """On the GPU, into poisoned buffers; back on the host."""
-    out = mk.BoundaryOutput(*map(on_device, poisoned_output(tokens.shape)))
-    V = min(student.shape[-1], teacher.shape[-1])
-    workspace = mk.boundary_workspace(*tokens.shape, V, DEVICE).fill_(NAN)
-    keywords = {name: on_device(x) for name, x in keywords.items()}
-    mk.fused_kl_boundary(*map(on_device, (student, teacher, tokens)), out=out, workspace=workspace, **keywords)
-    return mk.BoundaryOutput(*(x.cpu() for x in out))
-
-
-@pytest.mark.parametrize("V", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_boundary_statistics(V, dtype, seed):
-    inputs = random_inputs(2, 3, V, dtype, seed=seed)
-    tau = torch.tensor([0.6, 1.7])
-    assert_matches_definition(boundary(*inputs, temperature=tau), *inputs, tau)
-
-
-def test_boundary_of_padded_rows_with_excluded_columns_and_nan(seed):
-    student, teacher, tokens = random_inputs(4, 2, 5001, torch.bfloat16, seed=seed)
-    student[0, :, 4000:], teacher[0, :, 4000:] = -INF, -INF
-    student[1, 0, 7] = -INF
-    teacher[2, 0, 4999] = -INF
-    teacher[3, 0, 4999] = NAN
-    tokens[:] = 5
-    wide_student, wide_teacher = torch.full((4, 3, 6001), NAN).bfloat16(), torch.full((4, 2, 5003), NAN).bfloat16()
-    wide_student[:, :2, 77:5078], wide_teacher[..., :5001] = student, teacher
-    narrow = wide_student.to(DEVICE)[:, :2, 77:5078]  # not aligned
-    out = boundary(narrow, wide_teacher, tokens, vocab_size=5001, boundary=mk.EntropyBoundary(0.0))
-    part = mk.BoundaryOutput(*(x[:3] for x in out))
-    assert_matches_definition(part, student[:3], teacher[:3], tokens[:3])
-    assert out.forward_kl.isinf().nonzero().tolist() == [[1, 0]]
-    assert out.reverse_kl.isinf().nonzero().tolist() == [[2, 0]]
-    assert all(getattr(out, name)[3].isnan().tolist() == [True, False] for name in STATISTICS)
-    assert out.stray[3, 0]
-    assert not out.stray[:3].any()
-
-
-@pytest.mark.parametrize("name", BOUNDARIES)
-def test_boundary_decisions_are_the_reference_s(name, seed):
-    chosen = BOUNDARIES[name]
-    student, teacher, tokens, step_ends = stepwise(4, 70, seed=seed)
-    tokens[torch.arange(70).expand(4, 70) % 7 == 5] = -1
-    state = chosen.new_state(4)
-    inputs = (student, teacher, tokens)
-    reference = mk.fused_kl_boundary(*inputs, boundary=chosen, state=state, step_ends=step_ends, backend="torch")
-    if isinstance(chosen, mk.EntropyBoundary):
-        chosen = mk.EntropyBoundary(on_device(chosen.epsilon0), on_device(chosen.theta), chosen.entropy_top_k)
-    state_gpu = chosen.new_state(4, DEVICE)
-    out = boundary(*inputs, boundary=chosen, state=state_gpu, step_ends=step_ends)
-    # A score that lies on its threshold to rounding may fall on either side of it.
-    close = torch.isclose(reference.score, reference.threshold, rtol=1e-4, atol=1e-6) & (tokens != -1)
-    clear = ~close.any(1)
-    assert clear.any()
-    assert torch.equal(out.stray[clear], reference.stray[clear])
-    assert torch.equal(state_gpu.counters.cpu()[clear], state.counters[clear])
-    torch.testing.assert_close(out.score[clear], reference.score[clear], rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def test_boundary_in_a_graph_follows_what_changes(seed, no_wait):
@@ -173,93 +102,6 @@ def test_boundary_does_not_make_the_host_wait(name, no_wait):
             no_wait()
         mk.fused_kl_boundary(student, teacher, tokens, boundary=chosen, state=state, step_ends=ends, temperature=0.7)
         state.reset_()
-
-
-def loss_and_gradient(student, teacher, kind, upstream=None, **keywords):
-    student = student.to(DEVICE, copy=True).requires_grad_()
-    keywords = {name: on_device(x) for name, x in keywords.items()}
-    loss = mk.divergence_loss(student, teacher.to(DEVICE), **options(kind), reduction="none", **keywords)
-    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(DEVICE))
-    return loss.detach().cpu(), student.grad.cpu()
-
-
-@every_kind
-@pytest.mark.parametrize("V", SIZES)
-@pytest.mark.parametrize("dtype", DTYPES[:2])
-def test_loss(kind, V, dtype, seed):
-    student, teacher = logits(3, V, dtype=dtype, seed=seed)
-    loss, gradient = loss_and_gradient(student, teacher, kind)
-    exact_loss, exact_gradient = expected(student, teacher, kind)
-    torch.testing.assert_close(loss.double(), exact_loss, rtol=5e-6, atol=3e-6)
-    rounding = relative_error(exact_gradient.to(dtype), exact_gradient) if V > 1 else 0
-    assert V == 1 or relative_error(gradient, exact_gradient) < 1.05 * rounding + 1e-5
-    assert V > 1 or gradient.abs().max() < 1e-6
-
-
-@every_kind
-@pytest.mark.parametrize("noise", [0.05, 0.003])
-def test_loss_near_agreement(kind, noise, seed):
-    student, teacher = logits(2, 151936, seed=seed, noise=noise)
-    loss, gradient = loss_and_gradient(student, teacher, kind)
-    exact_loss, exact_gradient = expected(student, teacher, kind)
-    torch.testing.assert_close(loss.double(), exact_loss, rtol=0, atol=2e-6)
-    assert relative_error(gradient, exact_gradient) < 1e-3
-
-
-@every_kind
-def test_loss_of_padded_rows_with_options(kind, seed):
-    """A temperature a row, a mask over NaN, an upstream gradient, columns at -inf, a position of NaN, odd strides."""
-    generator = torch.Generator().manual_seed(seed)
-    B, T, V = 3, 4, 4099
-    student, teacher = logits(B, T, V, seed=seed)
-    student[..., 4000:], teacher[..., 4000:] = -INF, -INF
-    tau, upstream = torch.tensor([0.7, 1.0, 2.5]), torch.randn(B, T, generator=generator)
-    mask = torch.ones(B, T, dtype=torch.bool)
-    mask[0, 1] = mask[2, 3] = False
-    rows, gradients = expected(
-        student[..., :4000].flatten(0, 1), teacher[..., :4000].flatten(0, 1), kind, tau.repeat_interleave(T)[:, None]
-    )
-    rows = rows.view(B, T).masked_fill(~mask, 0)
-    gradients = gradients.view(B, T, 4000) * (upstream * mask)[..., None]
-    student[~mask] = NAN
-    teacher[1, 2, 4000] = NAN
-    wide_student, wide_teacher = torch.full((B, T + 1, V + 18), NAN), torch.full((B, T + 2, V + 5), NAN)
-    wide_student[:, 1:, 3 : V + 3], wide_teacher[:, :T, :V] = student, teacher
-    leaf = wide_student.to(DEVICE).requires_grad_()
-    loss = mk.divergence_loss(
-        leaf[:, 1:, 3:],
-        wide_teacher.to(DEVICE)[:, :T],
-        **options(kind),
-        reduction="none",
-        temperature=tau.to(DEVICE),
-        mask=mask.to(DEVICE),
-        vocab_size=V,
-    )
-    loss.backward(upstream.to(DEVICE))
-    loss, gradient = loss.detach().cpu().double(), leaf.grad.cpu().double()[:, 1:, 3 : V + 3]
-    assert loss.isnan().nonzero().tolist() == [[1, 2]]
-    assert gradient.isnan().any(-1).nonzero().tolist() == [[1, 2]]
-    loss[1, 2], gradient[1, 2] = rows[1, 2], 0
-    gradients[1, 2] = 0
-    torch.testing.assert_close(loss, rows, rtol=5e-6, atol=2e-6)
-    torch.testing.assert_close(gradient[..., :4000], gradients, rtol=2e-5, atol=1e-6)
-    assert (gradient[..., 4000:] == 0).all()
-
-
-@every_kind
-def test_inplace_backward_writes_the_same_gradient(kind, seed):
-    student, teacher = logits(2, 3, 50257, dtype=torch.bfloat16, seed=seed)
-    _, gradient = loss_and_gradient(student, teacher, kind)
-    leaf = student.to(DEVICE, copy=True).requires_grad_()
-    head = leaf * 1
-    loss = mk.divergence_loss(head, teacher.to(DEVICE), **options(kind), reduction="sum", inplace_backward=True)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    loss.backward()
-    taken = torch.cuda.max_memory_allocated() - before
-    assert torch.equal(head.detach().cpu(), gradient)
-    assert torch.equal(leaf.grad.cpu(), gradient)
-    assert taken < 1.5 * gradient.nbytes  # the leaf's own, which the product makes of the head's
 
 
 @every_kind
@@ -363,62 +205,6 @@ def test_linear_in_a_graph_is_the_loss_of_the_logits(kind, seed):
             assert relative_error(x.grad, y.grad) < 1e-3  # of float32 products
 
 
-def attention(query, keys, values, lengths, rows=None, **options):
-    """On the GPU, strides as they are; back on the host."""
-    gpu = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE) for x in (query, keys, values)]
-    for x, y in zip(gpu, (query, keys, values), strict=True):
-        x.copy_(y)
-    options = {name: on_device(x) for name, x in {"rows": rows, **options}.items()}
-    return mk.ragged_attention(*gpu, lengths.to(DEVICE), **options).cpu()
-
-
-SINKS = torch.linspace(-1, 4, 8)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("T", [1, 16, 64, 90])  # beyond 64 there are no splits
-@pytest.mark.parametrize(
-    ("group", "D", "options"),
-    [
-        (4, 128, {}),
-        (8, 64, {"window": 128, "sinks": SINKS}),
-        (2, 256, {"window": 700, "softcap": 20.0}),
-        (1, 80, {"scale": -0.3}),
-        (7, 8, {"softcap": 0.5, "sinks": SINKS[:7]}),
-    ],
-)
-def test_attention(dtype, T, group, D, options, seed):
-    """Rows of no token, of a split of 256 to the slot, and of many; aligned and not."""
-    H = 1 if "sinks" in options or T > 16 else 2
-    for gap in (8, 3):
-        lengths = [0, 256 - T, 63, 1900] if T < 64 else [5, 700]
-        case = random_case(lengths, T, H, group, D, dtype, seed=seed, gap=gap)
-        assert_attention(attention(*case, **options), *case, **options)
-
-
-@pytest.mark.parametrize("T", [1, 16, 90])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_attention_of_a_row_does_not_depend_on_its_batch(dtype, T, seed):
-    case = query, keys, values, lengths, rows = random_case([3, 400, 1000, 256], T, D=64, dtype=dtype, seed=seed)
-    whole = attention(*case)
-    assert torch.equal(attention(*case, visible_length=1000 + T), whole)
-    for i in range(4):
-        alone = attention(query[i : i + 1], keys, values, lengths[i : i + 1], rows[i : i + 1])
-        assert torch.equal(alone[0], whole[i])
-
-
-@pytest.mark.parametrize("T", [1, 16, 90])
-@pytest.mark.parametrize("page_size", [64, 256])
-@pytest.mark.parametrize("window", [None, 300])
-def test_attention_in_pages(T, page_size, window, seed):
-    case = random_case([3, 400, 1000, 256], T, D=128, dtype=torch.bfloat16, seed=seed, gap=0)
-    *paged, table = in_pages(*case, page_size)
-    out = attention(*paged, page_table=table, window=window)
-    assert_attention(out, *case, window=window)
-    if page_size == 256 and window is None:
-        assert torch.equal(out, attention(*case))
-
-
 @pytest.mark.parametrize("T", [1, 16, 90])
 def test_attention_in_a_graph_follows_what_changes(T, seed, no_wait):
     """Lengths, rows, queries and the cache change between replays, and the host waits for none of it."""
@@ -501,26 +287,6 @@ def test_attention_over_more_elements_than_32_bits_count(axis):
     out = mk.ragged_attention(query, storage, storage, lengths, rows=rows, window=100)
     last = storage[B - 1 :, :, S - 100 :].cpu()
     assert_attention(out.cpu(), query.cpu(), last, last, torch.tensor([99]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("clear_padding", [False, True])
-def test_realigned_cache_is_the_reference_s(dtype, clear_padding, seed):
-    """Moves of many blocks that overlap themselves, in both directions: a race would show."""
-    from motab_kernels.gpu import kv_cache as gpu
-    from motab_kernels.reference import kv_cache as reference
-
-    generator = torch.Generator().manual_seed(seed)
-    slots, width, size = 3001, 2000, 96
-    starts, lengths = [0, 3, slots - 9, 1, 7, 1001], [width - 5, width, 9, 4, width - 1, width]
-    # The second has padded strides and heads whose addresses no wide word fits.
-    storages = [torch.randint(-99, 99, (6, 2, slots, n), generator=generator).to(dtype) for n in (size, size + 1)]
-    got = [x.to(DEVICE, copy=True) for x in storages]
-    gpu.realign_([x[..., :size] for x in got], starts, lengths, width, clear_padding=clear_padding)
-    for x in storages:
-        reference.realign_(x[..., :size], starts, lengths, width, clear_padding=clear_padding)
-    for x, y in zip(got, storages, strict=True):
-        assert torch.equal(x.cpu(), y)
 
 
 def ragged_cache():

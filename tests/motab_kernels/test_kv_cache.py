@@ -16,7 +16,8 @@ from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 VOCAB, BATCH = 61, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_triton = pytest.mark.skipif(
-    DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+    DEVICE == "cpu" and not {"TRITON_INTERPRET", "MOTAB_PTX"} & set(os.environ),
+    reason="needs a GPU, TRITON_INTERPRET=1 or MOTAB_PTX=80",
 )
 needs_library = pytest.mark.skipif(DEVICE != "cpu" or not HAS_LIBRARY, reason="needs a CPU and the C++ kernels")
 every_kernel = pytest.mark.parametrize(

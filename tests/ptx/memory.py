@@ -1,0 +1,131 @@
+"""What the programs of a launch read and write: tensors, each program's shared memory, and who touched what when."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+Array = np.ndarray
+
+
+class GpuError(Exception):
+    """What is an error on a GPU, or luck."""
+
+
+class Access(NamedTuple):
+    """One instruction of many threads: bytes `at` to `at + width` of each. Arrays of one length."""
+
+    at: Array
+    width: int
+    program: Array  # its place in the grid, counted through
+    warp: Array
+    epoch: Array  # how many barriers the program had passed
+    writes: bool
+
+
+@dataclass
+class Region:
+    """A stretch of memory, of which some bytes may be touched."""
+
+    data: Array  # uint8
+    allowed: Array | None = None  # bool, a byte each; None: all
+    accesses: list[Access] = field(default_factory=list)
+
+    def check(self, offsets: Array, width: int) -> None:
+        if (offsets % width).any():
+            raise GpuError(f"access of {width} bytes at an address that is not divisible by that")
+        inside = (offsets >= 0) & (offsets + width <= len(self.data))
+        if self.allowed is not None and inside.all():
+            inside = self.allowed[offsets] & self.allowed[offsets + width - 1]
+        if not inside.all():
+            raise GpuError(f"{np.count_nonzero(~inside)} accesses of {width} bytes outside of the launch's tensors")
+
+    def read(self, offsets: Array, width: int, element: np.dtype) -> Array:
+        """(n, width / itemsize) elements."""
+        whole = self.data[: len(self.data) // element.itemsize * element.itemsize].view(element)
+        return whole[offsets[:, None] // element.itemsize + np.arange(width // element.itemsize)]
+
+    def write(self, offsets: Array, values: Array) -> None:
+        """(n, count) elements."""
+        size = values.dtype.itemsize
+        whole = self.data[: len(self.data) // size * size].view(values.dtype)
+        whole[offsets[:, None] // size + np.arange(values.shape[1])] = values
+
+    def refuse_races(self, name: str) -> None:
+        """Two programs touched a byte that one of them wrote; or two warps of one did with no barrier between, but for
+        those that write it by one instruction, as the holders of copies do, and may read it again."""
+        if not any(access.writes for access in self.accesses):
+            return
+        unit = int(np.gcd.reduce([access.width for access in self.accesses]))
+        at, program, epoch, warp, number, writes = (
+            np.concatenate(parts) for parts in zip(*_by_unit(self.accesses, unit), strict=True)
+        )
+        place = (at * (program.max() + 1) + program) * (epoch.max() + 1) + epoch
+        order = np.argsort(place)
+        at, place, program, warp, number, writes = (x[order] for x in (at, place, program, warp, number, writes))
+
+        starts = np.flatnonzero(np.diff(at, prepend=-1))
+        parted = np.minimum.reduceat(program, starts) != np.maximum.reduceat(program, starts)
+        bad = starts[parted & np.logical_or.reduceat(writes, starts)]
+        if len(bad):
+            raise GpuError(f"race in {name}: two programs touched byte {at[bad[0]] * unit}, and one of them wrote it")
+        starts = np.flatnonzero(np.diff(place, prepend=-1))
+        by_warp = np.int64(1) << warp  # sets of warps
+        writers = np.bitwise_or.reduceat(np.where(writes, by_warp, 0), starts)
+        readers = np.bitwise_or.reduceat(np.where(writes, 0, by_warp), starts)
+        first = np.minimum.reduceat(np.where(writes, number, len(self.accesses)), starts)
+        last = np.maximum.reduceat(np.where(writes, number, -1), starts)
+        several = (writers & (writers - 1) != 0) & (first != last)
+        bad = starts[several | ((writers != 0) & (readers & ~writers != 0))]
+        if len(bad):
+            byte = at[bad[0]] * unit
+            raise GpuError(f"race in {name}: two warps touched byte {byte} without a barrier between, and one wrote it")
+
+
+def _by_unit(accesses: Iterable[Access], unit: int) -> Iterator[tuple[Array, ...]]:
+    for number, access in enumerate(accesses):
+        count = access.width // unit
+        at = (access.at[:, None] // unit + np.arange(count)).ravel()
+        program, epoch, warp = (np.repeat(x, count) for x in (access.program, access.epoch, access.warp))
+        yield at, program, epoch, warp, np.full(len(at), number), np.full(len(at), access.writes)
+
+
+class GlobalMemory:
+    """The storages of a launch's tensors, by their addresses. Of a view only its own elements may be touched."""
+
+    def __init__(self, tensors: Iterable[torch.Tensor]):
+        self.regions: dict[int, Region] = {}
+        for x in tensors:
+            storage = x.untyped_storage()
+            if not storage.nbytes():
+                continue
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            region = self.regions.setdefault(storage.data_ptr(), Region(data, np.zeros(len(data), bool)))
+            sizes = [size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
+            item = x.element_size()
+            strides = [stride * item for stride in x.stride()]
+            allowed = torch.from_numpy(region.allowed)
+            allowed.as_strided((*sizes, item), (*strides, 1), x.storage_offset() * item).fill_(True)
+
+    def parts(self, addresses: Array, width: int) -> Iterator[tuple[Region, Array, Array]]:
+        """Of (n,) addresses: each region that they are in, which of them, and their offsets."""
+        left = np.ones(len(addresses), bool)
+        for start, region in self.regions.items():
+            inside = (addresses >= start) & (addresses < start + len(region.data))
+            if inside.any():
+                left &= ~inside
+                offsets = (addresses[inside] - np.uint64(start)).astype(np.int64)
+                if (addresses[inside] % np.uint64(width)).any():
+                    raise GpuError(f"access of {width} bytes at an address that is not divisible by that")
+                region.check(offsets, width)
+                yield region, inside, offsets
+        if left.any():
+            raise GpuError(f"{np.count_nonzero(left)} accesses of {width} bytes outside of the launch's tensors")
+
+    def refuse_races(self) -> None:
+        for number, region in enumerate(self.regions.values()):
+            region.refuse_races(f"memory of tensor {number}")
