@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
@@ -63,8 +64,8 @@ def divergence_loss(
 
     No tensor of the size of the logits is made but the gradient: the forward pass saves 24 bytes a position beyond
     its inputs, from which the backward pass computes again. forward_kl and reverse_kl read the logits once, the
-    others twice, for they need the normalisers first; the backward pass reads them once. Differentiable once: a second
-    derivative is refused.
+    others twice, for they need the normalisers first; the backward pass reads them once. Differentiable once, by
+    backward(): second derivatives and forward-mode ones are refused.
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
@@ -114,6 +115,7 @@ def divergence_loss(
     DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).
     """
     kind, lam = resolve(divergence, beta, alpha)
+    refuse_forward_mode("divergence_loss", student_logits)
     V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
     tau = on_device(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
@@ -264,6 +266,17 @@ def refuse_second_derivative(name: str) -> None:
         raise ValueError(
             f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second ones write the "
             "divergence in PyTorch"
+        )
+
+
+def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
+    """Of which the op knows nothing: a tangent would be lost in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise ValueError(
+            f"{name}: expected no forward-mode derivatives, got a dual tensor (torch.func.jvp): take the gradient by "
+            "backward(), or write the divergence in PyTorch"
         )
 
 

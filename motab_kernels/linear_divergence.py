@@ -13,7 +13,12 @@ from torch import Tensor
 
 from motab_kernels.backend import choose_backend
 from motab_kernels.boundary_state import check_count
-from motab_kernels.divergence import divergence_forward, kernels_of, refuse_second_derivative
+from motab_kernels.divergence import (
+    divergence_forward,
+    kernels_of,
+    refuse_forward_mode,
+    refuse_second_derivative,
+)
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
 from motab_kernels.linear_head import Head, autocast
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
@@ -75,7 +80,7 @@ def fused_linear_divergence(
     positions' losses are worth. The gradient by the logits is rounded to the hidden states' dtype, once, and the
     weight's gradient is summed in the weight's own dtype over five chunks at a time, but for float16: that is summed in
     float32, and nothing is lost to its narrow range before the upstream gradient, as of a GradScaler, comes in.
-    Differentiable once: a second derivative is refused.
+    Differentiable once, by backward(): second derivatives and forward-mode ones are refused.
 
     Args:
         student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight. Under
@@ -108,6 +113,7 @@ def fused_linear_divergence(
     linear cross-entropy (arXiv 2410.10989).
     """
     kind, lam = resolve(divergence, beta, alpha)
+    refuse_forward_mode("fused_linear_divergence", student_hidden, student_weight, student_bias)
     student_hidden, student_weight, student_bias = autocast(student_hidden, student_weight, student_bias)
     teacher_hidden, teacher_weight, teacher_bias = autocast(teacher_hidden, teacher_weight, teacher_bias)
     heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)

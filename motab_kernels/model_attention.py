@@ -45,7 +45,8 @@ def _attend(
     if ragged_step is None or ragged_step.windows is None:
         raise ValueError(
             f'expected attention "{RAGGED_ATTENTION}" with what RaggedKVCache.prepare gives, got a forward pass '
-            'without: load the model with attn_implementation="sdpa"'
+            "without: call the model with it; one that does not hand it on to its attention is to be loaded with "
+            'attn_implementation="eager"'
         )
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point()]
     if unknown:

@@ -5,6 +5,8 @@ B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, 
 
 from __future__ import annotations
 
+import importlib
+import inspect
 from typing import Any
 
 import torch
@@ -84,7 +86,7 @@ def layer_types(config: Any) -> list[str]:
     if kinds is None:
         if getattr(config, "num_attention_heads", None) is None:
             raise ValueError(f"expected attention layers, got {config.model_type!r}: layer 0 keeps a recurrent state")
-        sliding = getattr(config, "sliding_window", None) is not None
+        sliding = getattr(config, "sliding_window", None) is not None and _looks_at_a_window(config)
         kinds = ["sliding_attention" if sliding else "full_attention"] * num_layers
     sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
     first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
@@ -97,3 +99,16 @@ def layer_types(config: Any) -> list[str]:
         if index >= first_shared or sharing[index] == "reuse":
             raise ValueError(f"expected every layer to keep its own keys and values, got layer {index} sharing them")
     return list(kinds)
+
+
+def _looks_at_a_window(config: Any) -> bool:
+    """Whether the model's code does: transformers keeps a "sliding_window" in the config of a Llama too, which attends
+    to everything all the same. Code that cannot be found is taken to."""
+    home = type(config).__module__
+    if "configuration_" not in home:
+        return True
+    try:
+        code = inspect.getsource(importlib.import_module(home.replace("configuration_", "modeling_")))
+    except (ImportError, OSError):
+        return True
+    return "sliding_window" in code

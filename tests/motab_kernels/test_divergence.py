@@ -411,6 +411,18 @@ def test_a_second_derivative_is_refused(backend):
     assert torch.autograd.grad(loss, student)[0].isfinite().all()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by jvp itself
+def test_a_forward_mode_derivative_is_refused():
+    """Which came out as 0."""
+    student, teacher = logits(3, 20, seed=20)
+    loss = lambda x: mk.divergence_loss(x, teacher)  # noqa: E731
+    assert loss(student) > 0
+    with pytest.raises(ValueError, match=r"divergence_loss: expected no forward-mode .* backward\(\)"):
+        torch.func.jvp(loss, (student,), (torch.ones_like(student),))
+    with torch.autograd.forward_ad.dual_level():
+        assert loss(student) > 0
+
+
 def test_logits_that_share_memory_are_not_written_over(backend):
     student, teacher = logits(3, 40, seed=20)
     row = student[:1].to(DEVICE).requires_grad_()

@@ -220,6 +220,20 @@ def test_a_second_derivative_is_refused():
             torch.autograd.grad(loss.sum(), leaves, create_graph=True)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by jvp itself
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_forward_mode_derivative_is_refused(which):
+    hidden, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9)
+
+    def loss(x):
+        h, w, b = (x if i == which else y for i, y in enumerate((hidden, weight, bias)))
+        return mk.fused_linear_divergence(h, w, hidden, 2 * weight, student_bias=b)
+
+    x = (hidden, weight, bias)[which]
+    with pytest.raises(ValueError, match="fused_linear_divergence: expected no forward-mode"):
+        torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+
+
 def test_autocast_takes_what_a_linear_layer_takes():
     student, teacher = heads(dtype=torch.float32)
     low = [[x.bfloat16() for x in side] for side in (student, teacher)]
