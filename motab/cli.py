@@ -203,7 +203,7 @@ def show(arguments: list[str], console: Console) -> None:
 
 
 def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:
-    from motab.synthesis import read_trajectories
+    from motab.trajectory_file import read_trajectories
 
     args: FileArguments = parse(FileArguments, arguments, command)
     path = Path(args.output_dir) / "trajectories.jsonl"
