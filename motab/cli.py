@@ -15,6 +15,7 @@ from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments, parse, require
 from motab.trajectory import Trajectory
+from motab.trajectory_file import read_trajectories, unfinished
 
 _MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
@@ -26,6 +27,11 @@ class FileArguments:
 
     output_dir: str = "runs/synthesize"
     index: int = 0
+
+    @property
+    def file(self) -> Path:
+        """The trajectories."""
+        return Path(self.output_dir) / "trajectories.jsonl"
 
 
 def synthesize(arguments: list[str], console: Console) -> None:
@@ -73,7 +79,7 @@ def train(arguments: list[str], console: Console) -> None:
     from motab.trainer import MotabConfig, MotabTrainer
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
-    _state(console)
+    state = _state(console)
     require(model_name_or_path=args.model_name_or_path)
     args.check_source()
     teacher_name = args.teacher_model_name_or_path
@@ -95,6 +101,8 @@ def train(arguments: list[str], console: Console) -> None:
     model = load_model(args.model_name_or_path, args.dtype, **attention)
     teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
     held_out = args.eval_file or None
+    if state.is_main_process:
+        _warn_of_unfinished("train", *filter(None, (args.train_file, args.eval_file)))
     trainer = MotabTrainer(
         model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
     )
@@ -158,16 +166,22 @@ def _state(console: Console) -> PartialState:
 
 def verify(arguments: list[str], console: Console) -> None:
     """Check that a file of trajectories is whole and consistent."""
-    _, trajectories = _trajectories(arguments, "verify")
+    args, trajectories = _trajectories(arguments, "verify")
+    missing = unfinished(args.file)
+    before = -1
     for place, t in enumerate(trajectories):
+        # Of several processes that were interrupted, the file holds those of the main one.
         problems = [
-            (t.index != place, f"has index {t.index}"),
+            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
             (any(s.accepted and not s.value >= s.threshold for s in t.steps), "accepts a step below its boundary"),
             ((t.breach_step is None) != all(s.accepted for s in t.steps), "and its steps disagree on a breach"),
         ]
         if found := [text for bad, text in problems if bad]:
             raise ValueError(f"trajectory {place} {' and '.join(found)}")
+        before = t.index
+    if missing:
+        raise ValueError(missing)
     console.print(f"{len(trajectories)} trajectories, whole and consistent")
 
 
@@ -177,6 +191,7 @@ def report(arguments: list[str], console: Console) -> None:
     from motab.report import write_report
 
     args, trajectories = _trajectories(arguments, "report")
+    _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
     console.print(f"{path}: open it in a browser")
@@ -203,16 +218,20 @@ def show(arguments: list[str], console: Console) -> None:
 
 
 def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:
-    from motab.trajectory_file import read_trajectories
-
     args: FileArguments = parse(FileArguments, arguments, command)
-    path = Path(args.output_dir) / "trajectories.jsonl"
+    path = args.file
     if not path.is_file():
         raise ValueError(f"{path} does not exist; motab synthesize --output_dir {args.output_dir} makes it")
     trajectories = read_trajectories(path)
     if not trajectories:
         raise ValueError(f"{path} holds no trajectory yet")
     return args, trajectories
+
+
+def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
+    for path in paths:
+        if missing := unfinished(path):
+            print(f"motab {command}: {missing}", file=sys.stderr)
 
 
 def demo(arguments: list[str], console: Console) -> None:

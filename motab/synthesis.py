@@ -20,7 +20,7 @@ from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
-from motab.trajectory_file import whole_index
+from motab.trajectory_file import settings_file, whole_index
 
 #: What changes the pace alone: a run may go on with others.
 PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
@@ -108,7 +108,7 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
 
 def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
     """Begin a file, or refuse to go on with it; which trajectories are missing."""
-    beside = path.with_name(path.name + ".settings.json")
+    beside = settings_file(path)
     begun = json.loads(json.dumps(begun))
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}

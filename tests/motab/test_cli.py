@@ -125,6 +125,31 @@ def test_verify_finds_a_changed_file(config, tmp_path, capsys):
     assert "trajectory 0 has" in capsys.readouterr().err
 
 
+def test_an_unfinished_synthesis(training, tmp_path, capsys):
+    """Of which the settings beside it tell; and, where there are none, a last line cut short."""
+    command, path = training
+    settings = tmp_path / "trajectories.jsonl.settings.json"
+    settings.write_text('{"prompts": 12}')
+    AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
+    missing = f"{path} holds 4 of 12 trajectories, unfinished: run the same motab synthesize again, which goes on"
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"motab verify: {missing}\n")
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"motab report: {missing}\n"
+    assert main([*command, "--eval_file", str(path)]) == 0
+    assert capsys.readouterr().err.count(f"motab train: {missing}\n") == 2
+    path.write_text(path.read_text() * 2)
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert "trajectory 4 has index 1" in capsys.readouterr().err
+    settings.unlink()
+    line = motab.Trajectory(0, [1], [2], ["student"], "", [], None, None, "eos").to_json() + "\n"
+    path.write_text(line + line[:9])
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert "holds 1 trajectories and a line cut short, unfinished" in capsys.readouterr().err
+    path.write_text(line)
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 0
+
+
 def test_training_as_it_writes(tmp_path, capsys):
     """From problems to a model, and again from its last checkpoint."""
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
