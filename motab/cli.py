@@ -120,6 +120,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     from functools import partial
 
     from motab.data import load_problems
+    from motab.evaluation import check_answers
     from motab.evaluation import evaluate as measure
     from motab.files import write_whole
     from motab.models import load_model, load_tokenizer
@@ -130,6 +131,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
     problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
+    check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     settings = {

@@ -115,6 +115,21 @@ def test_answers_that_run_out_of_budget(capsys):
     assert "raise --max_new_tokens" in warned
 
 
+@pytest.mark.parametrize(
+    ("last", "named"), [('"answer": null', "row 1 and in 1 of 2"), ('"text": "a"', "row 0 and in 2 of 2")]
+)
+def test_problems_without_an_answer(last, named, tmp_path, capsys, monkeypatch):
+    """Refused before the model is loaded."""
+    monkeypatch.setattr("motab.models.load_model", None)
+    path = tmp_path / "problems.jsonl"
+    first = '{"question": "a", "answer": "1"}' if "null" in last else '{"question": "a"}'
+    path.write_text(f'{first}\n{{"question": "b", {last}}}\n')
+    command = ["evaluate", "--model_name_or_path", str(TINY / "student"), "--dataset_name", str(path)]
+    assert main(command) == 2
+    assert "evaluate needs an answer to each problem, in a column answer or" in (error := capsys.readouterr().err)
+    assert f"got none in {named} rows together" in error
+
+
 def test_verify_finds_a_changed_file(config, tmp_path, capsys):
     assert main(["synthesize", "--config", config, "--output_dir", str(tmp_path)]) == 0
     path = tmp_path / "trajectories.jsonl"
