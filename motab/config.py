@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from transformers import HfArgumentParser
 
+from motab.models import DTYPES, dtype_name
 from motab.policies import POLICIES, Policy
 from motab.prompts import Prompt, PromptFormat
 from motab.rollouts import Rollouts
@@ -39,8 +40,11 @@ class GenerationArguments:
     max_cached_tokens: int | None = _setting(
         None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
     )
-    dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    dtype: str = _setting("auto", f"Of the weights: {', '.join(DTYPES)}.")
     attn_implementation: str | None = _setting(None, _ATTENTION)
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_name(self.dtype)
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
@@ -191,9 +195,12 @@ class TrainArguments(PolicyArguments, PromptArguments):
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", "Of the student's weights.")
+    dtype: str = _setting("float32", f"Of the student's weights: {', '.join(DTYPES)}.")
     teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
     attn_implementation: str | None = _setting(None, _ATTENTION)
+
+    def __post_init__(self) -> None:
+        self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
         """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.

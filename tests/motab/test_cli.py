@@ -443,6 +443,23 @@ def test_how_models_are_loaded(command, expected, half_teacher, tmp_path, monkey
     assert loaded == expected
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [(SynthesizeArguments, "dtype"), (TrainArguments, "dtype"), (TrainArguments, "teacher_dtype")]
+)
+def test_names_of_dtypes(kind, name):
+    for given, full in [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("auto", "auto")]:
+        assert getattr(parse(kind, [f"--{name}", given], "some"), name) == full
+    message = "dtype must be one of auto, float32, bfloat16, float16, or fp32, bf16, fp16 for short, got 'half'"
+    with pytest.raises(ValueError, match=message):
+        parse(kind, [f"--{name}", "half"], "some")
+
+
+def test_models_by_short_names_of_dtypes():
+    assert str(load_model(TINY / "student", "bf16").dtype) == "torch.bfloat16"
+    with pytest.raises(ValueError, match=r"dtype must be one of .*, got 'float8'"):
+        load_model(TINY / "student", "float8")
+
+
 @pytest.mark.parametrize("name", ["bogus", "flash_attention_2"])
 def test_an_attention_that_is_not_there(name, capsys):
     if importlib.util.find_spec("flash_attn") and name == "flash_attention_2":
