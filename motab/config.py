@@ -153,6 +153,11 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
     num_samples: int = _setting(1, "Trajectories a question.")
     share_teacher: bool = _setting(False, "One teacher for all processes, tensor-parallel; they write together.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
+
 
 @dataclass
 class EvaluateArguments(PromptArguments, GenerationArguments):
