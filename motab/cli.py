@@ -13,7 +13,8 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments, parse, require
+from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.parsing import parse, require
 from motab.trajectory import Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
 

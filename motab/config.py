@@ -1,24 +1,20 @@
-"""The settings of each command: dataclasses, filled from a YAML file and from flags that override it."""
+"""The settings of each command."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
 
 from motab.models import DTYPES, dtype_name
+from motab.parsing import load_yaml, require, require_file
 from motab.policies import POLICIES, Policy
 from motab.prompts import Prompt, PromptFormat
 from motab.rollouts import Rollouts
 
-T = TypeVar("T")
-#: What null in a file says where None of the API is not "not given", as a flag says it.
-_NULL = {"stitch": ""}
 _ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
 
 
@@ -117,8 +113,9 @@ class PromptArguments:
     dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
     system_prompt: str | None = _setting(None, "The system's message.")
     prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
-    chat_template_kwargs: str | None = _setting(
-        None, "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."},
     )
 
     def prompt_format(self) -> PromptFormat:
@@ -129,7 +126,7 @@ class PromptArguments:
         """
         kwargs: Any = self.chat_template_kwargs
         try:
-            kwargs = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
+            kwargs = load_yaml(kwargs) if isinstance(kwargs, str) else kwargs
         except yaml.YAMLError:
             kwargs = None
         named = isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)
@@ -233,51 +230,3 @@ class TrainArguments(PolicyArguments, PromptArguments):
         """What these settings have the student write on."""
         given = {name: getattr(self, own) for own, name in _OF_ROLLOUTS.items() if getattr(self, own) is not None}
         return Rollouts(prompts, self.make_policy(), **given)
-
-
-def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
-    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
-
-    Raises:
-        ValueError: no such file, or one that is not a mapping of known settings.
-    """
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    parser = HfArgumentParser(kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
-    config = _config_file(arguments)
-    if config:
-        require_file(config, "config", "it holds settings in YAML")
-        with open(config, encoding="utf-8") as file:
-            try:
-                values = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{config} must hold settings in YAML, got what is none: {error}") from error
-        known = {entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init}
-        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            what = ", ".join(unknown) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{config} must hold settings of motab {command}, got {what}; see motab {command} --help")
-        parser.set_defaults(**{name: _NULL.get(name) if value is None else value for name, value in values.items()})
-    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    filled = parsed[: len(kinds)]
-    return filled[0] if len(filled) == 1 else filled
-
-
-def _config_file(arguments: list[str]) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == "--config" and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
-
-
-def require(**settings: str) -> None:
-    """Refuse settings that have no default and were not given."""
-    if missing := [f"--{name}" for name, value in settings.items() if not value]:
-        raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
-
-
-def require_file(path: str, name: str, source: str) -> None:
-    """Refuse a file that is not there, and say where it comes from."""
-    if not Path(path).is_file():
-        raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
+from motab.parsing import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages")
 ANSWER_COLUMNS = ("answer", "output", "solution")
@@ -71,7 +71,7 @@ def _reasoning_gym(name: str) -> list[Problem]:
     import reasoning_gym
 
     parts = urlsplit(name)
-    settings = {key: yaml.safe_load(value) for key, value in parse_qsl(parts.query)}
+    settings = {key: load_yaml(value) for key, value in parse_qsl(parts.query)}
     try:
         dataset = reasoning_gym.create_dataset(parts.path, **settings)
     except (ValueError, TypeError, AssertionError) as error:

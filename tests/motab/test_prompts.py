@@ -4,8 +4,9 @@ import copy
 
 import pytest
 
-from motab.config import EvaluateArguments, TrainArguments, parse
+from motab.config import EvaluateArguments, TrainArguments
 from motab.data import Problem
+from motab.parsing import parse
 from motab.prompts import PromptFormat, encode_prompts
 
 CONVERSATION = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
