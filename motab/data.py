@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,7 @@ def load_problems(dataset_name: str, split: str = "train", config: str | None = 
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
     if dataset_name.startswith("reasoning-gym:"):
         return _reasoning_gym(dataset_name)
-    rows = _rows(dataset_name, split, config)
-    columns = list(rows.column_names)
+    columns, rows = _table(dataset_name, split, config)
     question = next((column for column in QUESTION_COLUMNS if column in columns), None)
     answer = next((column for column in ANSWER_COLUMNS if column in columns and column != question), None)
     if question is None:
@@ -82,30 +82,70 @@ def _reasoning_gym(name: str) -> list[Problem]:
     return [Problem(entry["question"], str(entry["answer"]), entry) for entry in dataset]
 
 
-def _rows(name: str, split: str, config: str | None) -> Any:
+def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns of a dataset, and its rows."""
     import datasets
 
     path = Path(name)
     if not path.is_file():
         try:
-            return datasets.load_dataset(name, config, split=split)
+            rows = datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} is neither a file here nor a dataset that the hub gives with split {split!r}: {error}"
             ) from error
+        return list(rows.column_names), list(rows)
     if path.suffix not in _READERS:
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
-    return datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+    try:
+        rows = datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+        return list(rows.column_names), list(rows)  # where bytes that are no text come to light
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        got = _broken_line(path) if path.suffix == ".jsonl" else None
+        got = got or str(error.__cause__ or error) or "no rows"  # of an empty file datasets says nothing
+        raise ValueError(f"{name} must hold rows of one kind, each a problem, got {got}") from error
 
 
-def _prompt(question: str | Sequence[Mapping[str, str]], where: str) -> str | list[dict[str, str]]:
+def _broken_line(path: Path) -> str | None:
+    """The first line of a JSONL file that is none."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"no JSON in line {number} ({getattr(error, 'msg', error)})"
+            if not isinstance(found, dict):
+                return f"no columns in line {number}: {line.decode().strip()}"
+    return None
+
+
+def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(question, str):
         if not question.strip():
             raise ValueError(f"{where} has an empty question, got {question!r}")
         return question
-    messages = [{"role": message["role"], "content": message["content"]} for message in question]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
+    if not isinstance(question, list):
+        raise ValueError(
+            f"{where} must have a text or a list of messages as its question, got {json.dumps(question, default=str)}"
+        )
+    end = len(question)
+    while end and isinstance(question[end - 1], Mapping) and question[end - 1].get("role") == "assistant":
+        end -= 1
+    if not end:
         raise ValueError(f"{where} has no message but the assistant's: a prompt must end with the user's")
-    return messages
+    return [_message(message, where) for message in question[:end]]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    """A message whose content is a text; parts of it that are all text are put together."""
+    role, content = (message.get(name) if isinstance(message, Mapping) else None for name in ("role", "content"))
+    if isinstance(content, list):
+        is_text = [isinstance(part, Mapping) and part.get("type") == "text" for part in content]
+        texts = [part.get("text") for part in content] if all(is_text) else []
+        content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(
+            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got '
+            f"{json.dumps(message, default=str)}; rewrite the column, or give another"
+        )
+    return {"role": role, "content": content}

@@ -32,6 +32,19 @@ def jsonl(tmp_path, monkeypatch):
             [{"role": "user", "content": "1+1?"}],
             None,
         ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?", "n": 1}],
+                    },
+                    {"role": "assistant", "content": "2"},
+                ]
+            },
+            [{"role": "user", "content": "1+1?"}],
+            None,
+        ),
     ],
 )
 def test_columns(jsonl, row, prompt, answer):
@@ -84,6 +97,50 @@ def test_reasoning_gym():
 def test_bad_files(jsonl, rows, name, message):
     with pytest.raises(ValueError, match=message):
         load_problems(jsonl(*rows, name=name))
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (None, "must have a text or a list of messages as its question, got null"),
+        (5, "must have a text or a list of messages as its question, got 5"),
+        ({"text": "a"}, 'must have a text or a list of messages as its question, got {"text": "a"}'),
+        (["a", "b"], 'must have messages as {"role": "user", "content": "a text"}, got "a"'),
+        ([{"from": "human", "value": "a"}], 'must have messages as .*, got {"from": "human", "value": "a"}'),
+        ([{"role": "user", "content": None}], 'must have messages as .*, got {"role": "user", "content": null}'),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "text": "b"}]}],
+            'must have messages as .*, got {"role": "user", "content": ',
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must have messages as .*, got "),
+        ([], "no message but the assistant's"),
+    ],
+)
+def test_what_is_no_question(jsonl, question, message):
+    path = jsonl({"question": question})
+    with pytest.raises(ValueError, match=f"row 0 of {path} (has )?{message}"):
+        load_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (b'{"question": "a"}\n\n{"question": "b\n{"question": "c"}\n', "a.jsonl", r"got no JSON in line 3 \(Invalid"),
+        (b'{"question": "a"}\n{"question": "\xff"}\n', "a.jsonl", r"got no JSON in line 2 \('utf-8' codec can't"),
+        (b'{"question": "a"}\n5\n', "a.jsonl", "got no columns in line 2: 5"),
+        (b"", "a.jsonl", "got no rows"),
+        (b"", "a.json", "got no rows"),
+        (b"\n\n", "a.jsonl", 'got Instruction "train" corresponds to no data'),
+        (b"{", "a.json", "got .*JSON parse error"),
+        (b"PAR1", "a.parquet", "got Parquet file size is 4 bytes"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, name, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} must hold rows of one kind, each a problem, {message}") as error:
+        load_problems(str(path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["reasoning-gym:no_such_task", "reasoning-gym:chain_sum?no_such_setting=1"])
