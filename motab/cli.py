@@ -37,7 +37,6 @@ class FileArguments:
 
 def synthesize(arguments: list[str], console: Console) -> None:
     """Write trajectories."""
-    from motab.data import load_problems
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
     from motab.synthesis import synthesize_to_file
@@ -52,7 +51,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     require(dataset_name=args.dataset_name, **names)
     policy = args.make_policy()
     prompt_format = args.prompt_format()
-    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
+    problems = args.load(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
     student, teacher = (
         load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
@@ -73,7 +72,6 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written beforehand or as it trains."""
-    from motab.data import load_problems
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
@@ -88,7 +86,7 @@ def train(arguments: list[str], console: Console) -> None:
     data = args.train_file
     if args.dataset_name:
         prompt_format = args.prompt_format()
-        problems = load_problems(args.dataset_name, args.dataset_split or "train", args.dataset_config)
+        problems = args.load(args.dataset_name, args.dataset_split or "train")
         data = args.rollouts([prompt_format.render(tokenizer, problem) for problem in problems])
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
@@ -120,7 +118,6 @@ def evaluate(arguments: list[str], console: Console) -> None:
     from dataclasses import asdict
     from functools import partial
 
-    from motab.data import load_problems
     from motab.evaluation import check_answers
     from motab.evaluation import evaluate as measure
     from motab.files import write_whole
@@ -131,7 +128,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
-    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
+    problems = args.load(args.dataset_name, args.dataset_split)
     check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
+from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
 from motab.models import DTYPES, dtype_name
 from motab.parsing import load_yaml, require, require_file
 from motab.policies import POLICIES, Policy
@@ -20,6 +21,10 @@ _ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transform
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _first(columns: Sequence[str]) -> str:
+    return "the first there is of " + ", ".join(columns)
 
 
 @dataclass
@@ -111,12 +116,22 @@ class PromptArguments:
     """How problems are loaded and put to the models."""
 
     dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
+    question_column: str | None = _setting(
+        None,
+        f"Holds a text, or messages, of which the assistant's at the end are dropped ({_first(QUESTION_COLUMNS)}).",
+    )
+    answer_column: str | None = _setting(None, f"Holds what evaluate compares with ({_first(ANSWER_COLUMNS)}).")
     system_prompt: str | None = _setting(None, "The system's message.")
     prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={"help": "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."},
     )
+
+    def load(self, dataset_name: str, split: str) -> list[Problem]:
+        """The problems of a dataset."""
+        columns = {"question_column": self.question_column, "answer_column": self.answer_column}
+        return load_problems(dataset_name, split, self.dataset_config, **columns)
 
     def prompt_format(self) -> PromptFormat:
         """What these settings describe.

@@ -29,33 +29,50 @@ class Problem:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
-def load_problems(dataset_name: str, split: str = "train", config: str | None = None) -> list[Problem]:
+def load_problems(
+    dataset_name: str,
+    split: str = "train",
+    config: str | None = None,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[Problem]:
     """Load problems.
 
     Args:
         dataset_name: ``reasoning-gym:TASK?size=N&seed=S`` (any other setting of the task may follow), the path of a
             JSONL, JSON or parquet file, or the name of a dataset on the hub.
         split, config: of a hub dataset; the configuration is named where it has several.
+        question_column, answer_column: of a dataset or a file; None: the first there is of `QUESTION_COLUMNS` and of
+            `ANSWER_COLUMNS`, if there is one.
 
     Returns:
-        The problems in order. The question is the first column present of `QUESTION_COLUMNS`, the answer that of
-        `ANSWER_COLUMNS`; an assistant's messages at the end of a conversation are not part of the prompt.
+        The problems in order. A question is a text or a list of messages; an assistant's messages at the end of a
+        conversation are not part of the prompt.
 
     Raises:
-        ValueError: an unknown task or setting, a file of another kind, no known question column, an empty question, a
-            configuration of what is not on the hub.
+        ValueError: an unknown task or setting, a file of another kind, no such or no known question column, a row
+            without a question, a configuration of what is not on the hub.
     """
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
+    given = {"question_column": question_column, "answer_column": answer_column}
+    given = {name: column for name, column in given.items() if column is not None}
     if dataset_name.startswith("reasoning-gym:"):
+        if given:
+            raise ValueError(f"{dataset_name} is a task, of which no column is to be named, got {given}")
         return _reasoning_gym(dataset_name)
     columns, rows = _table(dataset_name, split, config)
-    question = next((column for column in QUESTION_COLUMNS if column in columns), None)
-    answer = next((column for column in ANSWER_COLUMNS if column in columns and column != question), None)
+    for name, column in given.items():
+        if column not in columns:
+            raise ValueError(f"{name} must be a column of {dataset_name}, {' or '.join(columns)}, got {column!r}")
+    question = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
+    others = (column for column in ANSWER_COLUMNS if column in columns and column != question)
+    answer = answer_column or next(others, None)
     if question is None:
         raise ValueError(
             f"{dataset_name} has none of the question columns {', '.join(QUESTION_COLUMNS)}; it has "
-            f"{', '.join(columns) or 'no columns'}; rename the one that holds the question"
+            f"{', '.join(columns) or 'no columns'}; give the one that holds the question as question_column"
         )
     return [
         Problem(

@@ -98,15 +98,18 @@ def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
         raise ValueError(f"put as {self}")
 
     loaded = []
-    monkeypatch.setattr("motab.data.load_problems", lambda *given: loaded.append(given) or [Problem("b", "1", {})])
+    load = lambda *given, **columns: loaded.append((given, columns)) or [Problem("b", "1", {})]  # noqa: E731
+    monkeypatch.setattr("motab.config.load_problems", load)
     monkeypatch.setattr("motab.prompts.PromptFormat.render", stop)
     models = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
     flags = [*models[: 2 if command == "evaluate" else 4], "--dataset_name", "some", "--dataset_config", "main"]
+    flags += ["--question_column", "q", "--answer_column", "a"]
     flags += ["--system_prompt", "a", "--prompt_suffix", "b", "--chat_template_kwargs", '{"quiet": true}']
     flags += ["--output_dir", str(tmp_path)] if command != "evaluate" else []
     assert main([command, *flags]) == 2
     assert f"put as {PromptFormat('a', 'b', {'quiet': True})}" in capsys.readouterr().err
-    assert loaded == [("some", "test" if command == "evaluate" else "train", "main")]
+    columns = {"question_column": "q", "answer_column": "a"}
+    assert loaded == [(("some", "test" if command == "evaluate" else "train", "main"), columns)]
 
 
 def test_answers_that_run_out_of_budget(capsys):

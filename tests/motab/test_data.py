@@ -53,6 +53,20 @@ def test_columns(jsonl, row, prompt, answer):
     assert problem.messages() == [{"role": "user", "content": "1+1?"}]
 
 
+def test_columns_of_other_names(jsonl):
+    path = jsonl({"question": "no", "ask": "1+1?", "answer": "no", "gold": 2})
+    load = lambda **columns: [(p.prompt, p.answer) for p in load_problems(path, **columns)]  # noqa: E731
+    assert load(question_column="ask", answer_column="gold") == [("1+1?", "2")]
+    assert load(question_column="ask") == [("1+1?", "no")]
+    assert load(answer_column="gold") == [("no", "2")]
+    assert load(question_column="answer") == [("no", None)]
+    for name in ("question_column", "answer_column"):
+        with pytest.raises(ValueError, match=f"{name} must be a column of .*, question or ask or .*, got 'none'"):
+            load(**{name: "none"})
+        with pytest.raises(ValueError, match="is a task, of which no column is to be named, got {'" + name):
+            load_problems("reasoning-gym:chain_sum?size=1&seed=1", **{name: "question"})
+
+
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
