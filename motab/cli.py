@@ -64,8 +64,11 @@ def synthesize(arguments: list[str], console: Console) -> None:
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
     if state.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
-    total = -(-len(prompts) // (1 if args.share_teacher else state.num_processes))  # of the main process
-    for _ in watch(found, total, "synthesize", console):
+    with path.open("rb") as lines:
+        missing = len(prompts) - sum(1 for _ in lines)
+    writers = 1 if args.share_teacher else state.num_processes
+    total, left = -(-len(prompts) // writers), -(-missing // writers)  # of the main process
+    for _ in watch(found, total, "synthesize", console, before=total - left):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")
 

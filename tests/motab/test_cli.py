@@ -90,6 +90,19 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    command = ["synthesize", "--config", config, "--output_dir", str(tmp_path / "run"), "--max_new_tokens", "8"]
+    assert main(command) == 0
+    path = tmp_path / "run" / "trajectories.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    for kept in (6, 4):
+        path.write_text("".join(lines[:kept]))
+        capsys.readouterr()
+        assert main(command) == 0
+        assert " 6/6 " in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("command", ["synthesize", "train", "evaluate"])
 def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
     """Each command renders them so, and asks for the configuration."""
