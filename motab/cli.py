@@ -217,7 +217,12 @@ def show(arguments: list[str], console: Console) -> None:
         verdict = "accepted" if step.accepted else "breach"
         if place == trajectory.breach_step:
             verdict += f", rolled back to step {trajectory.rollback_step}"
-        console.print(f"step {place}: value {step.value:.3f}, boundary {step.threshold:.3f}, {verdict}")
+        console.print(f"step {place}: value {_digits(step.value)}, boundary {_digits(step.threshold)}, {verdict}")
+
+
+def _digits(number: float) -> str:
+    """Three places, or three significant digits of what these would hide."""
+    return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
 
 
 def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:

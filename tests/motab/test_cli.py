@@ -103,6 +103,17 @@ def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
         assert " 6/6 " in capsys.readouterr().out
 
 
+def test_show_prints_digits_of_what_is_small(training, tmp_path, capsys):
+    _, path = training
+    AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
+    steps = [motab.Step(0, 1, 12345.6789, 2.3456e-5, True), motab.Step(0, 1, 0.0, 0.25, True)]
+    path.write_text(motab.Trajectory(0, [1], [2], ["student"], "", steps, None, None, "eos").to_json() + "\n")
+    assert main(["show", "--output_dir", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "step 0: value 12345.679, boundary 2.35e-05, accepted" in shown
+    assert "step 1: value 0, boundary 0.250, accepted" in shown
+
+
 @pytest.mark.parametrize("command", ["synthesize", "train", "evaluate"])
 def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
     """Each command renders them so, and asks for the configuration."""
