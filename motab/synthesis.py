@@ -40,7 +40,7 @@ def synthesize_to_file(
 
     A run that finds the file of an interrupted one keeps its whole lines, writes the trajectories that are missing or
     damaged and yields these. They are those that the other run would have written, but for what rounding does to a
-    model's logits in another batch.
+    model's logits in another batch. So a file goes on with more prompts behind those it was begun with.
 
     Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device, takes every
     so-manieth trajectory, writes it to a file of its own in ``path.parts`` (the main process to ``path``), and yields
@@ -66,18 +66,19 @@ def synthesize_to_file(
     options: dict[str, Any] = {"policy": policy, **settings}
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
     models = {"student": student, "teacher": teacher}
+    encoded = encode_prompts(prompts, tokenizer, [], 0)
     begun = {
         "policy": type(policy).__name__,
         **asdict(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
-        "prompts' hash": _hash(encode_prompts(prompts, tokenizer, [], 0)),
+        "prompts' hash": _hash(encoded),
         **{name: value for name, value in settings.items() if name not in PACE},
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
-    missing = processes.from_main(lambda: _begin(path, begun, len(prompts)))
+    missing = processes.from_main(lambda: _begin(path, begun, encoded))
     if not shared:
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
@@ -106,12 +107,16 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
     processes.wait()
 
 
-def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
+def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[int]:
     """Begin a file, or refuse to go on with it; which trajectories are missing."""
     beside = settings_file(path)
     begun = json.loads(json.dumps(begun))
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        there = before.get("prompts", 0)
+        grown = there < len(prompts) and before.get("prompts' hash") == _hash(prompts[:there])
+        if grown:  # a trajectory depends on its place, not on what comes behind it
+            before |= {name: begun[name] for name in ("prompts", "prompts' hash")}
         other = [name for name in sorted({*before, *begun}) if before.get(name) != begun.get(name)]
         if other:
             raise ValueError(
@@ -119,12 +124,14 @@ def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
                 + ", ".join(f"{name}: {before.get(name)!r} there, {begun.get(name)!r} now" for name in other)
                 + "); give another path, or remove it to start anew"
             )
+        if grown:
+            write_whole(beside, json.dumps(begun, indent=1))
     else:
         shutil.rmtree(_parts(path), ignore_errors=True)  # of a file that was removed to start anew
         write_whole(beside, json.dumps(begun, indent=1))
         path.touch()
     written = _bring_in_order(path)
-    return [index for index in range(count) if index not in written]
+    return [index for index in range(len(prompts)) if index not in written]
 
 
 class _Line(NamedTuple):
