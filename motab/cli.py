@@ -53,6 +53,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
+    problems = args.short_enough(problems, tokenizer)
     student, teacher = (
         load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
         if name in names
@@ -90,6 +91,7 @@ def train(arguments: list[str], console: Console) -> None:
     if args.dataset_name:
         prompt_format = args.prompt_format()
         problems = args.load(args.dataset_name, args.dataset_split or "train")
+        problems = args.short_enough(problems, tokenizer)
         data = args.rollouts([prompt_format.render(tokenizer, problem) for problem in problems])
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
@@ -134,6 +136,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     problems = args.load(args.dataset_name, args.dataset_split)
     check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
+    problems = args.short_enough(problems, tokenizer)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     settings = {
         "samples": args.num_samples,

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+from transformers import PreTrainedTokenizerBase
 
 from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
 from motab.models import DTYPES, dtype_name
 from motab.parsing import load_yaml, require, require_file
 from motab.policies import POLICIES, Policy
-from motab.prompts import Prompt, PromptFormat
+from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
 
 _ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
@@ -121,6 +122,9 @@ class PromptArguments:
         f"Holds a text, or messages, of which the assistant's at the end are dropped ({_first(QUESTION_COLUMNS)}).",
     )
     answer_column: str | None = _setting(None, f"Holds what evaluate compares with ({_first(ANSWER_COLUMNS)}).")
+    max_prompt_length: int | None = _setting(
+        None, "Leave out problems whose prompts have more tokens; the others are counted without them."
+    )
     system_prompt: str | None = _setting(None, "The system's message.")
     prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
     chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -129,9 +133,15 @@ class PromptArguments:
     )
 
     def load(self, dataset_name: str, split: str) -> list[Problem]:
-        """The problems of a dataset."""
+        """The problems of a dataset, long ones too."""
         columns = {"question_column": self.question_column, "answer_column": self.answer_column}
         return load_problems(dataset_name, split, self.dataset_config, **columns)
+
+    def short_enough(self, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+        """Those of the problems that are not left out."""
+        if self.max_prompt_length is None:
+            return problems
+        return short_enough(problems, tokenizer, self.prompt_format(), self.max_prompt_length)
 
     def prompt_format(self) -> PromptFormat:
         """What these settings describe.

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import motab
 from motab.cli import main
 from motab.config import SynthesizeArguments, TrainArguments
-from motab.data import Problem
+from motab.data import Problem, load_problems
 from motab.models import load_model
 from motab.parsing import parse
-from motab.prompts import PromptFormat
+from motab.prompts import PromptFormat, encode_prompts
 from motab.resume import decisive_settings, last_checkpoint, record
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
@@ -134,6 +134,30 @@ def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
     assert f"put as {PromptFormat('a', 'b', {'quiet': True})}" in capsys.readouterr().err
     columns = {"question_column": "q", "answer_column": "a"}
     assert loaded == [(("some", "test" if command == "evaluate" else "train", "main"), columns)]
+
+
+@pytest.mark.parametrize("command", ["synthesize", "train", "evaluate"])
+def test_problems_that_are_too_long(command, tmp_path, capsys, monkeypatch):
+    """Each command goes on with the others."""
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "student")
+    prompts = [PromptFormat().render(tokenizer, problem) for problem in load_problems(TASK)]
+    lengths = [len(ids) for ids in encode_prompts(prompts, tokenizer, [], 0)]
+    limit = sorted(lengths)[2]
+    kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
+    assert 0 < len(kept) < len(prompts)
+
+    def stop(*given, **settings):
+        raise ValueError(f"with {given[0] if command == 'train' else given[3]}")
+
+    monkeypatch.setattr("motab.evaluation.synthesize", stop)
+    monkeypatch.setattr("motab.synthesis.synthesize", stop)
+    monkeypatch.setattr("motab.config.Rollouts", stop)
+    flags = ["--model_name_or_path", str(TINY / "student"), "--dataset_name", TASK, "--max_prompt_length", str(limit)]
+    if command != "evaluate":
+        flags += ["--teacher_model_name_or_path", str(TINY / "teacher"), "--output_dir", str(tmp_path / "run")]
+    with pytest.warns(UserWarning, match=f"{6 - len(kept)} of 6 problems have prompts of more than"):
+        assert main([command, *flags]) == 2
+    assert f"motab {command}: with {kept}\n" == capsys.readouterr().err
 
 
 def test_answers_that_run_out_of_budget(capsys):
