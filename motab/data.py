@@ -13,6 +13,8 @@ from motab.parsing import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages")
 ANSWER_COLUMNS = ("answer", "output", "solution")
+_WAY_OUT = "rewrite it, or give another question_column"
+_MOST_SHOWN = 200  # characters of what is refused
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -125,15 +127,23 @@ def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[d
 
 def _broken_line(path: Path) -> str | None:
     """The first line of a JSONL file that is none."""
+    rows = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 found = json.loads(line) if line.strip() else {}
             except ValueError as error:
-                return f"no JSON in line {number} ({getattr(error, 'msg', error)})"
+                return f"no JSON in line {number} ({getattr(error, 'msg', str(error)).removesuffix(' at')})"
             if not isinstance(found, dict):
-                return f"no columns in line {number}: {line.decode().strip()}"
-    return None
+                return f"no columns in line {number}: {_shown(found)}"
+            rows += bool(found)
+    return None if rows else "no rows"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value as the source has it."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
 
 def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
@@ -143,7 +153,7 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
         return question
     if not isinstance(question, list):
         raise ValueError(
-            f"{where} must have a text or a list of messages as its question, got {json.dumps(question, default=str)}"
+            f"{where} must have a text or a list of messages as its question, got {_shown(question)}; {_WAY_OUT}"
         )
     end = len(question)
     while end and isinstance(question[end - 1], Mapping) and question[end - 1].get("role") == "assistant":
@@ -162,7 +172,6 @@ def _message(message: Any, where: str) -> dict[str, str]:
         content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(
-            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got '
-            f"{json.dumps(message, default=str)}; rewrite the column, or give another"
+            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got {_shown(message)}; {_WAY_OUT}'
         )
     return {"role": role, "content": content}

@@ -117,7 +117,11 @@ def test_bad_files(jsonl, rows, name, message):
     ("question", "message"),
     [
         (None, "must have a text or a list of messages as its question, got null"),
-        (5, "must have a text or a list of messages as its question, got 5"),
+        (
+            5,
+            "must have a text or a list of messages as its question, got 5; rewrite it, or give another question_c",
+        ),
+        (["a" * 999], 'must have messages as .*, got "a{199}[.]{3}; rewrite it'),
         ({"text": "a"}, 'must have a text or a list of messages as its question, got {"text": "a"}'),
         (["a", "b"], 'must have messages as {"role": "user", "content": "a text"}, got "a"'),
         ([{"from": "human", "value": "a"}], 'must have messages as .*, got {"from": "human", "value": "a"}'),
@@ -139,12 +143,16 @@ def test_what_is_no_question(jsonl, question, message):
 @pytest.mark.parametrize(
     ("content", "name", "message"),
     [
-        (b'{"question": "a"}\n\n{"question": "b\n{"question": "c"}\n', "a.jsonl", r"got no JSON in line 3 \(Invalid"),
+        (
+            b'{"question": "a"}\n\n{"question": "b\n{"question": "c"}\n',
+            "a.jsonl",
+            r"got no JSON in line 3 \(Invalid control character\)",
+        ),
         (b'{"question": "a"}\n{"question": "\xff"}\n', "a.jsonl", r"got no JSON in line 2 \('utf-8' codec can't"),
         (b'{"question": "a"}\n5\n', "a.jsonl", "got no columns in line 2: 5"),
         (b"", "a.jsonl", "got no rows"),
         (b"", "a.json", "got no rows"),
-        (b"\n\n", "a.jsonl", 'got Instruction "train" corresponds to no data'),
+        (b"\n\n", "a.jsonl", "got no rows"),
         (b"{", "a.json", "got .*JSON parse error"),
         (b"PAR1", "a.parquet", "got Parquet file size is 4 bytes"),
     ],
