@@ -12,9 +12,10 @@ from motab.policies import (
     Truncated,
 )
 from motab.rollouts import Rollouts
-from motab.synthesis import read_trajectories, synthesize_to_file
+from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabConfig, MotabTrainer
 from motab.trajectory import Step, Trajectory
+from motab.trajectory_file import read_trajectories
 
 __all__ = [
     "AdaSwitch",

@@ -13,8 +13,10 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments, parse, require
+from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.parsing import parse, require
 from motab.trajectory import Trajectory
+from motab.trajectory_file import read_trajectories, unfinished
 
 _MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
@@ -27,10 +29,14 @@ class FileArguments:
     output_dir: str = "runs/synthesize"
     index: int = 0
 
+    @property
+    def file(self) -> Path:
+        """The trajectories."""
+        return Path(self.output_dir) / "trajectories.jsonl"
+
 
 def synthesize(arguments: list[str], console: Console) -> None:
     """Write trajectories."""
-    from motab.data import load_problems
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
     from motab.synthesis import synthesize_to_file
@@ -45,8 +51,9 @@ def synthesize(arguments: list[str], console: Console) -> None:
     require(dataset_name=args.dataset_name, **names)
     policy = args.make_policy()
     prompt_format = args.prompt_format()
-    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
+    problems = args.load(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
+    problems = args.short_enough(problems, tokenizer)
     student, teacher = (
         load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
         if name in names
@@ -58,22 +65,24 @@ def synthesize(arguments: list[str], console: Console) -> None:
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
     if state.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
-    total = -(-len(prompts) // (1 if args.share_teacher else state.num_processes))  # of the main process
-    for _ in watch(found, total, "synthesize", console):
+    with path.open("rb") as lines:
+        missing = len(prompts) - sum(1 for _ in lines)
+    writers = 1 if args.share_teacher else state.num_processes
+    total, left = -(-len(prompts) // writers), -(-missing // writers)  # of the main process
+    for _ in watch(found, total, "synthesize", console, before=total - left):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")
 
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written beforehand or as it trains."""
-    from motab.data import load_problems
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
     from motab.trainer import MotabConfig, MotabTrainer
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
-    _state(console)
+    state = _state(console)
     require(model_name_or_path=args.model_name_or_path)
     args.check_source()
     teacher_name = args.teacher_model_name_or_path
@@ -81,7 +90,8 @@ def train(arguments: list[str], console: Console) -> None:
     data = args.train_file
     if args.dataset_name:
         prompt_format = args.prompt_format()
-        problems = load_problems(args.dataset_name, args.dataset_split or "train", args.dataset_config)
+        problems = args.load(args.dataset_name, args.dataset_split or "train")
+        problems = args.short_enough(problems, tokenizer)
         data = args.rollouts([prompt_format.render(tokenizer, problem) for problem in problems])
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
@@ -95,6 +105,8 @@ def train(arguments: list[str], console: Console) -> None:
     model = load_model(args.model_name_or_path, args.dtype, **attention)
     teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
     held_out = args.eval_file or None
+    if state.is_main_process:
+        _warn_of_unfinished("train", *filter(None, (args.train_file, args.eval_file)))
     trainer = MotabTrainer(
         model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
     )
@@ -111,7 +123,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     from dataclasses import asdict
     from functools import partial
 
-    from motab.data import load_problems
+    from motab.evaluation import check_answers
     from motab.evaluation import evaluate as measure
     from motab.files import write_whole
     from motab.models import load_model, load_tokenizer
@@ -121,8 +133,10 @@ def evaluate(arguments: list[str], console: Console) -> None:
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
-    problems = load_problems(args.dataset_name, args.dataset_split, args.dataset_config)
+    problems = args.load(args.dataset_name, args.dataset_split)
+    check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
+    problems = args.short_enough(problems, tokenizer)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     settings = {
         "samples": args.num_samples,
@@ -158,16 +172,22 @@ def _state(console: Console) -> PartialState:
 
 def verify(arguments: list[str], console: Console) -> None:
     """Check that a file of trajectories is whole and consistent."""
-    _, trajectories = _trajectories(arguments, "verify")
+    args, trajectories = _trajectories(arguments, "verify")
+    missing = unfinished(args.file)
+    before = -1
     for place, t in enumerate(trajectories):
+        # Of several processes that were interrupted, the file holds those of the main one.
         problems = [
-            (t.index != place, f"has index {t.index}"),
+            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
             (any(s.accepted and not s.value >= s.threshold for s in t.steps), "accepts a step below its boundary"),
             ((t.breach_step is None) != all(s.accepted for s in t.steps), "and its steps disagree on a breach"),
         ]
         if found := [text for bad, text in problems if bad]:
             raise ValueError(f"trajectory {place} {' and '.join(found)}")
+        before = t.index
+    if missing:
+        raise ValueError(missing)
     console.print(f"{len(trajectories)} trajectories, whole and consistent")
 
 
@@ -177,6 +197,7 @@ def report(arguments: list[str], console: Console) -> None:
     from motab.report import write_report
 
     args, trajectories = _trajectories(arguments, "report")
+    _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
     console.print(f"{path}: open it in a browser")
@@ -199,20 +220,29 @@ def show(arguments: list[str], console: Console) -> None:
         verdict = "accepted" if step.accepted else "breach"
         if place == trajectory.breach_step:
             verdict += f", rolled back to step {trajectory.rollback_step}"
-        console.print(f"step {place}: value {step.value:.3f}, boundary {step.threshold:.3f}, {verdict}")
+        console.print(f"step {place}: value {_digits(step.value)}, boundary {_digits(step.threshold)}, {verdict}")
+
+
+def _digits(number: float) -> str:
+    """Three places, or three significant digits of what these would hide."""
+    return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
 
 
 def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:
-    from motab.synthesis import read_trajectories
-
     args: FileArguments = parse(FileArguments, arguments, command)
-    path = Path(args.output_dir) / "trajectories.jsonl"
+    path = args.file
     if not path.is_file():
         raise ValueError(f"{path} does not exist; motab synthesize --output_dir {args.output_dir} makes it")
     trajectories = read_trajectories(path)
     if not trajectories:
         raise ValueError(f"{path} holds no trajectory yet")
     return args, trajectories
+
+
+def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
+    for path in paths:
+        if missing := unfinished(path):
+            print(f"motab {command}: {missing}", file=sys.stderr)
 
 
 def demo(arguments: list[str], console: Console) -> None:

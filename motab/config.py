@@ -1,28 +1,31 @@
-"""The settings of each command: dataclasses, filled from a YAML file and from flags that override it."""
+"""The settings of each command."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import PreTrainedTokenizerBase
 
+from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
+from motab.models import DTYPES, dtype_name
+from motab.parsing import load_yaml, require, require_file
 from motab.policies import POLICIES, Policy
-from motab.prompts import Prompt, PromptFormat
+from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
 
-T = TypeVar("T")
-#: What null in a file says where None of the API is not "not given", as a flag says it.
-_NULL = {"stitch": ""}
 _ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
 
 
 def _setting(default: Any, text: str) -> Any:
     return field(default=default, metadata={"help": text})
+
+
+def _first(columns: Sequence[str]) -> str:
+    return "the first there is of " + ", ".join(columns)
 
 
 @dataclass
@@ -39,8 +42,11 @@ class GenerationArguments:
     max_cached_tokens: int | None = _setting(
         None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
     )
-    dtype: str = _setting("auto", "Of the weights: auto, float32, bfloat16 or float16.")
+    dtype: str = _setting("auto", f"Of the weights: {', '.join(DTYPES)}.")
     attn_implementation: str | None = _setting(None, _ATTENTION)
+
+    def __post_init__(self) -> None:
+        self.dtype = dtype_name(self.dtype)
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
@@ -111,11 +117,31 @@ class PromptArguments:
     """How problems are loaded and put to the models."""
 
     dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
+    question_column: str | None = _setting(
+        None,
+        f"Holds a text, or messages, of which the assistant's at the end are dropped ({_first(QUESTION_COLUMNS)}).",
+    )
+    answer_column: str | None = _setting(None, f"Holds what evaluate compares with ({_first(ANSWER_COLUMNS)}).")
+    max_prompt_length: int | None = _setting(
+        None, "Leave out problems whose prompts have more tokens; the others are counted without them."
+    )
     system_prompt: str | None = _setting(None, "The system's message.")
     prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
-    chat_template_kwargs: str | None = _setting(
-        None, "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."},
     )
+
+    def load(self, dataset_name: str, split: str) -> list[Problem]:
+        """The problems of a dataset, long ones too."""
+        columns = {"question_column": self.question_column, "answer_column": self.answer_column}
+        return load_problems(dataset_name, split, self.dataset_config, **columns)
+
+    def short_enough(self, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+        """Those of the problems that are not left out."""
+        if self.max_prompt_length is None:
+            return problems
+        return short_enough(problems, tokenizer, self.prompt_format(), self.max_prompt_length)
 
     def prompt_format(self) -> PromptFormat:
         """What these settings describe.
@@ -125,7 +151,7 @@ class PromptArguments:
         """
         kwargs: Any = self.chat_template_kwargs
         try:
-            kwargs = yaml.safe_load(kwargs) if isinstance(kwargs, str) else kwargs
+            kwargs = load_yaml(kwargs) if isinstance(kwargs, str) else kwargs
         except yaml.YAMLError:
             kwargs = None
         named = isinstance(kwargs, dict) and all(isinstance(name, str) for name in kwargs)
@@ -148,6 +174,11 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
     output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
     num_samples: int = _setting(1, "Trajectories a question.")
     share_teacher: bool = _setting(False, "One teacher for all processes, tensor-parallel; they write together.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples < 1:
+            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
 
 
 @dataclass
@@ -191,9 +222,12 @@ class TrainArguments(PolicyArguments, PromptArguments):
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", "Of the student's weights.")
+    dtype: str = _setting("float32", f"Of the student's weights: {', '.join(DTYPES)}.")
     teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
     attn_implementation: str | None = _setting(None, _ATTENTION)
+
+    def __post_init__(self) -> None:
+        self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
         """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.
@@ -221,51 +255,3 @@ class TrainArguments(PolicyArguments, PromptArguments):
         """What these settings have the student write on."""
         given = {name: getattr(self, own) for own, name in _OF_ROLLOUTS.items() if getattr(self, own) is not None}
         return Rollouts(prompts, self.make_policy(), **given)
-
-
-def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
-    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
-
-    Raises:
-        ValueError: no such file, or one that is not a mapping of known settings.
-    """
-    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
-    parser = HfArgumentParser(kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
-    config = _config_file(arguments)
-    if config:
-        require_file(config, "config", "it holds settings in YAML")
-        with open(config, encoding="utf-8") as file:
-            try:
-                values = yaml.safe_load(file) or {}
-            except yaml.YAMLError as error:
-                raise ValueError(f"{config} must hold settings in YAML, got what is none: {error}") from error
-        known = {entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init}
-        if not isinstance(values, dict) or (unknown := sorted(set(values) - known)):
-            what = ", ".join(unknown) if isinstance(values, dict) else type(values).__name__
-            raise ValueError(f"{config} must hold settings of motab {command}, got {what}; see motab {command} --help")
-        parser.set_defaults(**{name: _NULL.get(name) if value is None else value for name, value in values.items()})
-    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    filled = parsed[: len(kinds)]
-    return filled[0] if len(filled) == 1 else filled
-
-
-def _config_file(arguments: list[str]) -> str | None:
-    for place, argument in enumerate(arguments):
-        if argument == "--config" and place + 1 < len(arguments):
-            return arguments[place + 1]
-        if argument.startswith("--config="):
-            return argument.removeprefix("--config=")
-    return None
-
-
-def require(**settings: str) -> None:
-    """Refuse settings that have no default and were not given."""
-    if missing := [f"--{name}" for name, value in settings.items() if not value]:
-        raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
-
-
-def require_file(path: str, name: str, source: str) -> None:
-    """Refuse a file that is not there, and say where it comes from."""
-    if not Path(path).is_file():
-        raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-import yaml
+from motab.parsing import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages")
 ANSWER_COLUMNS = ("answer", "output", "solution")
+_WAY_OUT = "rewrite it, or give another question_column"
+_MOST_SHOWN = 200  # characters of what is refused
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -28,34 +31,50 @@ class Problem:
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
 
 
-def load_problems(dataset_name: str, split: str = "train", config: str | None = None) -> list[Problem]:
+def load_problems(
+    dataset_name: str,
+    split: str = "train",
+    config: str | None = None,
+    *,
+    question_column: str | None = None,
+    answer_column: str | None = None,
+) -> list[Problem]:
     """Load problems.
 
     Args:
         dataset_name: ``reasoning-gym:TASK?size=N&seed=S`` (any other setting of the task may follow), the path of a
             JSONL, JSON or parquet file, or the name of a dataset on the hub.
         split, config: of a hub dataset; the configuration is named where it has several.
+        question_column, answer_column: of a dataset or a file; None: the first there is of `QUESTION_COLUMNS` and of
+            `ANSWER_COLUMNS`, if there is one.
 
     Returns:
-        The problems in order. The question is the first column present of `QUESTION_COLUMNS`, the answer that of
-        `ANSWER_COLUMNS`; an assistant's messages at the end of a conversation are not part of the prompt.
+        The problems in order. A question is a text or a list of messages; an assistant's messages at the end of a
+        conversation are not part of the prompt.
 
     Raises:
-        ValueError: an unknown task or setting, a file of another kind, no known question column, an empty question, a
-            configuration of what is not on the hub.
+        ValueError: an unknown task or setting, a file of another kind, no such or no known question column, a row
+            without a question, a configuration of what is not on the hub.
     """
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
+    given = {"question_column": question_column, "answer_column": answer_column}
+    given = {name: column for name, column in given.items() if column is not None}
     if dataset_name.startswith("reasoning-gym:"):
+        if given:
+            raise ValueError(f"{dataset_name} is a task, of which no column is to be named, got {given}")
         return _reasoning_gym(dataset_name)
-    rows = _rows(dataset_name, split, config)
-    columns = list(rows.column_names)
-    question = next((column for column in QUESTION_COLUMNS if column in columns), None)
-    answer = next((column for column in ANSWER_COLUMNS if column in columns and column != question), None)
+    columns, rows = _table(dataset_name, split, config)
+    for name, column in given.items():
+        if column not in columns:
+            raise ValueError(f"{name} must be a column of {dataset_name}, {' or '.join(columns)}, got {column!r}")
+    question = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
+    others = (column for column in ANSWER_COLUMNS if column in columns and column != question)
+    answer = answer_column or next(others, None)
     if question is None:
         raise ValueError(
             f"{dataset_name} has none of the question columns {', '.join(QUESTION_COLUMNS)}; it has "
-            f"{', '.join(columns) or 'no columns'}; rename the one that holds the question"
+            f"{', '.join(columns) or 'no columns'}; give the one that holds the question as question_column"
         )
     return [
         Problem(
@@ -71,7 +90,7 @@ def _reasoning_gym(name: str) -> list[Problem]:
     import reasoning_gym
 
     parts = urlsplit(name)
-    settings = {key: yaml.safe_load(value) for key, value in parse_qsl(parts.query)}
+    settings = {key: load_yaml(value) for key, value in parse_qsl(parts.query)}
     try:
         dataset = reasoning_gym.create_dataset(parts.path, **settings)
     except (ValueError, TypeError, AssertionError) as error:
@@ -82,30 +101,77 @@ def _reasoning_gym(name: str) -> list[Problem]:
     return [Problem(entry["question"], str(entry["answer"]), entry) for entry in dataset]
 
 
-def _rows(name: str, split: str, config: str | None) -> Any:
+def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[dict[str, Any]]]:
+    """The columns of a dataset, and its rows."""
     import datasets
 
     path = Path(name)
     if not path.is_file():
         try:
-            return datasets.load_dataset(name, config, split=split)
+            rows = datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"{name!r} is neither a file here nor a dataset that the hub gives with split {split!r}: {error}"
             ) from error
+        return list(rows.column_names), list(rows)
     if path.suffix not in _READERS:
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
-    return datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+    try:
+        rows = datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+        return list(rows.column_names), list(rows)  # where bytes that are no text come to light
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        got = _broken_line(path) if path.suffix == ".jsonl" else None
+        got = got or str(error.__cause__ or error) or "no rows"  # of an empty file datasets says nothing
+        raise ValueError(f"{name} must hold rows of one kind, each a problem, got {got}") from error
 
 
-def _prompt(question: str | Sequence[Mapping[str, str]], where: str) -> str | list[dict[str, str]]:
+def _broken_line(path: Path) -> str | None:
+    """The first line of a JSONL file that is none."""
+    rows = 0
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                found = json.loads(line) if line.strip() else {}
+            except ValueError as error:
+                return f"no JSON in line {number} ({getattr(error, 'msg', str(error)).removesuffix(' at')})"
+            if not isinstance(found, dict):
+                return f"no columns in line {number}: {_shown(found)}"
+            rows += bool(found)
+    return None if rows else "no rows"
+
+
+def _shown(value: Any) -> str:
+    """The beginning of a value as the source has it."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
+
+
+def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
     if isinstance(question, str):
         if not question.strip():
             raise ValueError(f"{where} has an empty question, got {question!r}")
         return question
-    messages = [{"role": message["role"], "content": message["content"]} for message in question]
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
+    if not isinstance(question, list):
+        raise ValueError(
+            f"{where} must have a text or a list of messages as its question, got {_shown(question)}; {_WAY_OUT}"
+        )
+    end = len(question)
+    while end and isinstance(question[end - 1], Mapping) and question[end - 1].get("role") == "assistant":
+        end -= 1
+    if not end:
         raise ValueError(f"{where} has no message but the assistant's: a prompt must end with the user's")
-    return messages
+    return [_message(message, where) for message in question[:end]]
+
+
+def _message(message: Any, where: str) -> dict[str, str]:
+    """A message whose content is a text; parts of it that are all text are put together."""
+    role, content = (message.get(name) if isinstance(message, Mapping) else None for name in ("role", "content"))
+    if isinstance(content, list):
+        is_text = [isinstance(part, Mapping) and part.get("type") == "text" for part in content]
+        texts = [part.get("text") for part in content] if all(is_text) else []
+        content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise ValueError(
+            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got {_shown(message)}; {_WAY_OUT}'
+        )
+    return {"role": role, "content": content}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from motab.processes import process_state
 from motab.trajectory import Trajectory
+from motab.trajectory_file import trajectories_in
 
 IGNORED = -100
 
@@ -31,7 +32,8 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         end_tokens: those that trajectories end with; none of one that ran out of budget.
 
     Raises:
-        ValueError: a trajectory whose tokens and authors differ in number; none that is short enough.
+        ValueError: a line that is no trajectory; a trajectory whose tokens and authors differ in number; none that is
+            short enough.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, of the target alone
-        for t in _lines(trajectories) if isinstance(trajectories, str | Path) else trajectories:
+        for t in trajectories_in(trajectories) if isinstance(trajectories, str | Path) else trajectories:
             if len(t.author) != len(t.token_ids):
                 raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
             if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
@@ -71,13 +73,6 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         target = ids[len(ids) - len(trained) :]
         labels = [IGNORED] * (len(ids) - len(trained)) + np.where(trained, target, IGNORED).tolist()
         return {"input_ids": ids.tolist(), "labels": labels}
-
-
-def _lines(path: str | Path) -> Iterator[Trajectory]:
-    with Path(path).open("rb") as lines:
-        for line in lines:
-            if line.endswith(b"\n"):
-                yield Trajectory.from_json(line.decode("utf-8"))
 
 
 def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -20,9 +20,10 @@ from motab.models import load_model, load_tokenizer
 from motab.policies import MotabPolicy, Policy, TeacherOnly
 from motab.progress import watch
 from motab.report import figures, write_report
-from motab.synthesis import read_trajectories, synthesize_to_file
+from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabConfig, MotabTrainer
 from motab.trajectory import Trajectory
+from motab.trajectory_file import read_trajectories
 
 TINY = Path(__file__).resolve().parents[1] / "examples" / "tiny"
 TASK = "chain_sum?min_terms=4&max_terms=6&min_digits=2&max_digits=2"

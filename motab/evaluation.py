@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.data import Problem
+from motab.data import ANSWER_COLUMNS, Problem
 from motab.engine import synthesize
 from motab.files import write_whole
 from motab.policies import OnPolicy
@@ -67,6 +67,20 @@ def after_thinking(text: str) -> str | None:
     return None if "<think>" in rest else rest
 
 
+def check_answers(problems: Sequence[Problem]) -> None:
+    """Refuse problems without an answer to compare with.
+
+    Raises:
+        ValueError: names the row of the first, and how many there are.
+    """
+    if lacking := [row for row, problem in enumerate(problems) if problem.answer is None]:
+        raise ValueError(
+            f"evaluate needs an answer to each problem, in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
+            f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows together; leave them out, or give another "
+            "answer_column"
+        )
+
+
 def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
 
@@ -81,7 +95,7 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
         ValueError: the problem has no answer to compare with.
     """
     if problem.answer is None:
-        raise ValueError("the dataset has no answer column, so that nothing can be verified; got a problem without one")
+        raise ValueError(f"is_correct needs a problem with an answer to compare with, got {problem!r}")
     answer = after_thinking("<think>" + text if thinking else text)
     if answer is None:
         return False
@@ -129,10 +143,12 @@ def evaluate(
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
-        ValueError: no problems, problems without answers, several samples of greedy (identical) answers.
+        ValueError: no problems, problems without answers, several samples of greedy (identical) answers; before
+            anything is generated.
     """
     if not problems:
         raise ValueError("evaluate needs at least one problem, got none")
+    check_answers(problems)
     if samples < 1 or (samples > 1 and temperature == 0):
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
     prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(samples)]

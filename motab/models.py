@@ -9,6 +9,21 @@ from transformers.distributed import DistributedConfig
 
 from motab.processes import process_state
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def dtype_name(name: str) -> str:
+    """The full name of a dtype, of which bf16, fp16 and fp32 are short for some.
+
+    Raises:
+        ValueError: none of `DTYPES`.
+    """
+    full = _SHORT.get(name, name)
+    if full not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, or {', '.join(_SHORT)} for short, got {name!r}")
+    return full
+
 
 def load_model(
     name_or_path: str, dtype: str = "auto", *, shared: bool = False, attn_implementation: str | None = None
@@ -17,8 +32,9 @@ def load_model(
     processes each takes its own, or all share one, tensor-parallel.
 
     Raises:
-        ValueError: what is named is not a model, or not one to be shared, or not one with that attention.
+        ValueError: what is named is not a model, or not one to be shared, or not one with that attention; no dtype.
     """
+    dtype = dtype_name(dtype)
     device = process_state().device
     options: dict[str, Any] = {"distributed_config": DistributedConfig(tp_plan="auto")} if shared else {}
     with_attention = ""

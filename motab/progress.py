@@ -11,8 +11,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from motab.trajectory import Trajectory
 
 
-def watch(trajectories: Iterable[Trajectory], total: int, title: str, console: Console) -> Iterator[Trajectory]:
-    """The trajectories unchanged, with a bar on ``console`` while they come."""
+def watch(
+    trajectories: Iterable[Trajectory], total: int, title: str, console: Console, *, before: int = 0
+) -> Iterator[Trajectory]:
+    """The trajectories unchanged, with a bar on ``console`` while they come; it begins at ``before`` of ``total``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -23,7 +25,7 @@ def watch(trajectories: Iterable[Trajectory], total: int, title: str, console: C
     )
     began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=total, figures="")
+        task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
             done, tokens = done + 1, tokens + len(trajectory.token_ids)
             if trajectory.breach_step is not None and trajectory.rollback_step is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +11,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
+from motab.processes import process_state
 
 # Arguments of apply_chat_template that are ours to give, for a prompt is a list of token ids that an answer follows.
 _OURS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors")
@@ -83,6 +85,34 @@ class PromptFormat:
         return messages
 
 
+def short_enough(
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: PromptFormat,
+    max_prompt_length: int,
+) -> list[Problem]:
+    """The problems whose prompts have at most so many tokens; one warning counts the others.
+
+    Raises:
+        ValueError: none is left.
+    """
+    prompts = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer, [], 0)
+    kept = [problem for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= max_prompt_length]
+    longer = len(problems) - len(kept)
+    if longer and not kept:
+        raise ValueError(
+            f"all {longer} prompts have more than max_prompt_length {max_prompt_length} tokens, the shortest "
+            f"{min(map(len, prompts))}; raise it"
+        )
+    if longer and process_state().is_main_process:
+        warnings.warn(
+            f"{longer} of {len(problems)} problems have prompts of more than max_prompt_length {max_prompt_length} "
+            "tokens and are left out",
+            stacklevel=2,
+        )
+    return kept
+
+
 def end_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that end a text, by the tokenizer or by any of the models."""
     ids = {tokenizer.eos_token_id}
@@ -129,5 +159,6 @@ def _check_context(model: PreTrainedModel, prompts: Sequence[list[int]], max_new
         if limit is not None and len(ids) + max_new_tokens > limit:
             raise ValueError(
                 f"prompt {index} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but "
-                f"{type(model).__name__} reads at most {limit}; shorten the prompt or lower max_new_tokens"
+                f"{type(model).__name__} reads at most {limit}; lower max_new_tokens, or leave long prompts out "
+                "(--max_prompt_length)"
             )

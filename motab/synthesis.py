@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -20,6 +20,7 @@ from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
+from motab.trajectory_file import settings_file, whole_index
 
 #: What changes the pace alone: a run may go on with others.
 PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
@@ -37,9 +38,9 @@ def synthesize_to_file(
 ) -> Iterator[Trajectory]:
     """Write each trajectory of `synthesize` as a line of ``path`` and yield it.
 
-    A run that finds the file of an interrupted one keeps its whole lines, writes the trajectories that are missing and
-    yields these. They are those that the other run would have written, but for what rounding does to a model's logits
-    in another batch.
+    A run that finds the file of an interrupted one keeps its whole lines, writes the trajectories that are missing or
+    damaged and yields these. They are those that the other run would have written, but for what rounding does to a
+    model's logits in another batch. So a file goes on with more prompts behind those it was begun with.
 
     Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device, takes every
     so-manieth trajectory, writes it to a file of its own in ``path.parts`` (the main process to ``path``), and yields
@@ -65,28 +66,23 @@ def synthesize_to_file(
     options: dict[str, Any] = {"policy": policy, **settings}
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
     models = {"student": student, "teacher": teacher}
+    encoded = encode_prompts(prompts, tokenizer, [], 0)
     begun = {
         "policy": type(policy).__name__,
         **asdict(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
-        "prompts' hash": _hash(encode_prompts(prompts, tokenizer, [], 0)),
+        "prompts' hash": _hash(encoded),
         **{name: value for name, value in settings.items() if name not in PACE},
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
-    missing = processes.from_main(lambda: _begin(path, begun, len(prompts)))
+    missing = processes.from_main(lambda: _begin(path, begun, encoded))
     if not shared:
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
     return _write(path, here, processes, shared)
-
-
-def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """The trajectories of a finished or interrupted file; a last line cut short is left out."""
-    with Path(path).open("rb") as lines:
-        return [Trajectory.from_json(line.decode("utf-8")) for line in lines if line.endswith(b"\n")]
 
 
 def _hash(prompts: list[list[int]]) -> str:
@@ -111,12 +107,16 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
     processes.wait()
 
 
-def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
+def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[int]:
     """Begin a file, or refuse to go on with it; which trajectories are missing."""
-    beside = path.with_name(path.name + ".settings.json")
+    beside = settings_file(path)
     begun = json.loads(json.dumps(begun))
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
+        there = before.get("prompts", 0)
+        grown = there < len(prompts) and before.get("prompts' hash") == _hash(prompts[:there])
+        if grown:  # a trajectory depends on its place, not on what comes behind it
+            before |= {name: begun[name] for name in ("prompts", "prompts' hash")}
         other = [name for name in sorted({*before, *begun}) if before.get(name) != begun.get(name)]
         if other:
             raise ValueError(
@@ -124,12 +124,14 @@ def _begin(path: Path, begun: dict[str, Any], count: int) -> list[int]:
                 + ", ".join(f"{name}: {before.get(name)!r} there, {begun.get(name)!r} now" for name in other)
                 + "); give another path, or remove it to start anew"
             )
+        if grown:
+            write_whole(beside, json.dumps(begun, indent=1))
     else:
         shutil.rmtree(_parts(path), ignore_errors=True)  # of a file that was removed to start anew
         write_whole(beside, json.dumps(begun, indent=1))
         path.touch()
     written = _bring_in_order(path)
-    return [index for index in range(count) if index not in written]
+    return [index for index in range(len(prompts)) if index not in written]
 
 
 class _Line(NamedTuple):
@@ -141,14 +143,23 @@ class _Line(NamedTuple):
 def _bring_in_order(path: Path) -> set[int]:
     """Put the whole lines of the file and of its parts into the file, by index; which there are."""
     lines: dict[int, _Line] = {}
+    damaged: list[str] = []
     files = [path, *sorted(_parts(path).glob("*.jsonl"))]
     for file in files:
         begin = 0
         with file.open("rb") as content:
-            for line in content:
-                if found := re.match(rb'{"index": (\d+),', line) if line.endswith(b"\n") else None:
-                    lines[int(found[1])] = _Line(file, begin, len(line))
+            for number, line in enumerate(content, 1):
+                if (index := whole_index(line)) is not None:
+                    lines[index] = _Line(file, begin, len(line))
+                elif line.endswith(b"\n"):
+                    damaged.append(f"{number} of {file}")
                 begin += len(line)
+    if damaged:
+        warnings.warn(
+            f"no whole trajectory in {len(damaged)} line(s), the first is line {damaged[0]}: what they held is written "
+            "again",
+            stacklevel=2,
+        )
     own = [index for index, line in lines.items() if line.path == path]
     size = sum(lines[index].length for index in own)
     if len(files) > 1 or size != path.stat().st_size or any(a > b for a, b in pairwise(own)):

@@ -91,6 +91,8 @@ class MotabConfig(TrainingArguments):
             )
         if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        if isinstance(self.ignore_authors, str):
+            self.ignore_authors = [self.ignore_authors]
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
             raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
         if set(self.ignore_authors) >= set(AUTHORS):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args
 
+T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]
 AUTHORS: tuple[Author, ...] = get_args(Author)
 STATISTICS = (
@@ -76,7 +77,33 @@ class Trajectory:
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:
-        """The trajectory of one line that `to_json` wrote."""
-        record: dict[str, Any] = json.loads(line)
-        record["steps"] = [Step(**step) for step in record["steps"]]
-        return cls(**record)
+        """The trajectory of one line that `to_json` wrote.
+
+        Raises:
+            ValueError: a line that `to_json` did not write; says what it is.
+        """
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"what is no JSON ({error.msg.removesuffix(' at')} at character {error.pos})") from error
+        found = _filled(cls, record)
+        lists = {name: getattr(found, name) for name in ("prompt_ids", "token_ids", "author", "steps")}
+        if wrong := [name for name, value in lists.items() if not isinstance(value, list)]:
+            raise ValueError(f"{', '.join(wrong)} without a list")
+        if not isinstance(found.index, int):
+            raise ValueError(f"index {found.index!r}")
+        found.steps = [_filled(Step, step) for step in found.steps]
+        return found
+
+
+def _filled(kind: type[T], record: Any) -> T:
+    """The instance of a dataclass whose JSON this is."""
+    if not isinstance(record, dict):
+        raise ValueError(f"{type(record).__name__} in place of a {kind.__name__.lower()}")
+    names = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
+    if unknown := [name for name in record if name not in names]:
+        raise ValueError(f"a {kind.__name__.lower()} with unknown {', '.join(unknown)}")
+    needed = [name for name, entry in names.items() if entry.default is MISSING and entry.default_factory is MISSING]
+    if missing := [name for name in needed if name not in record]:
+        raise ValueError(f"a {kind.__name__.lower()} without {', '.join(missing)}")
+    return kind(**record)

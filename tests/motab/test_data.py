@@ -33,12 +33,39 @@ def jsonl(tmp_path, monkeypatch):
             [{"role": "user", "content": "1+1?"}],
             None,
         ),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "1+"}, {"type": "text", "text": "1?", "n": 1}],
+                    },
+                    {"role": "assistant", "content": "2"},
+                ]
+            },
+            [{"role": "user", "content": "1+1?"}],
+            None,
+        ),
     ],
 )
 def test_columns(jsonl, row, prompt, answer):
     (problem,) = load_problems(jsonl(row))
     assert (problem.prompt, problem.answer) == (prompt, answer)
     assert problem.messages() == [{"role": "user", "content": "1+1?"}]
+
+
+def test_columns_of_other_names(jsonl):
+    path = jsonl({"question": "no", "ask": "1+1?", "answer": "no", "gold": 2})
+    load = lambda **columns: [(p.prompt, p.answer) for p in load_problems(path, **columns)]  # noqa: E731
+    assert load(question_column="ask", answer_column="gold") == [("1+1?", "2")]
+    assert load(question_column="ask") == [("1+1?", "no")]
+    assert load(answer_column="gold") == [("no", "2")]
+    assert load(question_column="answer") == [("no", None)]
+    for name in ("question_column", "answer_column"):
+        with pytest.raises(ValueError, match=f"{name} must be a column of .*, question or ask or .*, got 'none'"):
+            load(**{name: "none"})
+        with pytest.raises(ValueError, match="is a task, of which no column is to be named, got {'" + name):
+            load_problems("reasoning-gym:chain_sum?size=1&seed=1", **{name: "question"})
 
 
 def test_parquet(tmp_path):
@@ -85,6 +112,58 @@ def test_reasoning_gym():
 def test_bad_files(jsonl, rows, name, message):
     with pytest.raises(ValueError, match=message):
         load_problems(jsonl(*rows, name=name))
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (None, "must have a text or a list of messages as its question, got null"),
+        (
+            5,
+            "must have a text or a list of messages as its question, got 5; rewrite it, or give another question_c",
+        ),
+        (["a" * 999], 'must have messages as .*, got "a{199}[.]{3}; rewrite it'),
+        ({"text": "a"}, 'must have a text or a list of messages as its question, got {"text": "a"}'),
+        (["a", "b"], 'must have messages as {"role": "user", "content": "a text"}, got "a"'),
+        ([{"from": "human", "value": "a"}], 'must have messages as .*, got {"from": "human", "value": "a"}'),
+        ([{"role": "user", "content": None}], 'must have messages as .*, got {"role": "user", "content": null}'),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "text": "b"}]}],
+            'must have messages as .*, got {"role": "user", "content": ',
+        ),
+        ([{"role": "user", "content": [{"type": "text"}]}], "must have messages as .*, got "),
+        ([], "no message but the assistant's"),
+    ],
+)
+def test_what_is_no_question(jsonl, question, message):
+    path = jsonl({"question": question})
+    with pytest.raises(ValueError, match=f"row 0 of {path} (has )?{message}"):
+        load_problems(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "message"),
+    [
+        (
+            b'{"question": "a"}\n\n{"question": "b\n{"question": "c"}\n',
+            "a.jsonl",
+            r"got no JSON in line 3 \(Invalid control character\)",
+        ),
+        (b'{"question": "a"}\n{"question": "\xff"}\n', "a.jsonl", r"got no JSON in line 2 \('utf-8' codec can't"),
+        (b'{"question": "a"}\n5\n', "a.jsonl", "got no columns in line 2: 5"),
+        (b"", "a.jsonl", "got no rows"),
+        (b"", "a.json", "got no rows"),
+        (b"\n\n", "a.jsonl", "got no rows"),
+        (b"{", "a.json", "got .*JSON parse error"),
+        (b"PAR1", "a.parquet", "got Parquet file size is 4 bytes"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, content, name, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} must hold rows of one kind, each a problem, {message}") as error:
+        load_problems(str(path))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["reasoning-gym:no_such_task", "reasoning-gym:chain_sum?no_such_setting=1"])

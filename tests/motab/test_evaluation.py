@@ -61,6 +61,11 @@ def test_thinking_and_budget(text, settings, right, task):
     assert is_correct(text, Problem("?", "204", record), **settings) == right
 
 
+def test_no_answer_to_compare_with():
+    with pytest.raises(ValueError, match="needs a problem with an answer to compare with, got Problem"):
+        is_correct("1", Problem("?", None, {}))
+
+
 @pytest.mark.parametrize("metadata", [None, "AIME", ["source_dataset"], {}, {"source_dataset": None}, {"level": 5}])
 def test_metadata_of_other_kinds(metadata):
     assert is_correct(r"\boxed{0.5}", Problem("?", "1/2", {"metadata": metadata}))
@@ -143,9 +148,15 @@ def test_a_real_model_runs_out_of_budget(student, tokenizer):
     [
         ([], {}, "at least one problem, got none"),
         ([Problem("a", "1", {})], {"samples": 2}, "samples must be 1 at temperature 0.* got 2 at 0.0"),
-        ([Problem("a", None, {})], {"max_new_tokens": 2}, "no answer column"),
+        (
+            [Problem("a", "1", {}), Problem("b", None, {}), Problem("c", None, {})],
+            {"max_new_tokens": 2},
+            "answer to each problem, in a column answer or .*, got none in row 1 and in 2 of 3 rows together",
+        ),
     ],
 )
-def test_bad_input(student, tokenizer, problems, settings, message):
+def test_bad_input(student, tokenizer, problems, settings, message, monkeypatch):
+    """Before anything is generated."""
+    monkeypatch.setattr(evaluation, "synthesize", None)
     with pytest.raises(ValueError, match=re.compile(message)):
         evaluate(student, tokenizer, problems, **settings)

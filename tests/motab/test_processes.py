@@ -31,7 +31,7 @@ from motab.data import Problem
 from motab.evaluation import evaluate
 from motab.files import write_whole
 from motab.models import load_model
-from motab.synthesis import read_trajectories
+from motab.trajectory_file import read_trajectories
 
 RANKS = 2
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed here")

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 
-from motab.config import EvaluateArguments, TrainArguments, parse
+from motab.config import EvaluateArguments, TrainArguments
 from motab.data import Problem
-from motab.prompts import PromptFormat, encode_prompts
+from motab.parsing import parse
+from motab.prompts import PromptFormat, encode_prompts, short_enough
 
 CONVERSATION = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
 TEMPLATE = "{% for m in messages %}{{ m.role[0] }}{{ m.content }}.{% endfor %}{% if not quiet %}c{% endif %}"
@@ -64,6 +65,20 @@ def test_the_suffix_ends_what_the_user_says(tokenizer):
     assert PromptFormat(suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
     with pytest.raises(ValueError, match=r"prompt_suffix needs a message of the user to end, got \[\{'role': 'system'"):
         PromptFormat(suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
+
+
+def test_prompts_that_are_too_long(chat_tokenizer):
+    """As they are put: with the system's message, suffix and template."""
+    problems = [Problem(text, None, {}) for text in ("b", "b,b", "c")]
+    put = PromptFormat("a", suffix=",")  # of "sa.ub,.c" the tokenizer knows six letters
+    assert short_enough(problems, chat_tokenizer, put, 8) == problems
+    message = "1 of 3 problems have prompts of more than max_prompt_length 7 tokens and are left out"
+    with pytest.warns(UserWarning, match=message):
+        assert short_enough(problems, chat_tokenizer, put, 7) == [problems[0], problems[2]]
+    with pytest.raises(
+        ValueError, match="all 3 prompts have more than max_prompt_length 5 tokens, the shortest 6; raise"
+    ):
+        short_enough(problems, chat_tokenizer, put, 5)
 
 
 @pytest.mark.parametrize("given", ['{"quiet": true}', "{quiet: true}", "file"])

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoTokenizer
 
 import motab
-from motab.config import SynthesizeArguments, parse
+from motab.config import SynthesizeArguments
 from motab.data import load_problems
+from motab.parsing import parse
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 

@@ -127,6 +127,48 @@ def test_torn_line_and_other_settings(tmp_path, student, teacher, tokenizer, pro
     assert path.read_bytes() == content
 
 
+def test_damaged_lines_are_written_again(tmp_path, student, teacher, tokenizer, prompts):
+    """Cut in the middle, their beginning and their newline there; and of another version."""
+    path = tmp_path / "t.jsonl"
+
+    def write():
+        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+
+    first = write()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2][: len(lines[2]) // 2] + b"\n"
+    lines[5] = lines[5].replace(b'"author"', b'"writer"')
+    path.write_bytes(b"".join(lines))
+    with pytest.warns(UserWarning, match=r"no whole trajectory in 2 line\(s\), the first is line 3 of .*t.jsonl"):
+        again = write()
+    assert [t.index for t in again] == [2, 5]
+    assert_same(motab.read_trajectories(path), first)
+
+
+def test_prompts_behind_the_others(tmp_path, student, teacher, tokenizer, prompts):
+    """Of a file that is whole or not: the same as if all had been there from the beginning."""
+
+    def write(name, prompts):
+        path = tmp_path / name
+        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+
+    expected = write("at once", prompts)
+    settings = (tmp_path / "at once.settings.json").read_text()
+    path = tmp_path / "grown"
+    write("grown", prompts[:5])
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    assert [t.index for t in write("grown", prompts[:8])] == [3, 4, 5, 6, 7]
+    assert [t.index for t in write("grown", prompts)] == [*range(8, len(prompts))]
+    assert_same(motab.read_trajectories(path), expected)
+    assert path.read_bytes().startswith(b"".join(lines[:3]))
+    assert path.with_name("grown.settings.json").read_text() == settings
+    for others in (prompts[:8], [[5, 5], *prompts[1:], [1]]):
+        with pytest.raises(ValueError, match=r"begun with other settings .prompts: 12 there, \d+ now"):
+            write("grown", others)
+    assert path.with_name("grown.settings.json").read_text() == settings
+
+
 def test_a_line_ends_at_a_newline_alone(tmp_path):
     path = tmp_path / "t.jsonl"
     text = "\u2028 \x85 \r\n"  # at all of which str.splitlines splits, and JSON leaves the first two as they are

@@ -1,0 +1,149 @@
+"""Settings into dataclasses, from a YAML file and from flags that override it."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from argparse import Action, ArgumentError, ArgumentTypeError
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from transformers import HfArgumentParser
+
+T = TypeVar("T")
+#: What null in a file says where None of the API is not "not given", as a flag says it.
+_NULL = {"stitch": ""}
+_EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, which takes 1e-9 for the number that it is; PyYAML asks for a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def load_yaml(text: str) -> Any:
+    """What a text in YAML (or JSON) holds.
+
+    Raises:
+        yaml.YAMLError: it is none.
+    """
+    return yaml.load(text, _Loader)
+
+
+def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
+    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
+
+    Raises:
+        ValueError: no such file, or one that is not a mapping of known settings; an unknown flag; a value that is none
+            of the setting's.
+    """
+    kinds = kinds if isinstance(kinds, tuple) else (kinds,)
+    parser = HfArgumentParser(
+        kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
+    known = [entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init]
+    config = _config_file(arguments)
+    if config:
+        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+        flags = {name: parser._option_string_actions[f"--{name}"] for name in known}
+        values = _settings_in(config, known, command)
+        parser.set_defaults(**{name: _of_file(config, flags[name], hints[name], values[name]) for name in values})
+    try:
+        _, rest = parser.parse_known_args(arguments)
+    except ArgumentError as error:
+        raise ValueError(f"{error}; see motab {command} --help") from error
+    if rest:
+        raise ValueError(_unknown_flags(rest, known, command))
+    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    filled = parsed[: len(kinds)]
+    return filled[0] if len(filled) == 1 else filled
+
+
+def _config_file(arguments: list[str]) -> str | None:
+    for place, argument in enumerate(arguments):
+        if argument == "--config" and place + 1 < len(arguments):
+            return arguments[place + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None
+
+
+def _settings_in(config: str, known: list[str], command: str) -> dict[str, Any]:
+    require_file(config, "config", "it holds settings in YAML")
+    try:
+        values = load_yaml(Path(config).read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{config} must hold settings in YAML, got what is none: {error}") from error
+    unknown = [name for name in values if name not in known] if isinstance(values, dict) else []
+    if unknown or not isinstance(values, dict):
+        got = ", ".join(_with_nearest(str(name), known) for name in unknown) or type(values).__name__
+        raise ValueError(f"{config} must hold settings of motab {command}, got {got}; see motab {command} --help")
+    return values
+
+
+def _of_file(config: str, flag: Action, hint: Any, value: Any) -> Any:
+    """A value of the file, as the flag would give it."""
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    several = flag.nargs == "+"
+    if value is None and type(None) in kinds:
+        return _NULL.get(flag.dest)
+    if type(value) in kinds and not several and flag.choices is None:
+        return value
+    try:
+        if several:
+            return [_converted(flag, each) for each in (value if isinstance(value, list) else [value])]
+        return _converted(flag, value)
+    except (ValueError, ArgumentTypeError) as error:
+        expected = _EXPECTED.get(flag.type, "true or false")  # type: ignore[call-overload]
+        if flag.choices is not None:
+            expected = f"one of {', '.join(map(str, flag.choices))}"
+        if several:
+            expected += " or a list of it"
+        if dict in kinds:
+            expected += " or a mapping"
+        got = "null" if value is None else repr(value)
+        raise ValueError(f"{config}: {flag.dest} must be {expected}, got {got}") from error
+
+
+def _converted(flag: Action, value: Any) -> Any:
+    is_text = flag.type is str and flag.choices is None
+    if value is None or isinstance(value, dict | list) or (is_text and isinstance(value, bool)):
+        raise ValueError
+    assert callable(flag.type)
+    converted = flag.type(str(value))
+    if flag.choices is not None and converted not in flag.choices:
+        raise ValueError
+    return converted
+
+
+def _unknown_flags(rest: list[str], known: list[str], command: str) -> str:
+    flags = [argument.partition("=")[0] for argument in rest if re.match(r"--?[A-Za-z]", argument)]
+    if not flags:
+        return f"no flag takes {', '.join(map(repr, rest))}; quote a text with spaces, or see motab {command} --help"
+    names = ", ".join(_with_nearest(flag, [f"--{name}" for name in known]) for flag in flags)
+    return f"there is no {names}; see motab {command} --help"
+
+
+def _with_nearest(name: str, known: Iterable[str]) -> str:
+    nearest = difflib.get_close_matches(name, known, 1)
+    return f"{name} (did you mean {nearest[0]}?)" if nearest else name
+
+
+def require(**settings: str) -> None:
+    """Refuse settings that have no default and were not given."""
+    if missing := [f"--{name}" for name, value in settings.items() if not value]:
+        raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
+
+
+def require_file(path: str, name: str, source: str) -> None:
+    """Refuse a file that is not there, and say where it comes from."""
+    if not Path(path).is_file():
+        raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

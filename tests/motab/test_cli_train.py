@@ -1,0 +1,206 @@
+"""motab train: on a file or as it writes, again, with other settings, and what it refuses."""
+
+import json
+import shutil
+
+import pytest
+from test_cli import TASK, TINY
+from transformers import AutoTokenizer
+
+import motab
+from motab.cli import main
+from motab.config import TrainArguments
+from motab.parsing import parse
+from motab.resume import decisive_settings, last_checkpoint, record
+
+
+def test_an_unfinished_synthesis(training, tmp_path, capsys):
+    """Of which the settings beside it tell; and, where there are none, a last line cut short."""
+    command, path = training
+    settings = tmp_path / "trajectories.jsonl.settings.json"
+    settings.write_text('{"prompts": 12}')
+    AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
+    missing = f"{path} holds 4 of 12 trajectories, unfinished: run the same motab synthesize again, which goes on"
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert capsys.readouterr() == ("", f"motab verify: {missing}\n")
+    assert main(["report", "--output_dir", str(tmp_path)]) == 0
+    assert capsys.readouterr().err == f"motab report: {missing}\n"
+    assert main([*command, "--eval_file", str(path)]) == 0
+    assert capsys.readouterr().err.count(f"motab train: {missing}\n") == 2
+    path.write_text(path.read_text() * 2)
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert "trajectory 4 has index 1" in capsys.readouterr().err
+    settings.unlink()
+    line = motab.Trajectory(0, [1], [2], ["student"], "", [], None, None, "eos").to_json() + "\n"
+    path.write_text(line + line[:9])
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 2
+    assert "holds 1 trajectories and a line cut short, unfinished" in capsys.readouterr().err
+    path.write_text(line)
+    assert main(["verify", "--output_dir", str(tmp_path)]) == 0
+
+
+def test_training_as_it_writes(tmp_path, capsys):
+    """From problems to a model, and again from its last checkpoint."""
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    command += ["--teacher_model_name_or_path", str(TINY / "teacher"), "--loss_type", "reverse_kl", "--use_cpu"]
+    command += ["--max_new_tokens", "24", "--per_device_train_batch_size", "3", "--report_to", "none"]
+    command += ["--save_steps", "1", "--logging_steps", "1", "--num_train_epochs", "1"]
+    assert main(command) == 2
+    assert "give --train_file, or --dataset_name to write on as it trains" in capsys.readouterr().err
+    command += ["--dataset_name", TASK, "--policy", "step_skd"]
+    assert main(command) == 2
+    assert "give --gamma" in capsys.readouterr().err
+    command += ["--gamma", "0.5", "--save_total_limit", "2"]
+    assert main(command) == 0
+    model = tmp_path / "model"
+    shutil.rmtree(model / "checkpoint-2")
+    settings = json.loads((model / "motab_training.json").read_text())["settings"]
+    (model / "motab_training.json").write_text(json.dumps({"settings": settings, "finished": False}))
+    assert main([*command, "--rollout_temperature", "0.5"]) == 2
+    assert "(rollout temperature: 0.6 there, 0.5 now)" in capsys.readouterr().err
+    assert main([*command, "--gamma", "0.4"]) == 2
+    assert "(policy gamma: 0.5 there, 0.4 now)" in capsys.readouterr().err
+    assert main([*command, "--dataset_name", TASK.replace("seed=5", "seed=6")]) == 2
+    assert "(prompts: " in capsys.readouterr().err
+    assert main([*command, "--rollout_batch_size", "2", "--block_size", "4"]) == 0
+    state = json.loads((tmp_path / "model" / "checkpoint-2" / "trainer_state.json").read_text())
+    steps = [entry for entry in state["log_history"] if "loss" in entry]
+    assert [(entry["step"], entry["trajectories"]) for entry in steps] == [(1, 3), (2, 3)]
+    assert any(entry["teacher_share"] > 0 for entry in steps)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A command that trains four steps on four trajectories, and its file of them."""
+    tokens = AutoTokenizer.from_pretrained(TINY / "student").encode("1 + 2 = 3")
+    path = tmp_path / "trajectories.jsonl"
+    author = ["student"] * len(tokens)
+    path.write_text(
+        "".join(
+            motab.Trajectory(i, tokens[:-i], tokens, author, "", [], None, None, "length").to_json() + "\n"
+            for i in range(1, 5)
+        )
+    )
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--train_file", str(path), "--use_cpu"]
+    command += ["--num_train_epochs", "1", "--per_device_train_batch_size", "1", "--report_to", "none"]
+    return [*command, "--output_dir", str(tmp_path / "model")], path
+
+
+def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
+    command, _ = training
+    assert main(command) == 0
+    assert "model: the trained model" in " ".join(capsys.readouterr().out.split())
+    content = (tmp_path / "model" / "model.safetensors").read_bytes()
+    monkeypatch.setattr(motab.MotabTrainer, "train", None)
+    assert main([*command, "--logging_steps", "1", "--save_steps", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "model: already trained with these settings" in out
+    assert "the trained model" not in out
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--learning_rate", "1e-3"], "learning_rate: 5e-05 there, 0.001 now"),
+        (["--num_train_epochs", "2"], "num_train_epochs: 1.0 there, 2.0 now"),
+        (["--max_steps", "9", "--seed", "7"], "max_steps: -1 there, 9 now, seed: 42 there, 7 now"),
+        (["--gradient_accumulation_steps", "2"], "trajectories of a step: 1 there, 2 now"),
+        (["--ignore_authors", "flawed"], "ignore_authors: [] there, ['flawed'] now"),
+        (["--lr_scheduler_type", "linear"], "lr_scheduler_kwargs: {'min_lr': 1e-06} there, None now"),
+        (["--dtype", "bfloat16"], "dtype: 'float32' there, 'bfloat16' now"),
+        (
+            ["--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")],
+            "loss_type: 'cross_entropy' there, 'jsd' now, teacher_dtype: None there, 'auto' now",
+        ),
+        (["--model_name_or_path", str(TINY / "teacher")], "tiny/student' there, "),
+        ([], "content of train_file: "),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else None,
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named, finished):
+    """In a folder with a checkpoint of the first."""
+    command, path = training
+    model = tmp_path / "model"
+    (model / "checkpoint-1").mkdir(parents=True)
+    (model / "checkpoint-1" / "trainer_state.json").touch()
+    args, config = parse((TrainArguments, motab.MotabConfig), command[1:], "train")
+    record(model, decisive_settings(args, config, str(path)), finished=finished)
+    if not flags:
+        path.write_text(path.read_text() * 2)
+    assert main([*command, *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"{model} holds checkpoints of a training with other settings (" in error
+    assert named in error
+    assert "give another --output_dir, remove it to start anew, or name the checkpoint to go on from" in error
+
+
+def test_where_a_training_goes_on(training, tmp_path, capsys):
+    """From its last whole checkpoint; from another with other settings when it is named; never from an unknown one."""
+    command, _ = training
+    command += ["--save_steps", "1", "--save_total_limit", "4", "--logging_steps", "1"]
+    model, file = tmp_path / "model", tmp_path / "model" / "motab_training.json"
+    assert main(command) == 0
+    known = json.loads(file.read_text())
+    assert known["finished"]
+    content = (model / "model.safetensors").read_bytes()
+    for name in ("model.safetensors", "checkpoint-4/trainer_state.json", "checkpoint-3/trainer_state.json"):
+        (model / name).unlink()  # as if it had been cut short while it saved
+    file.write_text(json.dumps(known | {"finished": False}))
+    assert last_checkpoint(model, known["settings"]) == (str(model / "checkpoint-2"), False)
+    assert main(command) == 0
+    assert (model / "model.safetensors").read_bytes() == content
+
+    longer = [*command, "--num_train_epochs", "2", "--resume_from_checkpoint", str(model / "checkpoint-4")]
+    assert main(longer) == 0
+    assert json.loads((model / "checkpoint-8" / "trainer_state.json").read_text())["global_step"] == 8
+    assert json.loads(file.read_text())["settings"]["num_train_epochs"] == 2
+    file.unlink()
+    capsys.readouterr()
+    assert main(command) == 2
+    assert "other settings (unknown: there is no motab_training.json)" in capsys.readouterr().err
+
+
+def test_files_that_are_not_there(tmp_path, capsys):
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    assert main([*command, "--train_file", "none.jsonl"]) == 2
+    error = capsys.readouterr().err
+    assert "--train_file must name a file that is there, got 'none.jsonl'; motab synthesize writes" in error
+    file = tmp_path / "t.jsonl"
+    file.touch()
+    assert main([*command, "--train_file", str(file), "--eval_file", "no.jsonl"]) == 2
+    assert "--eval_file must name a file that is there, got 'no.jsonl'" in capsys.readouterr().err
+    assert main([*command, "--config", "none.yaml"]) == 2
+    assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("stitch: [")
+    assert main([*command, "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "bad.yaml must hold settings in YAML, got what is none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--policy", "motab"], "--policy besides"),
+        (["--gamma", "0.5"], "--gamma besides"),
+        (["--stitch", ""], "--stitch besides"),
+        (["--dataset_split", "train"], "--dataset_split besides"),
+        (["--rollout_temperature", "0"], "--rollout_temperature besides"),
+        (["--max_new_tokens", "1024", "--top_p", "1"], "--max_new_tokens, --top_p besides"),
+        (["--rollout_batch_size", "8", "--block_size", "16"], "--rollout_batch_size, --block_size besides"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, named, in_file):
+    """The defaults too: who gives one thinks that something is written."""
+    if in_file:
+        path = tmp_path / "config.yaml"
+        path.write_text(
+            "".join(f"{name[2:]}: {value!r}\n" for name, value in zip(flags[::2], flags[1::2], strict=True))
+        )
+        flags = ["--config", str(path)]
+    command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
+    assert main([*command, "--train_file", "none.jsonl", *flags]) == 2
+    error = capsys.readouterr().err
+    assert f"--train_file is trained on as it was written, got {named}" in error
+    assert "leave them out, or give --dataset_name in place of --train_file" in error

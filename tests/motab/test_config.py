@@ -1,0 +1,63 @@
+"""The settings of the commands as policies and dtypes."""
+
+import pytest
+
+import motab
+from motab.config import SynthesizeArguments, TrainArguments
+from motab.parsing import parse
+
+
+@pytest.mark.parametrize(
+    ("flags", "policy"),
+    [
+        ([], motab.MotabPolicy()),
+        (["--stitch", "", "--max_interventions", "3"], motab.MotabPolicy(stitch=None, max_interventions=3)),
+        (["--policy", "on_policy", "--delimiter", "."], motab.OnPolicy(".")),
+        (["--policy", "teacher_only"], motab.TeacherOnly()),
+        (["--policy", "step_skd", "--gamma", "0.5"], motab.StepSKD(0.5)),
+        (["--policy", "token_skd"], motab.TokenSKD(25)),
+        (["--policy", "adaswitch", "--factor", "3", "--window", "20"], motab.AdaSwitch(3.0, 20)),
+        (["--policy", "relay_opd", "--words", "wait", "so"], motab.RelayOPD(words=("wait", "so"))),
+        (["--policy", "truncated", "--n", "64"], motab.Truncated(64)),
+    ],
+)
+def test_policies_by_flags(flags, policy):
+    assert parse(SynthesizeArguments, flags, "synthesize").make_policy() == policy
+
+
+@pytest.mark.parametrize(
+    ("written", "flags", "policy"),
+    [
+        ("stitch: null", [], motab.MotabPolicy(stitch=None)),
+        ("stitch: null", ["--stitch", "But"], motab.MotabPolicy(stitch="But")),
+        ("epsilon0: null\nentropy_top_k: null", [], motab.MotabPolicy()),
+    ],
+)
+def test_null_in_a_file(tmp_path, written, flags, policy):
+    path = tmp_path / "config.yaml"
+    path.write_text(written)
+    assert parse(SynthesizeArguments, ["--config", str(path), *flags], "synthesize").make_policy() == policy
+
+
+@pytest.mark.parametrize("name", ["bogus", "[motab]"])
+def test_an_unknown_policy_in_a_file(tmp_path, name):
+    path = tmp_path / "config.yaml"
+    path.write_text(f"policy: {name}")
+    with pytest.raises(ValueError, match=r"policy must be one of motab, on_policy, .* got .*(bogus|\['motab'\])"):
+        parse(SynthesizeArguments, ["--config", str(path)], "synthesize").make_policy()
+
+
+def test_a_policy_that_lacks_a_setting():
+    with pytest.raises(ValueError, match="give --factor and --window"):
+        parse(SynthesizeArguments, ["--policy", "adaswitch"], "synthesize").make_policy()
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(SynthesizeArguments, "dtype"), (TrainArguments, "dtype"), (TrainArguments, "teacher_dtype")]
+)
+def test_names_of_dtypes(kind, name):
+    for given, full in [("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32"), ("auto", "auto")]:
+        assert getattr(parse(kind, [f"--{name}", given], "some"), name) == full
+    message = "dtype must be one of auto, float32, bfloat16, float16, or fp32, bf16, fp16 for short, got 'half'"
+    with pytest.raises(ValueError, match=message):
+        parse(kind, [f"--{name}", "half"], "some")

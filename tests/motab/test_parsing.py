@@ -1,0 +1,109 @@
+"""Settings from a YAML file, as the flags give them, and what is refused."""
+
+import pytest
+
+import motab
+from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.parsing import load_yaml, parse
+
+
+@pytest.fixture
+def of_file(tmp_path):
+    """Parse settings of a file, of `motab synthesize` or of `motab train`."""
+
+    def of_file(text, kinds=SynthesizeArguments):
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return parse(kinds, ["--config", str(path)], "some")
+
+    return of_file
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-9", 1e-9), ("-1E+9", -1e9), (".5e3", 500.0), ("2.e3", 2000.0), ("1.5", 1.5), ("3", 3), ("e9", "e9")],
+)
+def test_numbers(text, value):
+    found = load_yaml(f"a: {text}")["a"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "value"),
+    [
+        ("lr_scheduler_kwargs: {min_lr: 1e-9}", "lr_scheduler_kwargs", {"min_lr": 1e-9}),
+        ("lr_scheduler_kwargs: '{\"min_lr\": 1e-9}'", "lr_scheduler_kwargs", {"min_lr": 1e-9}),
+        ("lr_scheduler_kwargs: null", "lr_scheduler_kwargs", {"min_lr": 1e-6}),
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),
+        ("learning_rate: '1e-4'", "learning_rate", 1e-4),
+        ("num_train_epochs: 2", "num_train_epochs", 2.0),
+        ("adam_epsilon: 1e-7", "adam_epsilon", 1e-7),
+        ("ignore_authors: flawed", "ignore_authors", ["flawed"]),
+        ("ignore_authors: [flawed, stitch]", "ignore_authors", ["flawed", "stitch"]),
+        ("ignore_authors: []", "ignore_authors", []),
+        ("save_strategy: 'no'", "save_strategy", "no"),
+        ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
+        ("loss_type: jsd", "loss_type", "jsd"),
+        ("tf32: false", "tf32", False),
+        ("optim_args: 5", "optim_args", "5"),
+    ],
+)
+def test_settings_of_a_training(of_file, text, name, value):
+    _, config = of_file(text, (TrainArguments, motab.MotabConfig))
+    found = getattr(config, name)
+    assert (found, type(found)) == (value, type(value)) or (name == "save_strategy" and found == value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_new_tokens: null", "max_new_tokens must be a whole number, got null"),
+        ("max_new_tokens: 60.5", "max_new_tokens must be a whole number, got 60.5"),
+        ("max_new_tokens: [60]", r"max_new_tokens must be a whole number, got \[60\]"),
+        ("max_new_tokens: many", "max_new_tokens must be a whole number, got 'many'"),
+        ("max_cached_tokens: true", "max_cached_tokens must be a whole number, got True"),
+        ("temperature: {a: 1}", "temperature must be a number, got {'a': 1}"),
+        ("torch_compile: 7", "torch_compile must be true or false, got 7"),
+        ("stitch: false", "stitch must be a text, got False"),
+        ("policy: relay", "policy must be one of motab, on_policy, .*, truncated, got 'relay'"),
+        ("words: [[a]]", r"words must be a text or a list of it, got \[\['a'\]\]"),
+        ("chat_template_kwargs: [a]", r"chat_template_kwargs must be a text or a mapping, got \['a'\]"),
+        ("num_sample: 2", r"must hold settings of motab some, got num_sample \(did you mean num_samples\?\)"),
+        ("7: 2", "must hold settings of motab some, got 7; see motab some --help"),
+        ("[a]", "must hold settings of motab some, got list; see"),
+    ],
+)
+def test_what_a_file_cannot_say(of_file, text, message):
+    with pytest.raises(ValueError, match=f"config.yaml:? {message}") as error:
+        of_file(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_single_author_is_a_list_of_one(tmp_path):
+    assert motab.MotabConfig(output_dir=str(tmp_path), ignore_authors="flawed").ignore_authors == ["flawed"]
+    with pytest.raises(ValueError, match=r"ignore_authors must be among .*, got nobody"):
+        motab.MotabConfig(output_dir=str(tmp_path), ignore_authors="nobody")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num_sample", "2"], r"there is no --num_sample \(did you mean --num_samples\?\); see motab some --help"),
+        (["--max-new-token=2", "-top_k"], r"no --max-new-token \(did you mean --max_new_tokens\?\), -top_k \(did you"),
+        (["--xyzzyx"], "there is no --xyzzyx; see motab some --help"),
+        (["--system_prompt", "Be", "brief", "-1"], "no flag takes 'brief', '-1'; quote a text with spaces"),
+        (
+            ["--max_new_tokens", "60.5"],
+            r"argument --max_new_tokens.*: invalid int value: '60.5'; see motab some --help",
+        ),
+        (["--seed"], "argument --seed: expected one argument"),
+    ],
+)
+def test_what_flags_cannot_say(flags, message):
+    with pytest.raises(ValueError, match=message):
+        parse(EvaluateArguments, flags, "some")
+
+
+def test_numbers_in_settings_of_a_template():
+    args = parse(EvaluateArguments, ["--chat_template_kwargs", "{a: 1e-3}"], "some")
+    assert args.prompt_format().template_kwargs == {"a": 1e-3}
