@@ -7,7 +7,6 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import motab_kernels as mk
 from motab import memory
+from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
 from motab.prompts import Prompt, encode_prompts, end_tokens
@@ -64,7 +64,7 @@ class Engine:
         self.prompts = dict(zip(indices, prompts, strict=True))
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
-        self.batch_size = min(batch_size, len(prompts))
+        batch_size = min(batch_size, len(prompts))
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
         self.device = models[0].device
@@ -72,29 +72,40 @@ class Engine:
         self.end_ids = end_tokens(models, tokenizer)
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
-        self.max_length = max(map(len, prompts)) + max_new_tokens + block_size
-        pages = memory.pages_for(max_cached_tokens, self.batch_size, self.max_length)
+        max_length = max(map(len, prompts)) + max_new_tokens + block_size
+        pages = memory.pages_for(max_cached_tokens, batch_size, max_length)
 
         def writer(model: PreTrainedModel | None) -> Writer | None:
             if model is None:
                 return None
-            sizes = (self.batch_size, self.max_length, self.vocab_size, pages)
+            sizes = (batch_size, max_length, self.vocab_size, pages)
             return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
-        self.writers = [writer for writer in (self.student, self.teacher) if writer is not None]
-        self.rows: list[Row | None] = [None] * self.batch_size
-        self.waiting = sorted(self.prompts)  # a heap
-        self.parked: dict[int, tuple[Row, list[Tensor]]] = {}  # of those that wait, the ones that have been begun
+        judged: tuple[Tensor, ...] = ()
         self.automaton = None
         if rules is not None:
             if rules.delimiter is not None:
                 self.automaton = delimiter_automaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
-            self.automaton_state = torch.zeros(self.batch_size, dtype=torch.long, device=self.device)
-            self.state = rules.boundary.new_state(self.batch_size, self.device)
+            self.automaton_state = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+            self.state = rules.boundary.new_state(batch_size, self.device)
+            judged = (self.automaton_state, *self._boundary_state())
             if rules.reflection:
                 ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
                 self.is_reflection = self._table(ids)
+        self.admission = Admission(
+            self.prompts,
+            self._new_row,
+            [writer for writer in (self.student, self.teacher) if writer is not None],
+            judged,
+            batch_size=batch_size,
+            block_size=block_size,
+            max_length=max_length,
+        )
+
+    def _new_row(self, index: int) -> Row:
+        turn = TEACHER if self.rules is None else STUDENT
+        return Row(index, self.prompts[index], self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn)
 
     def _table(self, ids: Sequence[int]) -> Tensor:
         """(V,) bool: which tokens are among these."""
@@ -105,75 +116,14 @@ class Engine:
         done: dict[int, Trajectory] = {}
         for index in sorted(self.prompts):
             while index not in done:
-                self._admit()
+                self._begin_turns(self.admission.admit())
                 self._monitored_round()
                 self._teacher_round()
-                for slot, row in self._busy():
-                    if row.finished:
-                        done[row.index] = row.trajectory(self.tokenizer)
-                        self.rows[slot] = None
+                done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
             yield done.pop(index)
-
-    def _admit(self) -> None:
-        """Give the next prompts to free rows, as long as there is room in the caches."""
-        self._make_room()
-        fresh: dict[int, list[int]] = {}
-        resumed: dict[int, Row] = {}
-        turn = TEACHER if self.rules is None else STUDENT
-        for slot in range(self.batch_size):
-            if self.rows[slot] is not None or not self.waiting:
-                continue
-            index = self.waiting[0]
-            parked = self.parked.get(index)
-            length = len(self.prompts[index]) if parked is None else parked[0].length
-            if not self._has_room({slot: length}, spare=memory.page_size(self.max_length)):
-                break
-            heapq.heappop(self.waiting)
-            if parked is not None:
-                self.rows[slot] = resumed[slot] = parked[0]
-                continue
-            fresh[slot] = self.prompts[index]
-            self.rows[slot] = Row(
-                index, fresh[slot], self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn
-            )
-        for writer in self.writers:
-            writer.reserve(self._room_needed())
-            if fresh:
-                writer.start(fresh)
-            for slot, row in resumed.items():
-                writer.resume(slot, row.text)
-        self._begin_turns(list(fresh))
-        for slot, row in resumed.items():
-            for x, part in zip(self._judgement(), self.parked.pop(row.index)[1], strict=True):
-                x[slot] = part
-
-    def _make_room(self) -> None:
-        """Where the caches do not hold what the coming round may write, the rows that have least wait, and are read
-        again when there is room."""
-        while not self._has_room():
-            slot, row = min(self._busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
-            self.parked[row.index] = row, [x[slot].clone() for x in self._judgement()]
-            heapq.heappush(self.waiting, row.index)
-            self.rows[slot] = None
-
-    def _judgement(self) -> tuple[Tensor, ...]:
-        """What the device knows of each row's turn in progress."""
-        return () if self.rules is None else (self.automaton_state, *self._boundary_state())
 
     def _boundary_state(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.state.counters, self.state.scores, self.state.history
-
-    def _has_room(self, fresh: dict[int, int] | None = None, spare: int = 0) -> bool:
-        return all(writer.has_room(self._room_needed(fresh, spare)) for writer in self.writers)
-
-    def _room_needed(self, fresh: dict[int, int] | None = None, spare: int = 0) -> dict[int, int]:
-        """Slots of each row, and of fresh ones of these lengths, for a round in which both models write a block at
-        most, and to spare. One row always has them."""
-        lengths = {slot: row.length for slot, row in self._busy()} | (fresh or {})
-        return {slot: min(length + 2 * self.block_size + spare, self.max_length) for slot, length in lengths.items()}
-
-    def _busy(self) -> list[tuple[int, Row]]:
-        return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
 
     def _begin_turns(self, slots: list[int]) -> None:
         """Judge rows anew: another writes now."""
@@ -191,7 +141,7 @@ class Engine:
         return completes
 
     def _active(self, author: int) -> tuple[list[int], list[Row]]:
-        pairs = [(slot, row) for slot, row in self._busy() if row.author == author and not row.finished]
+        pairs = [(slot, row) for slot, row in self.admission.busy() if row.author == author and not row.finished]
         return [slot for slot, _ in pairs], [row for _, row in pairs]
 
     def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> Draft:

@@ -8,7 +8,7 @@ from test_synthesis import assert_same
 
 import motab
 from motab import memory
-from motab.engine import Engine
+from motab.admission import Admission
 from motab_kernels import RaggedKVCache
 from motab_kernels.backend import HAS_LIBRARY
 
@@ -39,14 +39,14 @@ def long_texts(monkeypatch):
 @pytest.fixture
 def waited(monkeypatch):
     """How much each trajectory that had to wait had written."""
-    make_room, found = Engine._make_room, []
+    make_room, found = Admission._make_room, []
 
-    def noting(engine):
-        before = set(engine.parked)
-        make_room(engine)
-        found.extend(len(engine.parked[index][0].records) for index in set(engine.parked) - before)
+    def noting(admission):
+        before = set(admission.parked)
+        make_room(admission)
+        found.extend(len(admission.parked[index][0].records) for index in set(admission.parked) - before)
 
-    monkeypatch.setattr(Engine, "_make_room", noting)
+    monkeypatch.setattr(Admission, "_make_room", noting)
     return found
 
 
