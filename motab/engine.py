@@ -283,7 +283,8 @@ def synthesize(
             differ by padding. `TeacherOnly` needs no student; `OnPolicy` and `Truncated` need no teacher (None: nothing
             is scored).
         tokenizer: a fast tokenizer.
-        prompts: strings, message lists (rendered with the tokenizer's chat template) or lists of token ids.
+        prompts: strings, message lists (rendered with the tokenizer's chat template), or token ids: lists, or tensors
+            and arrays of integers with one dimension.
         policy: `MotabPolicy` (default), `OnPolicy`, `TeacherOnly`, `StepSKD`, `TokenSKD`, `AdaSwitch`, `RelayOPD` or
             `Truncated`.
         max_new_tokens: budget in tokens of what the models write after the prompt; the flawed steps and the
@@ -307,10 +308,10 @@ def synthesize(
         An iterator of `Trajectory`, in the order of the prompts.
 
     Raises:
-        ValueError: at once, before anything is generated: an empty prompt, a prompt and budget longer than a
-            model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter that
-            no token sequence spells, a model whose cache cannot be rolled back exactly or, with ``torch_compile``,
-            does not run on `motab_kernels.ragged_attention`.
+        ValueError: at once, before anything is generated: what is no prompt or an empty one, a prompt and budget longer
+            than a model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter
+            that no token sequence spells, a model whose cache cannot be rolled back exactly or, with
+            ``torch_compile``, does not run on `motab_kernels.ragged_attention`.
     """
     policy = MotabPolicy() if policy is None else policy
     for name, value, least in (

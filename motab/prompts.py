@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from jinja2 import TemplateError
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
@@ -16,7 +19,7 @@ from motab.processes import process_state
 # Arguments of apply_chat_template that are ours to give, for a prompt is a list of token ids that an answer follows.
 _OURS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors")
 
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
+Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray
 
 
 def encode_prompts(
@@ -28,10 +31,14 @@ def encode_prompts(
     """The token ids of each prompt, which every model can read and write on.
 
     Raises:
-        ValueError: an empty prompt, a prompt and budget longer than a model's context, or a tokenizer larger than a
+        ValueError: a string or a mapping in place of prompts, one that is empty or no prompt, token ids that the
+            tokenizer does not have, a prompt and budget longer than a model's context, or a tokenizer larger than a
             model's vocabulary.
     """
-    encoded = [_encode(tokenizer, prompt, index) for index, prompt in enumerate(prompts)]
+    if isinstance(prompts, str | Mapping):
+        raise ValueError(f"prompts must be a list of prompts, got {_short(prompts)} alone; put it into a list")
+    size = vocabulary_size(tokenizer)
+    encoded = [_encode(tokenizer, size, prompt, index) for index, prompt in enumerate(prompts)]
     for model in models:
         _check_vocabulary(model, tokenizer)
         _check_context(model, encoded, max_new_tokens)
@@ -122,16 +129,39 @@ def end_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizer
     return sorted(token for token in ids if token is not None)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, index: int) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], Mapping):
-        ids = _from_template(tokenizer, prompt)
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """One more than the largest of its token ids, between which some may be missing."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, size: int, prompt: Prompt, index: int) -> list[int]:
+    parts: Any = prompt.tolist() if isinstance(prompt, Tensor | np.ndarray) else prompt
+    is_list = isinstance(parts, list | tuple)
+    if isinstance(parts, str):
+        ids = tokenizer.encode(parts)
+    elif is_list and parts and all(isinstance(part, Mapping) for part in parts):
+        ids = _from_template(tokenizer, parts)
+    elif is_list and all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts):
+        ids = [int(token) for token in parts]
+        if foreign := [token for token in ids if not 0 <= token < size]:
+            raise ValueError(
+                f"prompt {index} must hold token ids of the tokenizer, 0 to {size - 1}, got {foreign[0]}; encode its "
+                "text with this tokenizer, or give the text"
+            )
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+        raise ValueError(
+            f"prompt {index} must be a string, a list of messages or a list of token ids, got {_short(prompt)}; a "
+            "single message stands in a list, as token ids do"
+        )
     if not ids:
         raise ValueError(f"prompt {index} is empty: a prompt must hold at least one token, got {prompt!r}")
     return list(ids)
+
+
+def _short(value: object) -> str:
+    """What was given, with its type, in few words."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
 
 def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **settings: Any) -> list[int]:

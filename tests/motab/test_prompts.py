@@ -2,7 +2,9 @@
 
 import copy
 
+import numpy as np
 import pytest
+import torch
 
 from motab.config import EvaluateArguments, TrainArguments
 from motab.data import Problem
@@ -103,3 +105,46 @@ def test_nothing_is_put_where_nothing_is_written():
     args = parse(TrainArguments, ["--train_file", "t.jsonl", "--prompt_suffix", "b"], "train")
     with pytest.raises(ValueError, match="--train_file is trained on as it was written, got --prompt_suffix besides"):
         args.check_source()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            [3, 12],
+            "prompt 1 must hold token ids of the tokenizer, 0 to 11, got 12; encode its text with this tokenizer",
+        ),
+        ([3, -1], "prompt 1 must hold token ids of the tokenizer, 0 to 11, got -1"),
+        (torch.tensor([3, 12]), "0 to 11, got 12"),
+        (None, "prompt 1 must be a string, a list of messages or a list of token ids, got NoneType None"),
+        (
+            {"role": "user", "content": "a"},
+            r"prompt 1 must be .*, got dict \{'role': .*; a single message stands in",
+        ),
+        ([{"role": "user", "content": "a"}, 3], r"prompt 1 must be .*, got list \[\{'role'"),
+        ([3.0, 4.5], r"prompt 1 must be .*, got list \[3.0, 4.5\]"),
+        ([True], r"prompt 1 must be .*, got list \[True\]"),
+        (b"ab", "prompt 1 must be .*, got bytes b'ab'"),
+        (7, "prompt 1 must be .*, got int 7"),
+        (torch.tensor([3.0]), "prompt 1 must be .*, got Tensor tensor"),
+        (torch.tensor([[3]]), "prompt 1 must be .*, got Tensor tensor"),
+        (np.array(3), "prompt 1 must be .*, got ndarray array"),
+        (np.array([], dtype=int), "prompt 1 is empty"),
+    ],
+)
+def test_what_is_no_prompt(tokenizer, prompt, message):
+    with pytest.raises(ValueError, match=message):
+        encode_prompts(["a", prompt], tokenizer, [], 0)
+
+
+@pytest.mark.parametrize("prompts", ["hello", {"prompt": "hello"}])
+def test_one_prompt_is_no_list(tokenizer, prompts):
+    """A string would be five prompts of a letter each."""
+    with pytest.raises(ValueError, match=r"prompts must be a list of prompts, got .*hello.* alone; put it into a list"):
+        encode_prompts(prompts, tokenizer, [], 0)
+
+
+def test_token_ids_in_any_array(tokenizer):
+    ids = [3, 0, 11]
+    for prompt in (ids, tuple(ids), torch.tensor(ids), np.array(ids, dtype=np.int32), list(np.array(ids))):
+        assert encode_prompts([prompt], tokenizer, [], 0) == [ids]
