@@ -19,7 +19,7 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
-from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly
+from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, token_budget
 from motab.prompts import Prompt, encode_prompts, end_tokens
 from motab.row import STUDENT, TEACHER, Row
 from motab.sampling import choose, uniform
@@ -331,8 +331,7 @@ def synthesize(
         raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
     if rules is None:
         student = None
-    elif rules.max_tokens is not None:
-        max_new_tokens = min(max_new_tokens, rules.max_tokens)
+    max_new_tokens = token_budget(policy, max_new_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     models = [model for model in (student, teacher) if model is not None]

@@ -257,3 +257,9 @@ POLICIES = {
     "truncated": Truncated,
 }
 Policy = MotabPolicy | OnPolicy | TeacherOnly | StepSKD | TokenSKD | AdaSwitch | RelayOPD | Truncated
+
+
+def token_budget(policy: Policy, max_new_tokens: int) -> int:
+    """The budget of a run, or the policy's own where that is less."""
+    limit = None if isinstance(policy, TeacherOnly) else policy.rules.max_tokens
+    return max_new_tokens if limit is None else min(max_new_tokens, limit)

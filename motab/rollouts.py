@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import synthesize
-from motab.policies import MotabPolicy, Policy
-from motab.prompts import Prompt
+from motab.policies import MotabPolicy, Policy, token_budget
+from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
 
 
@@ -44,6 +44,14 @@ class Rollouts(Dataset[Prompt]):
 
     def __getitem__(self, index: int) -> Prompt:
         return self.prompts[index]
+
+    def check_prompts(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
+        """Look at all prompts before the first is written on.
+
+        Raises:
+            ValueError: one that `synthesize` would refuse, by its place here.
+        """
+        encode_prompts(self.prompts, tokenizer, models, token_budget(self.policy, self.max_new_tokens))
 
     def write(
         self,

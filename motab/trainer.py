@@ -143,7 +143,8 @@ class MotabTrainer(Trainer):
     Raises:
         ValueError: no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
             `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
-            several GPUs in one process (DataParallel); in training, what `synthesize` refuses.
+            several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; in training, what else it
+            refuses.
     """
 
     def __init__(
@@ -214,6 +215,7 @@ class MotabTrainer(Trainer):
         if isinstance(dataset, Rollouts):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]
+            dataset.check_prompts(writers, processing_class)
             _end_with(model, end_tokens(writers, processing_class))
         else:
             _end_with(model, dataset.end_tokens)

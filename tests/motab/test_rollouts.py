@@ -174,6 +174,28 @@ def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
         motab.MotabTrainer(**{**arguments, **change})
 
 
+@pytest.mark.parametrize(
+    ("last", "message"),
+    [
+        ([1] * 250, "prompt 2 has 250 tokens and max_new_tokens is 12"),
+        (None, "prompt 2 must be a string"),
+    ],
+)
+def test_all_prompts_are_looked_at_before_training(tmp_path, student, teacher, tokenizer, last, message):
+    """In an order of its own the trainer might come to them after days."""
+    prompts = [[1], [2], last]
+    with pytest.raises(ValueError, match=message):
+        motab.MotabTrainer(
+            *(copy.deepcopy(student), teacher, config(tmp_path)),
+            train_dataset=motab.Rollouts(prompts, motab.OnPolicy(), **SETTINGS),
+            processing_class=tokenizer,
+        )
+
+
+def test_a_truncated_rollout_needs_room_for_what_it_writes(tmp_path, student, teacher, tokenizer):
+    train(tmp_path, student, teacher, tokenizer, [[1] * 250, [2]], motab.Truncated(6), max_steps=1)
+
+
 def test_a_policy_without_its_teacher(tmp_path, student, tokenizer, prompts):
     with pytest.raises(ValueError, match="MotabPolicy needs a teacher, got None"):
         train(tmp_path, student, None, tokenizer, prompts, motab.MotabPolicy(), trainer=motab.MotabTrainer)
