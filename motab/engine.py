@@ -20,7 +20,7 @@ from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, token_budget
-from motab.prompts import Prompt, encode_prompts, end_tokens
+from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
 from motab.row import STUDENT, TEACHER, Row
 from motab.sampling import choose, uniform
 from motab.steps import delimiter_automaton, tokens_of_words
@@ -68,7 +68,7 @@ class Engine:
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
         self.device = models[0].device
-        self.vocab_size = min(model.config.get_text_config().vocab_size for model in models)
+        self.vocab_size = vocabulary_size(tokenizer)  # columns beyond are padding, which nobody writes or scores
         self.end_ids = end_tokens(models, tokenizer)
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
@@ -280,8 +280,8 @@ def synthesize(
 
     Args:
         student, teacher: causal language models on one device that share a tokenizer; their vocabulary sizes may
-            differ by padding. `TeacherOnly` needs no student; `OnPolicy` and `Truncated` need no teacher (None: nothing
-            is scored).
+            differ by padding, which has no part in any probability. `TeacherOnly` needs no student; `OnPolicy` and
+            `Truncated` need no teacher (None: nothing is scored).
         tokenizer: a fast tokenizer.
         prompts: strings, message lists (rendered with the tokenizer's chat template), or token ids: lists, or tensors
             and arrays of integers with one dimension.
@@ -329,7 +329,8 @@ def synthesize(
         raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
     if teacher is None and (rules is None or rules.max_interventions != 0):
         raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
-    if rules is None:
+    if rules is None and student is not None:
+        check_vocabulary(student, tokenizer)  # that is to be trained on what the teacher writes
         student = None
     max_new_tokens = token_budget(policy, max_new_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:

@@ -40,7 +40,7 @@ def encode_prompts(
     size = vocabulary_size(tokenizer)
     encoded = [_encode(tokenizer, size, prompt, index) for index, prompt in enumerate(prompts)]
     for model in models:
-        _check_vocabulary(model, tokenizer)
+        check_vocabulary(model, tokenizer)
         _check_context(model, encoded, max_new_tokens)
     return encoded
 
@@ -174,12 +174,13 @@ def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], 
     return list(ids)
 
 
-def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    size = model.config.get_text_config().vocab_size
-    if len(tokenizer) > size:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a model that does not know all of the tokenizer's tokens."""
+    own, needed = model.config.get_text_config().vocab_size, vocabulary_size(tokenizer)
+    if needed > own:
         raise ValueError(
-            f"the tokenizer has {len(tokenizer)} tokens, but {type(model).__name__} knows only {size}; student and "
-            "teacher must share the tokenizer that both were trained with"
+            f"the tokenizer has {needed} tokens, but {type(model).__name__} knows only {own}; student and teacher must "
+            "share the tokenizer that both were trained with"
         )
 
 

@@ -27,7 +27,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder
     texts = []
     for index in range(vocab_size):
-        token = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        token = tokenizer.convert_ids_to_tokens(index)
         if token is None or index in special:
             texts.append(b"")
         elif index in added:

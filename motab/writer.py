@@ -37,6 +37,7 @@ class Writer:
         pages: memory.Pages | None = None,
     ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
+        self.width = -(-vocab_size // 64) * 64  # each token's logits begin where a GPU reads 16 bytes at a time
         kind = model.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self.cache = mk.RaggedKVCache(
@@ -136,7 +137,7 @@ class Writer:
             for offset in range(count):
                 step = self._advance(rows, pending[:, None])[:, 0]
                 if logits is None:
-                    logits = step.new_empty(len(rows), count, self.vocab_size)
+                    logits = step.new_empty(len(rows), count, self.width)[..., : self.vocab_size]
                 # Copied at once: what a compiled model returns lasts until it is called again.
                 logits[:, offset] = step
                 tokens[:, offset] = pending = choose(step, offset)

@@ -1,17 +1,20 @@
 """The engine against plain forwards: what it decides, and that batch and block sizes change nothing."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import make_model
+from tokenizers import Tokenizer
 from transformers import MambaConfig, MambaForCausalLM
 
 import motab
 from motab.engine import Engine
 from motab.row import Row
+from motab.steps import token_bytes
 from motab.trajectory import STATISTICS
 from motab_kernels import model_attention
 from motab_kernels.backend import HAS_LIBRARY
@@ -111,13 +114,43 @@ def test_boundary_two_is_the_teacher(student, teacher, tokenizer, prompts):
 
 def test_teacher_only_and_on_policy_alone(student, teacher, tokenizer, prompts):
     for trajectory in run(None, teacher, tokenizer, prompts, motab.TeacherOnly()):
-        assert trajectory.token_ids == generated(teacher, trajectory.prompt_ids, teacher.config.vocab_size)
+        assert trajectory.token_ids == generated(teacher, trajectory.prompt_ids, len(tokenizer))
         assert set(trajectory.author) == {"teacher"}
     for trajectory in run(student, None, tokenizer, prompts, motab.OnPolicy()):
         assert trajectory.token_ids == generated(student, trajectory.prompt_ids, len(tokenizer))
     scored = run(student, teacher, tokenizer, prompts, motab.OnPolicy())
     assert all(step.accepted and 0 <= step.value <= 1 for trajectory in scored for step in trajectory.steps)
     assert sum(len(trajectory.steps) for trajectory in scored) > len(prompts)
+
+
+def test_padding_is_neither_written_nor_scored(teacher, tokenizer, prompts):
+    """Ids that the tokenizer does not have, in both models; TeacherOnly looks at no student's vocabulary."""
+    padded = make_model(5, len(tokenizer) + 9)
+    pairs = [(None, teacher, motab.TeacherOnly()), (padded, teacher, motab.TeacherOnly()), (padded, teacher, POLICY)]
+    for student, writer, policy in [*pairs, (padded, None, motab.OnPolicy())]:
+        for t in run(student, writer, tokenizer, prompts, policy, temperature=2.0, seed=1):
+            assert max(t.token_ids) < len(tokenizer)
+            if policy is not POLICY and writer is not None:
+                context = t.prompt_ids + t.token_ids
+                table = logprobs(teacher, context, len(tokenizer))[len(t.prompt_ids) - 1 :]
+                expected = [float(table[place, token]) for place, token in enumerate(t.token_ids)]
+                assert t.statistics["teacher_logprob"] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    with pytest.raises(ValueError, match="tokenizer has 12 tokens, but LlamaForCausalLM knows only 7"):
+        run(make_model(0, 7), teacher, tokenizer, prompts, motab.TeacherOnly())
+
+
+def test_a_tokenizer_that_leaves_ids_out(tokenizer, prompts):
+    """As Phi-4's, whose end token lies beyond as many ids as it has tokens; delimiters are found there too."""
+    tokenizer = copy.deepcopy(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] = {word: index + 5 * (index > 3) for word, index in state["model"]["vocab"].items()}
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(state))
+    assert len(tokenizer) == 12
+    model = make_model(5, 20)
+    texts = run(model, None, tokenizer, [[1, 13]], motab.OnPolicy(), temperature=2.0, max_new_tokens=200)
+    assert set(range(12, 17)) & set(texts[0].token_ids)
+    assert max(texts[0].token_ids) < 17
+    assert token_bytes(tokenizer, 17)[11:] == [b"\n\n", b"a", b"b", b"c", b",", b"ab"]
 
 
 @pytest.mark.parametrize("entropy_top_k", [None, 3])
