@@ -21,8 +21,8 @@ from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
 from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
-from motab.row import STUDENT, TEACHER, Row
-from motab.sampling import choose, uniform
+from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
+from motab.sampling import Sampling, choose, uniform
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
@@ -34,6 +34,7 @@ class Draft(NamedTuple):
 
     pending: Tensor  # (b,) the token before the block
     tokens: Tensor  # (b, T)
+    entries: Tensor  # (b, T) the same for the books: PADDING where not valid, BROKEN where logits are no numbers
     logits: Tensor  # (b, T, V)
     valid: Tensor  # (b, T) bool: within budget and text
     last: Tensor  # (b, T) bool: ends the text
@@ -53,8 +54,7 @@ class Engine:
         max_new_tokens: int,
         batch_size: int,
         block_size: int,
-        temperature: float,
-        top_p: float,
+        sampling: Sampling,
         seed: int,
         indices: Sequence[int],
         torch_compile: bool = False,
@@ -63,7 +63,7 @@ class Engine:
         self.tokenizer, self.rules = tokenizer, rules
         self.prompts = dict(zip(indices, prompts, strict=True))
         self.max_new_tokens, self.block_size = max_new_tokens, block_size
-        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+        self.sampling, self.seed = sampling, seed
         batch_size = min(batch_size, len(prompts))
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
@@ -150,13 +150,19 @@ class Engine:
         pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
         offsets = torch.arange(count, device=self.device)
         draws = uniform(keys[:, None], positions[:, None] + offsets)
-        tokens, logits = writer.draft(
-            slots, pending, count, lambda step, offset: choose(step, draws[:, offset], self.temperature, self.top_p)
-        )
+        drawn: list[Tensor] = []
+
+        def draw(step: Tensor, offset: int) -> Tensor:
+            chosen, can_be_drawn = choose(step, draws[:, offset], self.sampling)
+            drawn.append(can_be_drawn)
+            return chosen
+
+        tokens, logits = writer.draft(slots, pending, count, draw)
         ended = self.is_end[tokens]
         left = remaining[:, None] - offsets
         valid = (left > 0) & (ended.cumsum(1) - ended.long() == 0)
-        return Draft(pending, tokens, logits, valid, valid & (ended | (left == 1)))
+        entries = torch.where(valid, torch.where(torch.stack(drawn, 1), tokens, BROKEN), PADDING)
+        return Draft(pending, tokens, entries, logits, valid, valid & (ended | (left == 1)))
 
     def _monitored_round(self) -> None:
         """One block of the student's, judged by the teacher where there is one."""
@@ -169,10 +175,10 @@ class Engine:
         step_ends = draft.valid & (self._steps_ended(index, draft.tokens) | draft.last)
         strayed = []
         if self.teacher is None:
-            (packed,) = self._to_host(torch.stack([draft.tokens, draft.valid.long()], -1))
-            for row, block in zip(rows, packed.tolist(), strict=True):
-                for token, is_valid in block:
-                    if is_valid:
+            (entries,) = self._to_host(draft.entries)
+            for row, block in zip(rows, entries.tolist(), strict=True):
+                for token in block:
+                    if token != PADDING:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
             teacher_logits = self.teacher.score(slots, draft.pending, draft.tokens)
@@ -189,7 +195,7 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """For each of (b, T) tokens what `Row.judge` takes, and for each row how much of its turn a rollback keeps."""
         assert self.rules is not None
-        tokens = torch.where(draft.valid, draft.tokens, -1)
+        tokens = torch.where(draft.valid, draft.tokens, PADDING)
         state = mk.BoundaryState.of(*(x[index] for x in self._boundary_state()))
         out = mk.fused_kl_boundary(
             draft.logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
@@ -200,7 +206,7 @@ class Engine:
         if self.rules.reflection:
             strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & draft.valid
             step_ends = step_ends & ~strays
-        columns = [tokens, step_ends, strays, out.score, out.threshold]
+        columns = [draft.entries, step_ends, strays, out.score, out.threshold]
         columns += [getattr(out, name) for name in STATISTICS]
         return torch.stack([column.double() for column in columns], -1), state.rollback_position
 
@@ -223,11 +229,11 @@ class Engine:
         completes = torch.zeros_like(draft.valid)
         if self.rules is not None:
             completes = self._steps_ended(on_device(slots, self.device), draft.tokens)
-        columns = (draft.tokens, draft.valid, completes, own.teacher_logprob, own.teacher_entropy)
+        columns = (draft.entries, completes, own.teacher_logprob, own.teacher_entropy)
         (packed,) = self._to_host(torch.stack([column.double() for column in columns], -1))
         for row, block in zip(rows, packed.tolist(), strict=True):
-            for token, is_valid, completes_step, token_logprob, token_entropy in block:
-                if not is_valid:
+            for token, completes_step, token_logprob, token_entropy in block:
+                if token == PADDING:
                     break
                 known = {"teacher_logprob": token_logprob, "teacher_entropy": token_entropy}
                 row.write(int(token), [known.get(name) for name in STATISTICS])
@@ -291,7 +297,7 @@ def synthesize(
             phrase that a stitched target holds besides do not count.
         batch_size: trajectories in progress at a time.
         block_size: tokens that the student drafts before the teacher looks.
-        temperature: 0 is greedy.
+        temperature: 0 is greedy, else at least 1e-30.
         top_p: sample among the fewest likeliest tokens that hold this probability.
         seed: of all sampling.
         indices: the place of each prompt among all, ascending, where these are a part of them.
@@ -311,19 +317,18 @@ def synthesize(
         ValueError: at once, before anything is generated: what is no prompt or an empty one, a prompt and budget longer
             than a model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter
             that no token sequence spells, a model whose cache cannot be rolled back exactly or, with
-            ``torch_compile``, does not run on `motab_kernels.ragged_attention`.
+            ``torch_compile``, does not run on `motab_kernels.ragged_attention`. While it is generated: logits that are
+            NaN or infinite.
     """
     policy = MotabPolicy() if policy is None else policy
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
         ("batch_size", batch_size, 1),
         ("block_size", block_size, 1),
-        ("temperature", temperature, 0),
     ):
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
+    sampling = Sampling(temperature, top_p)
     rules = None if isinstance(policy, TeacherOnly) else policy.rules
     if student is None and rules is not None:
         raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
@@ -351,8 +356,7 @@ def synthesize(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         block_size=block_size,
-        temperature=temperature,
-        top_p=top_p,
+        sampling=sampling,
         seed=seed,
         indices=indices,
         torch_compile=torch_compile,

@@ -17,6 +17,7 @@ from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
+PADDING, BROKEN = -1, -2  # in place of a token: none was asked for; its logits could not be drawn from
 
 
 @dataclass
@@ -106,7 +107,18 @@ class Row:
         return self.remaining if limit is None else min(self.remaining, self.turn_start + limit - len(self.records))
 
     def write(self, token: int, statistics: list[float | None]) -> None:
-        """Enter one token."""
+        """Enter one token.
+
+        Raises:
+            ValueError: it is BROKEN.
+        """
+        if token == BROKEN:
+            who = "teacher" if self.author == TEACHER else "student"
+            raise ValueError(
+                f"expected logits to draw from, got NaN, infinity or none that is finite from the {who} at token "
+                f"{len(self.records)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
+                "dtype (bfloat16 or float32 in place of float16)"
+            )
         self.records.append((token, statistics))
         self.ended = token in self.end_ids
 
@@ -114,12 +126,12 @@ class Row:
         """Enter one block of the student's, up to where it strays; returns whether it does and the teacher is to take
         over.
 
-        A token of the block is its id (-1 ends the block), whether it ends a step, whether the student strays with it,
-        score, threshold, statistics.
+        A token of the block is its id (PADDING ends the block), whether it ends a step, whether the student strays
+        with it, score, threshold, statistics.
         """
         assert self.rules is not None
         for token, ends_step, strays, score, threshold, *statistics in block:
-            if token < 0:
+            if token == PADDING:
                 return False
             self.write(int(token), list(statistics))
             if ends_step:

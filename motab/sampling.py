@@ -6,12 +6,42 @@ batch and any block, draws the same number; the token is found by inverting the 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers of its finaliser.
 _INCREMENT, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
+LEAST_TEMPERATURE = 1e-30  # above 0; by less, logits of some hundreds leave the range of float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn from logits.
+
+    Args:
+        temperature: 0 is greedy; else at least `LEAST_TEMPERATURE`.
+        top_p: in (0, 1]: draw from the fewest likeliest tokens that hold at least this probability.
+
+    Raises:
+        ValueError: a setting out of range.
+    """
+
+    temperature: float
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        temperature = self.temperature
+        if not (temperature == 0 or LEAST_TEMPERATURE <= temperature < math.inf):
+            raise ValueError(
+                f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, or 0 for greedy, got "
+                f"{temperature}"
+            )
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
 
 def _signed(value: int) -> int:
@@ -42,28 +72,29 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
     return shifted(value ^ shifted(value, 31), 11).double() * 2.0**-53
 
 
-def choose(logits: Tensor, numbers: Tensor, temperature: float, top_p: float) -> Tensor:
-    """A token a row of (B, V) logits; ``temperature=0`` is greedy.
+def choose(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
+    """A token a row of (B, V) logits.
 
     Args:
         logits: (B, V), any floating dtype.
         numbers: (B,) float64 in [0, 1), see `uniform`; greedy looks at none.
-        temperature: >= 0.
-        top_p: in (0, 1]: sample among the fewest likeliest tokens that hold at least this probability.
+        sampling: the settings.
 
     Returns:
-        (B,) int64.
+        (B,) int64, and (B,) bool: whether the logits can be drawn from. Of NaN, infinity or nothing but -inf they
+        cannot, and the token means nothing.
     """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probabilities = torch.softmax(logits.float() / temperature, -1).double()
+    if sampling.temperature == 0:
+        tokens = logits.argmax(-1, keepdim=True)
+        return tokens.squeeze(-1), logits.gather(-1, tokens).squeeze(-1).isfinite()
+    probabilities = torch.softmax(logits.float() / sampling.temperature, -1).double()
     order = None
-    if top_p < 1:
+    if sampling.top_p < 1:
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= top_p, 0.0)
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
     cumulative = probabilities.cumsum(-1)
+    total = cumulative[:, -1:]  # NaN if any logit is, or their maximum is not finite
     # `right=True` finds the first entry above the target, so a token without probability is never drawn.
-    target = numbers[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True).clamp(max=logits.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1)
+    index = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
+    return (index if order is None else order.gather(-1, index)).squeeze(-1), total.squeeze(-1).isfinite()

@@ -214,6 +214,32 @@ def test_short_budgets(student, teacher, tokenizer, prompts, backtrack, budget):
         assert all(len(column) == len(trajectory.token_ids) for column in trajectory.statistics.values())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("policy", "with_teacher", "broken"),
+    [(POLICY, True, "student"), (motab.OnPolicy(), False, "student"), (motab.TeacherOnly(), True, "teacher")],
+)
+def test_logits_that_are_no_numbers(student, teacher, tokenizer, policy, with_teacher, broken, temperature):
+    """A model that cannot go on from "b" (8), which only the second prompt holds; silent last ids came of it."""
+    models = {"student": copy.deepcopy(student), "teacher": copy.deepcopy(teacher) if with_teacher else None}
+    models[broken].model.embed_tokens.weight.data[8] = torch.nan
+    trajectories = motab.synthesize(
+        *models.values(), tokenizer, [[1, 2], [1, 8, 3]], policy=policy, **{**SETTINGS, "temperature": temperature}
+    )
+    message = f"got NaN, infinity or none that is finite from the {broken} at token 0 of trajectory 1: .* float16"
+    with pytest.raises(ValueError, match=message):
+        list(trajectories)
+
+
+def test_broken_logits_behind_a_rollback_do_not_count(student, teacher, tokenizer, prompts):
+    """The student strays before it would write them, whatever the block."""
+    student = copy.deepcopy(student)
+    student.model.embed_tokens.weight.data[4] = torch.nan  # ".\n\n", which ends a step
+    prompts, policy = [prompt for prompt in prompts if 4 not in prompt], replace(POLICY, epsilon0=2.0, theta=0.0)
+    for block_size in (1, 4, 16):
+        assert all(t.breach_step == 0 for t in run(student, teacher, tokenizer, prompts, policy, block_size=block_size))
+
+
 def test_trajectory_survives_json(student, teacher, tokenizer, prompts):
     for trajectory in run(student, teacher, tokenizer, prompts, replace(POLICY, stitch=None)):
         assert motab.Trajectory.from_json(trajectory.to_json()) == trajectory
@@ -237,7 +263,7 @@ def test_no_prompts(student, teacher, tokenizer):
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": -1.0}, r"temperature must be at least 0, got -1.0"),
+        ({"temperature": -1.0}, "temperature must be a finite number of at least 1e-30, or 0 for greedy, got -1.0"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"student": None}, "MotabPolicy needs a student"),
         ({"student": make_model(0, 7)}, "tokenizer has 12 tokens, but LlamaForCausalLM knows only 7"),

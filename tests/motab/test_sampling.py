@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from motab.sampling import choose, stream_key, uniform
+from motab.sampling import Sampling, choose, stream_key, uniform
 
 
 def draws(logits, count, temperature=1.0, top_p=1.0):
     keys = torch.full((count,), stream_key(1, 2, 0))
-    return choose(logits.expand(count, -1), uniform(keys, torch.arange(count)), temperature, top_p)
+    return choose(logits.expand(count, -1), uniform(keys, torch.arange(count)), Sampling(temperature, top_p))[0]
 
 
 def test_uniform_is_uniform_and_keyed():
@@ -42,13 +42,38 @@ def test_distribution(temperature, top_p):
 
 def test_greedy_takes_the_likeliest():
     logits = torch.randn(6, 9)
-    assert torch.equal(choose(logits, torch.zeros(6), 0, 1.0), logits.argmax(-1))
+    assert torch.equal(choose(logits, torch.zeros(6), Sampling(0))[0], logits.argmax(-1))
 
 
 def test_a_row_draws_the_same_in_any_batch():
     logits = torch.randn(8, 50)
     keys = torch.tensor([stream_key(9, row, 0) for row in range(8)])
     positions = torch.arange(8)
-    whole = choose(logits, uniform(keys, positions), 0.9, 0.8)
-    alone = [choose(logits[i : i + 1], uniform(keys[i : i + 1], positions[i : i + 1]), 0.9, 0.8) for i in range(8)]
+    sampling, numbers = Sampling(0.9, 0.8), uniform(keys, positions)
+    whole, _ = choose(logits, numbers, sampling)
+    alone = [choose(logits[i : i + 1], numbers[i : i + 1], sampling)[0] for i in range(8)]
     assert torch.equal(whole, torch.cat(alone))
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0), Sampling(0.7, 0.5)])
+def test_what_cannot_be_drawn_from(sampling):
+    nan, inf = float("nan"), float("inf")
+    rows = [[1.0, 2.0, -inf], [nan, 1.0, 2.0], [1.0, 2.0, nan], [-inf, -inf, -inf], [1.0, inf, 0.0], [-9e9, 3.0, -2e9]]
+    for dtype in (torch.float32, torch.bfloat16):
+        tokens, can_be_drawn = choose(torch.tensor(rows, dtype=dtype), torch.full((6,), 0.5).double(), sampling)
+        assert can_be_drawn.tolist() == [True, False, False, False, False, True]
+        assert tokens.min() >= 0
+        assert tokens.max() < 3
+
+
+@pytest.mark.parametrize("temperature", [-1.0, 1e-38, float("nan"), float("inf")])
+def test_temperatures_that_float32_cannot_take(temperature):
+    with pytest.raises(ValueError, match=f"temperature must be a finite number .* 1e-30, .* got {temperature}"):
+        Sampling(temperature)
+
+
+def test_the_least_temperature_is_greedy():
+    logits = 1e7 * torch.randn(6, 9)
+    tokens, can_be_drawn = choose(logits, torch.rand(6).double(), Sampling(1e-30))
+    assert can_be_drawn.all()
+    assert torch.equal(tokens, logits.argmax(-1))
