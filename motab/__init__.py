@@ -13,7 +13,8 @@ from motab.policies import (
 )
 from motab.rollouts import Rollouts
 from motab.synthesis import synthesize_to_file
-from motab.trainer import MotabConfig, MotabTrainer
+from motab.trainer import MotabTrainer
+from motab.training_config import MotabConfig
 from motab.trajectory import Step, Trajectory
 from motab.trajectory_file import read_trajectories
 

@@ -13,7 +13,7 @@ from motab.config import TrainArguments
 from motab.files import write_whole
 from motab.prompts import Prompt
 from motab.rollouts import Rollouts
-from motab.trainer import MotabConfig
+from motab.training_config import MotabConfig
 
 FILE = "motab_training.json"
 #: Of the arguments of a training those that decide what it comes to. How many trajectories a step takes, in how many

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
@@ -26,81 +25,10 @@ from motab.policies import TeacherOnly
 from motab.prompts import Prompt, end_tokens
 from motab.report import figures
 from motab.rollouts import Rollouts
-from motab.trajectory import AUTHORS, Trajectory
+from motab.training_config import MotabConfig
+from motab.trajectory import Trajectory
 
-LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
-LOSS_TYPES = get_args(LossType)
 Trajectories = Sequence[Trajectory] | str | Path
-
-
-@dataclass
-class MotabConfig(TrainingArguments):
-    """TrainingArguments with the paper's defaults and some settings more.
-
-    Attributes:
-        lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
-            learning rate where that is less. Other schedules have no such default.
-        save_steps, save_total_limit, eval_steps: ten checkpoints a run, of which the last is kept; by ``eval_strategy``
-            "steps" as many evaluations.
-        ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
-            output of the model: logits, hidden states.
-        loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
-            each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
-            `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
-        beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
-        ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
-            they stay in the context. The paper trains on all.
-        max_length: leave out trajectories of more tokens, prompt and target together; None: none. What `Rollouts` write
-            has a budget of its own.
-    """
-
-    learning_rate: float = 5e-5
-    lr_scheduler_type: str = "cosine_with_min_lr"
-    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
-    )
-    num_train_epochs: float = 6.0
-    save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
-    eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Of eval_strategy steps; below 1 a share of the run."}
-    )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
-    ddp_find_unused_parameters: bool | None = False
-    loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
-    beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
-    alpha: float = field(default=0.1, metadata={"help": "Of the skew divergences."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of a divergence."})
-    ignore_authors: list[str] = field(
-        default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
-
-    def __post_init__(self) -> None:
-        # Unless told so, each of several processes on a CPU takes itself for the only one.
-        self.use_cpu |= not torch.accelerator.is_available()
-        super().__post_init__()
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
-        self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
-        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
-            self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
-        least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
-        if least is not None and least > self.learning_rate:
-            raise ValueError(
-                f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
-                "the schedule would rise; lower it, or leave it out"
-            )
-        if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
-            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
-        if isinstance(self.ignore_authors, str):
-            self.ignore_authors = [self.ignore_authors]
-        if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
-            raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
-        if set(self.ignore_authors) >= set(AUTHORS):
-            raise ValueError("ignore_authors names every author: no token would be left to train on")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(
-                f"max_length must be at least 1, or None for trajectories of any length, got {self.max_length}"
-            )
 
 
 def _collate_or_list(examples: list[Any]) -> Any:

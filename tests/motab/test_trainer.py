@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Tra
 
 import motab
 from motab.distillation import has_plain_head
-from motab.trainer import LOSS_TYPES
+from motab.training_config import LOSS_TYPES
 
 
 def trajectory(index, prompt_ids, token_ids, author):
