@@ -79,7 +79,8 @@ def train(arguments: list[str], console: Console) -> None:
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
-    from motab.trainer import MotabConfig, MotabTrainer
+    from motab.trainer import MotabTrainer
+    from motab.training_config import MotabConfig
 
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
     state = _state(console)

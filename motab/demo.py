@@ -21,7 +21,8 @@ from motab.policies import MotabPolicy, Policy, TeacherOnly
 from motab.progress import watch
 from motab.report import figures, write_report
 from motab.synthesis import synthesize_to_file
-from motab.trainer import MotabConfig, MotabTrainer
+from motab.trainer import MotabTrainer
+from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 from motab.trajectory_file import read_trajectories
 

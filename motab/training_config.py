@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -72,6 +73,15 @@ class MotabConfig(TrainingArguments):
             )
         if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must lie in 0 to 1, of which 0 is forward_kl and 1 reverse_kl, got {self.beta}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be at least 0 and below 1, got {self.alpha}; DistiLLM takes 0.1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be finite and above 0, got {self.temperature}: it divides the logits of a "
+                "divergence, and that of what is written as it trains is another setting"
+            )
         if isinstance(self.ignore_authors, str):
             self.ignore_authors = [self.ignore_authors]
         if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):

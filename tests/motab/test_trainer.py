@@ -318,3 +318,20 @@ def test_bad_input(tmp_path):
         config(tmp_path, loss_type="kl")
     with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
         config(tmp_path, learning_rate=1e-6, lr_scheduler_kwargs={"min_lr": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 7.0}, "beta must lie in 0 to 1, .* got 7.0"),
+        ({"beta": float("nan")}, "beta must lie in 0 to 1, .* got nan"),
+        ({"alpha": 1.0}, "alpha must be at least 0 and below 1, got 1.0"),
+        ({"alpha": -0.1}, "alpha must be at least 0 and below 1, got -0.1"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be finite and above 0, got inf"),
+    ],
+)
+def test_settings_of_a_divergence(tmp_path, settings, message):
+    """Known before models are loaded, not at the first batch."""
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
