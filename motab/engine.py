@@ -19,7 +19,7 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
-from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, token_budget
+from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, check_policy, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.sampling import Sampling, choose, uniform
@@ -321,6 +321,7 @@ def synthesize(
             NaN or infinite.
     """
     policy = MotabPolicy() if policy is None else policy
+    check_policy(policy)
     for name, value, least in (
         ("max_new_tokens", max_new_tokens, 1),
         ("batch_size", batch_size, 1),

@@ -263,3 +263,12 @@ def token_budget(policy: Policy, max_new_tokens: int) -> int:
     """The budget of a run, or the policy's own where that is less."""
     limit = None if isinstance(policy, TeacherOnly) else policy.rules.max_tokens
     return max_new_tokens if limit is None else min(max_new_tokens, limit)
+
+
+def check_policy(policy: object) -> None:
+    """Refuse what is no policy, as the name or the class of one."""
+    if isinstance(policy, TeacherOnly) or isinstance(getattr(policy, "rules", None), Rules):
+        return
+    kind: object = POLICIES.get(policy) if isinstance(policy, str) else policy
+    name = kind.__name__ if isinstance(kind, type) and kind in POLICIES.values() else "MotabPolicy"
+    raise ValueError(f"policy must be one with its settings, as motab.{name}(...), got {policy!r}")

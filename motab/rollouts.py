@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import synthesize
-from motab.policies import MotabPolicy, Policy, token_budget
+from motab.policies import MotabPolicy, Policy, check_policy, token_budget
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
 
@@ -38,6 +38,9 @@ class Rollouts(Dataset[Prompt]):
     top_p: float = 1.0
     torch_compile: bool = False
     max_cached_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        check_policy(self.policy)
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -263,3 +263,20 @@ def test_who_must_be_there(student, teacher, tokenizer, prompts, policy):
         run(student, None, tokenizer, prompts, policy)
     with pytest.raises(ValueError, match="needs a student, got None; only TeacherOnly does without"):
         run(None, teacher, tokenizer, prompts, policy)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("step_skd", r"policy must be one with its settings, as motab.StepSKD\(...\), got 'step_skd'"),
+        ("motabb", r"as motab.MotabPolicy\(...\), got 'motabb'"),
+        (motab.TokenSKD, r"as motab.TokenSKD\(...\), got <class 'motab.policies.TokenSKD'>"),
+        (motab.TeacherOnly, r"as motab.TeacherOnly\(...\), got <class"),
+        (0.2, r"as motab.MotabPolicy\(...\), got 0.2"),
+    ],
+)
+def test_what_is_no_policy(student, teacher, tokenizer, prompts, policy, message):
+    with pytest.raises(ValueError, match=message):
+        run(student, teacher, tokenizer, prompts, policy)
+    with pytest.raises(ValueError, match=message):
+        motab.Rollouts(prompts, policy)
