@@ -21,6 +21,7 @@ from motab.distillation import (
     loss_from_heads,
     loss_from_logits,
 )
+from motab.models import load_model
 from motab.policies import TeacherOnly
 from motab.prompts import Prompt, end_tokens
 from motab.report import figures
@@ -29,6 +30,24 @@ from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 
 Trajectories = Sequence[Trajectory] | str | Path
+
+
+def _examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
+    """The trajectories as the trainer takes them; what holds none is refused."""
+    source = data if isinstance(data, str | Path) else _looked_at(data)
+    return TrajectoryDataset(source, args.ignore_authors, args.max_length)
+
+
+def _looked_at(data: Any) -> Iterator[Trajectory]:
+    for item in data if isinstance(data, Iterable) else [data]:
+        if not isinstance(item, Trajectory):
+            of = f" of {type(item).__name__}" if item is not data else ""
+            raise ValueError(
+                "a dataset must hold trajectories, or be the file that synthesize_to_file wrote, got "
+                f"{type(data).__name__}{of}; let motab.synthesize_to_file write on its prompts, or train on "
+                "motab.Rollouts(prompts)"
+            )
+        yield item
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
@@ -58,10 +77,10 @@ class MotabTrainer(Trainer):
     names them beside its own; with `Rollouts` those of both models.
 
     Args:
-        model: the student.
+        model: the student; of a name or path it is loaded, in float32.
         teacher_model: for a divergence, and for what a policy of `Rollouts` has it write or score, with the student's
-            tokenizer; put on the student's device and in evaluation mode. By cross-entropy on trajectories that are
-            written it is not needed, and refused.
+            tokenizer; put on the student's device and in evaluation mode; of a name or path it is loaded, in the dtype
+            that it was saved in. By cross-entropy on trajectories that are written it is not needed, and refused.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
         eval_dataset: held-out trajectories, their file, or several such by name. Their loss is logged when
@@ -69,7 +88,7 @@ class MotabTrainer(Trainer):
         processing_class: the tokenizer, saved with the model; `Rollouts` need it.
 
     Raises:
-        ValueError: no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
+        ValueError: ``args`` or a dataset of another kind; no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
             `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
             several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; in training, what else it
             refuses.
@@ -77,8 +96,8 @@ class MotabTrainer(Trainer):
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        teacher_model: PreTrainedModel | None = None,
+        model: PreTrainedModel | str,
+        teacher_model: PreTrainedModel | str | None = None,
         args: MotabConfig | None = None,
         *,
         train_dataset: Trajectories | Rollouts,
@@ -87,6 +106,8 @@ class MotabTrainer(Trainer):
         **kwargs: Any,
     ):
         args = MotabConfig(output_dir="runs/train") if args is None else args
+        if not isinstance(args, MotabConfig):
+            raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
         self.rollouts: Rollouts | None = None
         self.written: list[Trajectory] = []  # since the last entry of the log
         by_divergence = args.loss_type != "cross_entropy"
@@ -110,17 +131,16 @@ class MotabTrainer(Trainer):
                     "max_new_tokens"
                 )
         else:
-            dataset = TrajectoryDataset(train_dataset, args.ignore_authors, args.max_length)
+            dataset = _examples(train_dataset, args)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         held_out: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):
-            held_out = {
-                name: TrajectoryDataset(data, args.ignore_authors, args.max_length)
-                for name, data in eval_dataset.items()
-            }
+            held_out = {name: _examples(data, args) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
-            held_out = TrajectoryDataset(eval_dataset, args.ignore_authors, args.max_length)
+            held_out = _examples(eval_dataset, args)
+        model = load_model(model, "float32") if isinstance(model, str) else model
+        teacher_model = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
         super().__init__(
             model=model,
             args=args,
@@ -162,8 +182,15 @@ class MotabTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
         """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
-            eval_dataset = TrajectoryDataset(eval_dataset, self.args.ignore_authors, self.args.max_length)
+            eval_dataset = _examples(eval_dataset, self.args)
         return super().get_eval_dataloader(eval_dataset)
+
+    def predict(self, *arguments: Any, **settings: Any) -> Any:
+        """Refused: what Trainer's returns, logits of every token, is never held."""
+        raise ValueError(
+            "MotabTrainer gives no predictions: evaluate(dataset) measures the loss on trajectories, motab.synthesize "
+            "lets the model write, motab.evaluation.evaluate grades its answers"
+        )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""

@@ -301,37 +301,3 @@ def test_where_the_learning_rate_ends(tmp_path, settings, last):
         rates += trainer.lr_scheduler.get_last_lr()[:1]
     assert rates == sorted(rates, reverse=True)
     assert rates[-1] == pytest.approx(last)
-
-
-def test_bad_input(tmp_path):
-    with pytest.raises(ValueError, match=r"ignore_authors must be among student, flawed.* got me"):
-        config(tmp_path, ignore_authors=["me"])
-    with pytest.raises(ValueError, match="names every author"):
-        config(tmp_path, ignore_authors=["student", "flawed", "stitch", "teacher"])
-    with pytest.raises(ValueError, match="at least one trajectory or prompt, got none"):
-        motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=[])
-    with pytest.raises(ValueError, match="leave it out, or set loss_type"):
-        motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)
-    with pytest.raises(ValueError, match=r"loss_type forward_kl .* give teacher_model"):
-        motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
-    with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
-        config(tmp_path, loss_type="kl")
-    with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
-        config(tmp_path, learning_rate=1e-6, lr_scheduler_kwargs={"min_lr": 1e-3})
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"beta": 7.0}, "beta must lie in 0 to 1, .* got 7.0"),
-        ({"beta": float("nan")}, "beta must lie in 0 to 1, .* got nan"),
-        ({"alpha": 1.0}, "alpha must be at least 0 and below 1, got 1.0"),
-        ({"alpha": -0.1}, "alpha must be at least 0 and below 1, got -0.1"),
-        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
-        ({"temperature": float("inf")}, "temperature must be finite and above 0, got inf"),
-    ],
-)
-def test_settings_of_a_divergence(tmp_path, settings, message):
-    """Known before models are loaded, not at the first batch."""
-    with pytest.raises(ValueError, match=message):
-        config(tmp_path, **settings)

@@ -1,0 +1,87 @@
+"""What a trainer takes, and what it refuses before it trains."""
+
+import datasets
+import pytest
+import torch
+from conftest import make_model
+from test_trainer import TRAJECTORIES, config
+from transformers import TrainingArguments
+
+import motab
+
+
+def test_bad_input(tmp_path):
+    with pytest.raises(ValueError, match=r"ignore_authors must be among student, flawed.* got me"):
+        config(tmp_path, ignore_authors=["me"])
+    with pytest.raises(ValueError, match="names every author"):
+        config(tmp_path, ignore_authors=["student", "flawed", "stitch", "teacher"])
+    with pytest.raises(ValueError, match="at least one trajectory or prompt, got none"):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=[])
+    with pytest.raises(ValueError, match="leave it out, or set loss_type"):
+        motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match=r"loss_type forward_kl .* give teacher_model"):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
+        config(tmp_path, loss_type="kl")
+    with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
+        config(tmp_path, learning_rate=1e-6, lr_scheduler_kwargs={"min_lr": 1e-3})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 7.0}, "beta must lie in 0 to 1, .* got 7.0"),
+        ({"beta": float("nan")}, "beta must lie in 0 to 1, .* got nan"),
+        ({"alpha": 1.0}, "alpha must be at least 0 and below 1, got 1.0"),
+        ({"alpha": -0.1}, "alpha must be at least 0 and below 1, got -0.1"),
+        ({"temperature": 0.0}, "temperature must be finite and above 0, got 0.0"),
+        ({"temperature": float("inf")}, "temperature must be finite and above 0, got inf"),
+    ],
+)
+def test_settings_of_a_divergence(tmp_path, settings, message):
+    """Known before models are loaded, not at the first batch."""
+    with pytest.raises(ValueError, match=message):
+        config(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "got"),
+    [
+        (datasets.Dataset.from_list([{"prompt": "a"}]), "got Dataset of dict; let motab.synthesize_to_file"),
+        (datasets.DatasetDict({"train": datasets.Dataset.from_list([])}), "got DatasetDict of str"),
+        ([{"input_ids": [1]}], "got list of dict"),
+        (["a prompt"], r"got list of str; .* or train on motab.Rollouts\(prompts\)"),
+        (None, "got NoneType; "),
+    ],
+)
+def test_what_holds_no_trajectories(tmp_path, data, got):
+    message = f"a dataset must hold trajectories, or be the file that synthesize_to_file wrote, {got}"
+    with pytest.raises(ValueError, match=message):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=data)
+    if isinstance(data, list):
+        with pytest.raises(ValueError, match=message):
+            motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES, eval_dataset=data)
+
+
+def test_arguments_of_another_trainer(tmp_path):
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match=r"args must be a MotabConfig, which takes .*, got TrainingArguments"):
+        motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES)
+
+
+def test_no_predictions(tmp_path):
+    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match=r"gives no predictions: evaluate\(dataset\) measures the loss"):
+        trainer.predict(TRAJECTORIES)
+
+
+def test_models_by_name(tmp_path):
+    """The student in float32, the teacher as it was saved."""
+    names = [str(tmp_path / name) for name in ("student", "teacher")]
+    for seed, name in enumerate(names, 3):
+        make_model(seed).bfloat16().save_pretrained(name)
+    args = config(tmp_path / "out", loss_type="jsd", max_steps=1)
+    trainer = motab.MotabTrainer(*names, args, train_dataset=TRAJECTORIES)
+    trainer.train()
+    assert (trainer.model.dtype, trainer.teacher_model.dtype) == (torch.float32, torch.bfloat16)
+    assert len(list(trainer.model.parameters())) == len(list(make_model(3).parameters()))
