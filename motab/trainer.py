@@ -50,6 +50,15 @@ def _looked_at(data: Any) -> Iterator[Trajectory]:
         yield item
 
 
+def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
+    name = getattr(model, "name_or_path", "")
+    if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"output_dir must be another folder than those of the models, got {output_dir!r}, where "
+            f"{type(model).__name__} was loaded from: training would overwrite it"
+        )
+
+
 def _collate_or_list(examples: list[Any]) -> Any:
     """A batch of trajectories; prompts as they are."""
     return collate(examples) if isinstance(examples[0], dict) else examples
@@ -88,7 +97,8 @@ class MotabTrainer(Trainer):
         processing_class: the tokenizer, saved with the model; `Rollouts` need it.
 
     Raises:
-        ValueError: ``args`` or a dataset of another kind; no trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
+        ValueError: ``args`` or a dataset of another kind; an ``output_dir`` that a model was loaded from; no
+            trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
             `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
             several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; in training, what else it
             refuses.
@@ -141,6 +151,8 @@ class MotabTrainer(Trainer):
             held_out = _examples(eval_dataset, args)
         model = load_model(model, "float32") if isinstance(model, str) else model
         teacher_model = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        for each in (model, teacher_model):
+            _refuse_to_overwrite(args.output_dir, each)
         super().__init__(
             model=model,
             args=args,

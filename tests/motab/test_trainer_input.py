@@ -76,7 +76,7 @@ def test_no_predictions(tmp_path):
 
 
 def test_models_by_name(tmp_path):
-    """The student in float32, the teacher as it was saved."""
+    """The student in float32, the teacher as it was saved; no training overwrites what it is loaded from."""
     names = [str(tmp_path / name) for name in ("student", "teacher")]
     for seed, name in enumerate(names, 3):
         make_model(seed).bfloat16().save_pretrained(name)
@@ -85,3 +85,6 @@ def test_models_by_name(tmp_path):
     trainer.train()
     assert (trainer.model.dtype, trainer.teacher_model.dtype) == (torch.float32, torch.bfloat16)
     assert len(list(trainer.model.parameters())) == len(list(make_model(3).parameters()))
+    for name in (names[0], names[1] + "/../teacher"):
+        with pytest.raises(ValueError, match=r"another folder than those of .*, got .* LlamaForCausalLM was loaded"):
+            motab.MotabTrainer(*names, config(name, loss_type="jsd"), train_dataset=TRAJECTORIES)
