@@ -17,6 +17,8 @@ from motab.policies import POLICIES, Policy
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
 
+#: Settings of policies whose names as flags are others: top_k is of the sampling.
+_FLAG = {"top_k": "teacher_top_k"}
 _ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
 
 
@@ -36,7 +38,9 @@ class GenerationArguments:
     batch_size: int = _setting(8, "Trajectories in progress at a time.")
     block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
     temperature: float = _setting(0.6, "0 is greedy.")
+    top_k: int | None = _setting(None, "Sample among so many likeliest tokens (all).")
     top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
+    min_p: float | None = _setting(None, "Sample among tokens at least so many times as likely as the likeliest (0).")
     seed: int = _setting(0, "Of all sampling.")
     torch_compile: bool = _setting(False, "Write with compiled models: faster, after a minute or more at first.")
     max_cached_tokens: int | None = _setting(
@@ -50,8 +54,8 @@ class GenerationArguments:
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
-        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_p", "seed", "torch_compile")
-        return {name: getattr(self, name) for name in (*names, "max_cached_tokens")}
+        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_k", "top_p", "min_p", "seed")
+        return {name: getattr(self, name) for name in (*names, "torch_compile", "max_cached_tokens")}
 
 
 @dataclass
@@ -73,7 +77,7 @@ class PolicyArguments:
     delimiter: str | None = _setting(None, "Ends a step ('.\\n\\n', of relay_opd '\\n\\n').")
     max_interventions: int | None = _setting(None, "Of motab (1) and relay_opd (2).")
     gamma: float | None = _setting(None, "Of step_skd: the least ratio of the teacher's value to the student's.")
-    top_k: int | None = _setting(None, "Of token_skd: a token must be among the teacher's k likeliest (25).")
+    teacher_top_k: int | None = _setting(None, "Of token_skd: a token must be among the teacher's k likeliest (25).")
     factor: float | None = _setting(None, "Of adaswitch: how much of the recent mean divergence is too much.")
     window: int | None = _setting(None, "Of adaswitch: tokens of that mean.")
     words: list[str] | None = field(
@@ -95,8 +99,9 @@ class PolicyArguments:
         if policy not in list(POLICIES):  # a name that only the command line looks at
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         kind = POLICIES[policy]
-        own = {entry.name: entry for entry in dataclasses.fields(kind)}
-        settings = {entry.name for each in POLICIES.values() for entry in dataclasses.fields(each)}
+        own = {_FLAG.get(entry.name, entry.name): entry for entry in dataclasses.fields(kind)}
+        names = {entry.name for each in POLICIES.values() for entry in dataclasses.fields(each)}
+        settings = {_FLAG.get(name, name) for name in names}
         given: dict[str, Any] = {name: value for name, value in vars(self).items() if name in settings}
         given = {name: value for name, value in given.items() if value is not None}
         if foreign := [name for name in given if name not in own]:
@@ -109,7 +114,7 @@ class PolicyArguments:
             given["stitch"] = given["stitch"] or None
         if "words" in given:
             given["words"] = tuple(given["words"])
-        return kind(**given)
+        return kind(**{own[name].name: value for name, value in given.items()})
 
 
 @dataclass
@@ -199,7 +204,9 @@ _OF_ROLLOUTS = {
     "rollout_batch_size": "batch_size",
     "block_size": "block_size",
     "rollout_temperature": "temperature",
+    "top_k": "top_k",
     "top_p": "top_p",
+    "min_p": "min_p",
     "rollout_torch_compile": "torch_compile",  # torch_compile is of the training
     "max_cached_tokens": "max_cached_tokens",
 }
@@ -219,7 +226,9 @@ class TrainArguments(PolicyArguments, PromptArguments):
     rollout_batch_size: int | None = _setting(None, "The same: trajectories in progress at a time (8).")
     block_size: int | None = _setting(None, "The same: tokens that the student drafts before the teacher looks (16).")
     rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
+    top_k: int | None = _setting(None, "The same: among so many likeliest tokens (all).")
     top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
+    min_p: float | None = _setting(None, "The same: among tokens so many times as likely as the likeliest (0).")
     rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
     max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
     dtype: str = _setting("float32", f"Of the student's weights: {', '.join(DTYPES)}.")

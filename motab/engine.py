@@ -273,7 +273,9 @@ def synthesize(
     batch_size: int = 8,
     block_size: int = 16,
     temperature: float = 0.6,
+    top_k: int | None = None,
     top_p: float = 1.0,
+    min_p: float | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
     torch_compile: bool = False,
@@ -298,7 +300,9 @@ def synthesize(
         batch_size: trajectories in progress at a time.
         block_size: tokens that the student drafts before the teacher looks.
         temperature: 0 is greedy, else at least 1e-30.
-        top_p: sample among the fewest likeliest tokens that hold this probability.
+        top_k, top_p, min_p: as in transformers, for both models: sample among the k likeliest tokens, of these among
+            the fewest likeliest that hold this probability, of these among those at least so many times as likely as
+            the likeliest.
         seed: of all sampling.
         indices: the place of each prompt among all, ascending, where these are a part of them.
         torch_compile: draft and score with compiled models (`torch.compile`, on a GPU with CUDA graphs): pays where a
@@ -329,7 +333,7 @@ def synthesize(
     ):
         if not value >= least:
             raise ValueError(f"{name} must be at least {least}, got {value}")
-    sampling = Sampling(temperature, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p)
     rules = None if isinstance(policy, TeacherOnly) else policy.rules
     if student is None and rules is not None:
         raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")

@@ -27,7 +27,7 @@ DECISIVE = (
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
 #: Of what is written as it trains; batches, blocks, pages and compilation leave it as it is.
-_OF_ROLLOUTS = ("max_new_tokens", "temperature", "top_p")
+_OF_ROLLOUTS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
 def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:

@@ -25,8 +25,9 @@ class Rollouts(Dataset[Prompt]):
 
     Args:
         prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
-        policy, max_new_tokens, batch_size, block_size, temperature, top_p, torch_compile, max_cached_tokens: as for
-            `synthesize`. ``batch_size`` is of the writing alone; more than a device's prompts of a step are of no use.
+        policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
+            max_cached_tokens: as for `synthesize`. ``batch_size`` is of the writing alone; more than a device's prompts
+            of a step are of no use.
     """
 
     prompts: Sequence[Prompt]
@@ -38,6 +39,8 @@ class Rollouts(Dataset[Prompt]):
     top_p: float = 1.0
     torch_compile: bool = False
     max_cached_tokens: int | None = None
+    top_k: int | None = None
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -87,7 +90,9 @@ _SETTINGS = (
     "batch_size",
     "block_size",
     "temperature",
+    "top_k",
     "top_p",
+    "min_p",
     "torch_compile",
     "max_cached_tokens",
 )

@@ -20,18 +20,23 @@ LEAST_TEMPERATURE = 1e-30  # above 0; by less, logits of some hundreds leave the
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits.
+    """How a token is drawn from logits. What is left out is left out in this order, as in transformers: each setting
+    takes the probabilities of what the one before has left.
 
     Args:
-        temperature: 0 is greedy; else at least `LEAST_TEMPERATURE`.
-        top_p: in (0, 1]: draw from the fewest likeliest tokens that hold at least this probability.
+        temperature: 0 is greedy, whatever the others say; else at least `LEAST_TEMPERATURE`.
+        top_k: draw from so many likeliest tokens, and those as likely as the last of them; None or 0: from all.
+        top_p: in (0, 1]: from the fewest likeliest that hold at least this probability.
+        min_p: in [0, 1]: from those that are at least so many times as likely as the likeliest; None is 0.
 
     Raises:
         ValueError: a setting out of range.
     """
 
     temperature: float
+    top_k: int | None = None
     top_p: float = 1.0
+    min_p: float | None = None
 
     def __post_init__(self) -> None:
         temperature = self.temperature
@@ -40,6 +45,11 @@ class Sampling:
                 f"temperature must be a finite number of at least {LEAST_TEMPERATURE}, or 0 for greedy, got "
                 f"{temperature}"
             )
+        top_k = 0 if self.top_k is None else self.top_k
+        if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
+            raise ValueError(f"top_k must be an integer of at least 1, or None for all tokens, got {self.top_k!r}")
+        if not 0 <= (self.min_p or 0) <= 1:
+            raise ValueError(f"min_p must lie in 0 to 1, or be None for all tokens, got {self.min_p}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
 
@@ -87,12 +97,19 @@ def choose(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor,
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
         return tokens.squeeze(-1), logits.gather(-1, tokens).squeeze(-1).isfinite()
-    probabilities = torch.softmax(logits.float() / sampling.temperature, -1).double()
+    scaled = logits.float() / sampling.temperature
+    if sampling.top_k:
+        least = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, -math.inf)
+    probabilities = torch.softmax(scaled, -1).double()
     order = None
     if sampling.top_p < 1:
         probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
         before = probabilities.cumsum(-1) - probabilities
         probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    if sampling.min_p:
+        least = sampling.min_p * probabilities.amax(-1, keepdim=True)
+        probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     cumulative = probabilities.cumsum(-1)
     total = cumulative[:, -1:]  # NaN if any logit is, or their maximum is not finite
     # `right=True` finds the first entry above the target, so a token without probability is never drawn.

@@ -74,7 +74,12 @@ def synthesize_to_file(
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
         "prompts' hash": _hash(encoded),
-        **{name: value for name, value in settings.items() if name not in PACE},
+        # TokenSKD has a top_k of its own.
+        **{
+            "top_k of sampling" if name == "top_k" else name: value
+            for name, value in settings.items()
+            if name not in PACE
+        },
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)

@@ -292,6 +292,7 @@ def test_a_policy_that_hands_back(config, tmp_path, capsys):
         (["--delimiter", ""], "the step delimiter must hold at least one character"),
         (["--max_new_tokens", "100000"], "reads at most"),
         (["--policy", "step_skd"], "--policy step_skd has no epsilon0; it takes gamma, delimiter"),
+        (["--policy", "token_skd"], "--policy token_skd has no epsilon0; it takes teacher_top_k"),
         (["--gamma", "0.5"], "--policy motab has no gamma; it takes epsilon0, theta"),
     ],
 )

@@ -3,7 +3,7 @@
 import pytest
 
 import motab
-from motab.config import SynthesizeArguments, TrainArguments
+from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.parsing import parse
 
 
@@ -16,6 +16,7 @@ from motab.parsing import parse
         (["--policy", "teacher_only"], motab.TeacherOnly()),
         (["--policy", "step_skd", "--gamma", "0.5"], motab.StepSKD(0.5)),
         (["--policy", "token_skd"], motab.TokenSKD(25)),
+        (["--policy", "token_skd", "--teacher_top_k", "9", "--top_k", "20"], motab.TokenSKD(9)),
         (["--policy", "adaswitch", "--factor", "3", "--window", "20"], motab.AdaSwitch(3.0, 20)),
         (["--policy", "relay_opd", "--words", "wait", "so"], motab.RelayOPD(words=("wait", "so"))),
         (["--policy", "truncated", "--n", "64"], motab.Truncated(64)),
@@ -45,6 +46,17 @@ def test_an_unknown_policy_in_a_file(tmp_path, name):
     path.write_text(f"policy: {name}")
     with pytest.raises(ValueError, match=r"policy must be one of motab, on_policy, .* got .*(bogus|\['motab'\])"):
         parse(SynthesizeArguments, ["--config", str(path)], "synthesize").make_policy()
+
+
+def test_settings_of_sampling():
+    """By the names of transformers' in each command that writes."""
+    flags = ["--top_k", "20", "--top_p", "0.95", "--min_p", "0.1"]
+    expected = {"top_k": 20, "top_p": 0.95, "min_p": 0.1}
+    for kind in (SynthesizeArguments, EvaluateArguments):
+        given = parse(kind, flags, "synthesize").generation()
+        assert {name: given[name] for name in expected} == expected
+    rollouts = parse(TrainArguments, flags, "train").rollouts(["a"])
+    assert {name: getattr(rollouts, name) for name in expected} == expected
 
 
 def test_a_policy_that_lacks_a_setting():

@@ -21,6 +21,7 @@ from motab_kernels.backend import HAS_LIBRARY
 
 DELIMITER = ".\n\n"
 POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
+SAMPLING = [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.1}]
 SETTINGS = {"max_new_tokens": 40, "batch_size": 3, "block_size": 4, "temperature": 0.0}
 
 
@@ -163,7 +164,7 @@ def test_decisions_by_definition(student, teacher, tokenizer, prompts, epsilon0,
 
 
 @pytest.mark.parametrize("policy", [POLICY, replace(POLICY, stitch=None), motab.OnPolicy()])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_p": 0.7}])
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_batch_and_block_change_nothing(student, teacher, tokenizer, prompts, policy, sampling):
     one = run(student, teacher, tokenizer, prompts, policy, batch_size=1, block_size=1, **sampling)
     for batch_size, block_size in ((3, 4), (7, 16), (16, 64)):
@@ -251,6 +252,16 @@ def test_caller_keeps_gradients(student, teacher, tokenizer, prompts):
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}])
+def test_both_models_sample_as_told(student, teacher, tokenizer, prompts, settings):
+    """Where a single token is left, it is the greedy one."""
+    greedy = run(student, teacher, tokenizer, prompts, POLICY)
+    assert [t.token_ids for t in run(student, teacher, tokenizer, prompts, POLICY, temperature=1.0, **settings)] == [
+        t.token_ids for t in greedy
+    ]
+    assert {author for t in greedy for author in t.author} >= {"student", "teacher"}
+
+
 def test_no_prompts(student, teacher, tokenizer):
     assert run(student, teacher, tokenizer, [], POLICY) == []
 
@@ -264,6 +275,9 @@ def test_no_prompts(student, teacher, tokenizer):
         ({"block_size": 0}, "block_size must be at least 1, got 0"),
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
         ({"temperature": -1.0}, "temperature must be a finite number of at least 1e-30, or 0 for greedy, got -1.0"),
+        ({"top_k": -1}, "top_k must be an integer of at least 1, or None for all tokens, got -1"),
+        ({"top_k": 2.5}, "top_k must be an integer of at least 1, or None for all tokens, got 2.5"),
+        ({"min_p": 1.5}, "min_p must lie in 0 to 1, or be None for all tokens, got 1.5"),
         ({"top_p": 0.0}, r"top_p must lie in \(0, 1\], got 0.0"),
         ({"student": None}, "MotabPolicy needs a student"),
         ({"student": make_model(0, 7)}, "tokenizer has 12 tokens, but LlamaForCausalLM knows only 7"),

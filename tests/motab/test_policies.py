@@ -11,6 +11,7 @@ from motab.row import Row
 DELIMITER = ".\n\n"
 BUDGET = 40
 EOS = 0
+SAMPLING = [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_k": 5, "top_p": 0.7, "min_p": 0.1}]
 POLICIES = {
     "motab, 3 interventions": motab.MotabPolicy(0.3, 0.5, stitch="ab,", max_interventions=3),
     "motab, 2, no stitch": motab.MotabPolicy(0.25, 0.5, stitch=None, max_interventions=2),
@@ -191,7 +192,7 @@ def test_by_definition(student, teacher, tokenizer, prompts, name):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "seed": 7}, {"temperature": 0.8, "top_p": 0.7}])
+@pytest.mark.parametrize("sampling", SAMPLING)
 def test_batch_and_block_change_nothing(student, teacher, tokenizer, prompts, name, sampling):
     one, *others = (
         run(student, teacher, tokenizer, prompts[:7], POLICIES[name], batch_size=b, block_size=k, **sampling)

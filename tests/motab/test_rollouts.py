@@ -17,7 +17,7 @@ POLICIES = {
     "motab": motab.MotabPolicy(0.3, 0.5, stitch="ab,"),
     "token skd": motab.TokenSKD(2),
 }
-SETTINGS = {"max_new_tokens": 12, "batch_size": 3, "block_size": 4, "temperature": 1.0}
+SETTINGS = {"max_new_tokens": 12, "batch_size": 3, "block_size": 4, "temperature": 1.0, "top_k": 9, "min_p": 0.01}
 
 
 class Recording(motab.MotabTrainer):

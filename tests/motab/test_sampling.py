@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from motab.sampling import Sampling, choose, stream_key, uniform
 
 
-def draws(logits, count, temperature=1.0, top_p=1.0):
+def draws(logits, count, *settings):
     keys = torch.full((count,), stream_key(1, 2, 0))
-    return choose(logits.expand(count, -1), uniform(keys, torch.arange(count)), Sampling(temperature, top_p))[0]
+    return choose(logits.expand(count, -1), uniform(keys, torch.arange(count)), Sampling(*settings))[0]
 
 
 def test_uniform_is_uniform_and_keyed():
@@ -35,9 +36,30 @@ def test_distribution(temperature, top_p):
         total += float(probabilities[token])
     expected = torch.zeros(9, dtype=torch.double)
     expected[nucleus] = probabilities[nucleus] / probabilities[nucleus].sum()
-    counts = torch.bincount(draws(logits, 20000, temperature, top_p), minlength=9) / 20000
+    counts = torch.bincount(draws(logits, 20000, temperature, None, top_p), minlength=9) / 20000
     assert (counts - expected).abs().max() < 0.015
     assert counts[expected == 0].sum() == 0
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [None, 0, 1, 5, 20, 99])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, None), (0.9, 0.0), (0.5, 0.02), (1.0, 0.2), (0.95, 1.0)])
+def test_as_transformers(temperature, top_k, top_p, min_p):
+    """Numbers at even distances draw each token as often as it is likely, after transformers' own processors."""
+    count = 4000
+    logits = 2 * torch.randn(12, 40, generator=torch.Generator().manual_seed(5))
+    if top_p == 1:  # of two that are as likely top_p may take either, where it does not need both
+        logits[:, 7] = logits[:, 8:16].amax(-1)
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    scores = MinPLogitsWarper(min_p)(None, scores) if min_p is not None else scores
+    numbers = (torch.arange(count).double() + 0.5) / count
+    for row, expected in zip(logits, scores.double().softmax(-1), strict=True):
+        tokens, _ = choose(row.expand(count, -1), numbers, Sampling(temperature, top_k, top_p, min_p))
+        share = torch.bincount(tokens, minlength=40) / count
+        torch.testing.assert_close(share.double(), expected, rtol=0, atol=1.1 / count)
+        assert share[expected == 0].sum() == 0
 
 
 def test_greedy_takes_the_likeliest():
@@ -49,13 +71,13 @@ def test_a_row_draws_the_same_in_any_batch():
     logits = torch.randn(8, 50)
     keys = torch.tensor([stream_key(9, row, 0) for row in range(8)])
     positions = torch.arange(8)
-    sampling, numbers = Sampling(0.9, 0.8), uniform(keys, positions)
+    sampling, numbers = Sampling(0.9, 30, 0.8, 0.1), uniform(keys, positions)
     whole, _ = choose(logits, numbers, sampling)
     alone = [choose(logits[i : i + 1], numbers[i : i + 1], sampling)[0] for i in range(8)]
     assert torch.equal(whole, torch.cat(alone))
 
 
-@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0), Sampling(0.7, 0.5)])
+@pytest.mark.parametrize("sampling", [Sampling(0), Sampling(1.0), Sampling(0.7, 2, 0.5, 0.1)])
 def test_what_cannot_be_drawn_from(sampling):
     nan, inf = float("nan"), float("inf")
     rows = [[1.0, 2.0, -inf], [nan, 1.0, 2.0], [1.0, 2.0, nan], [-inf, -inf, -inf], [1.0, inf, 0.0], [-9e9, 3.0, -2e9]]

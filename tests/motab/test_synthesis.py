@@ -169,6 +169,20 @@ def test_prompts_behind_the_others(tmp_path, student, teacher, tokenizer, prompt
     assert path.with_name("grown.settings.json").read_text() == settings
 
 
+def test_either_top_k_is_one_setting_of_a_file(tmp_path, student, teacher, tokenizer, prompts):
+    """That of TokenSKD and that of sampling."""
+
+    def write(policy, **settings):
+        settings = {**SETTINGS, **settings}
+        list(motab.synthesize_to_file(tmp_path / "t", student, teacher, tokenizer, prompts, policy=policy, **settings))
+
+    write(motab.TokenSKD(2), top_k=5)
+    with pytest.raises(ValueError, match=r"begun with other settings .top_k: 2 there, 3 now"):
+        write(motab.TokenSKD(3), top_k=5)
+    with pytest.raises(ValueError, match=r"begun with other settings .top_k of sampling: 5 there, 4 now"):
+        write(motab.TokenSKD(2), top_k=4)
+
+
 def test_a_line_ends_at_a_newline_alone(tmp_path):
     path = tmp_path / "t.jsonl"
     text = "\u2028 \x85 \r\n"  # at all of which str.splitlines splits, and JSON leaves the first two as they are
