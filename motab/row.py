@@ -200,6 +200,8 @@ class Row:
         for step in self.steps[self.turn_step :]:
             step.start, step.end = step.start + shift, step.end + shift
         self._close_turn("student" if self.author == STUDENT else "teacher")
+        if any(author == "flawed" for author, _ in self.target):
+            self._open_once(tokenizer)
         records = [record for _, record in self.target]
         token_ids = [token for token, _ in records]
         return Trajectory(
@@ -214,6 +216,24 @@ class Row:
             finish_reason="eos" if self.ended else "length",
             statistics={name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)},
         )
+
+    def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Where the flawed part opens a tag, as <think>, and who writes on from before it opens that again, the target
+        holds the first: the flawed part is thinking then, and what follows goes on with it."""
+        added = tokenizer.get_added_vocab()
+        partner = {token: added.get("</" + text[1:]) for text, token in added.items() if text.startswith("<")}
+        closing = {token: closes for token, closes in partner.items() if closes is not None}
+        opened: set[int] = set()  # by flawed tokens, which close none
+        stays = []
+        for author, (token, _) in self.target:
+            stays.append(token not in opened)
+            if author == "flawed" and token in closing:
+                opened.add(token)
+            opened -= {opening for opening in opened if closing[opening] == token}
+        behind = [*accumulate(stays, initial=0)]
+        for step in self.steps:
+            step.start, step.end = behind[step.start], behind[step.end]
+        self.target = [entry for entry, it_stays in zip(self.target, stays, strict=True) if it_stays]
 
     def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str) -> list[Record]:
         """The stitch, set apart from the target by one blank line."""

@@ -13,9 +13,7 @@ from transformers import MambaConfig, MambaForCausalLM
 
 import motab
 from motab.engine import Engine
-from motab.row import Row
 from motab.steps import token_bytes
-from motab.trajectory import STATISTICS
 from motab_kernels import model_attention
 from motab_kernels.backend import HAS_LIBRARY
 
@@ -315,32 +313,6 @@ def test_a_recurrent_model_is_refused(teacher, tokenizer, prompts):
 def test_bad_policy(settings, message):
     with pytest.raises(ValueError, match=message):
         motab.MotabPolicy(**settings)
-
-
-@pytest.mark.parametrize(("end", "blank"), [("ab", "\n\n"), (".\n", "\n"), (".\n\n", ""), ("", "")])
-def test_one_blank_line_before_the_phrase(tokenizer, end, blank):
-    row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (token, [])) for token in tokenizer.encode(end)])
-    phrase = row._phrase(tokenizer, "ab,")
-    assert tokenizer.decode([token for token, _ in phrase]) == f"{blank}ab,\n\n"
-
-
-def test_the_flawed_part_closes_no_tag(tokenizer):
-    """The teacher closes it again; what is left of the steps is where the target says."""
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    opening, closing = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    row = Row(0, [1], 0, POLICY.rules, 30, [0])
-    written = [opening, 7, 4, 8, closing, 4, 9, 4, 10, 0]  # 4 ends a step
-    ends = [i + 1 for i, token in enumerate(written) if token in (0, 4)]
-    block = [[token, i + 1 in ends, i == 9, 0.5, 0.4, *[0.0] * len(STATISTICS)] for i, token in enumerate(written)]
-    assert row.judge(block)
-    row.take_over(3, tokenizer)
-    row.write(closing, [None] * len(STATISTICS))
-    t = row.trajectory(tokenizer)
-    assert t.token_ids[:8] == [opening, 7, 4, 8, 4, 9, 4, 10]
-    assert t.token_ids[-1] == closing
-    assert t.author == ["student"] * 3 + ["flawed"] * 5 + ["stitch"] * (len(t.token_ids) - 9) + ["teacher"]
-    assert [(s.start, s.end) for s in t.steps] == [(0, 3), (3, 5), (5, 7), (7, 8)]
 
 
 @pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
