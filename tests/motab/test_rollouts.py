@@ -193,7 +193,10 @@ def test_all_prompts_are_looked_at_before_training(tmp_path, student, teacher, t
 
 
 def test_a_truncated_rollout_needs_room_for_what_it_writes(tmp_path, student, teacher, tokenizer):
-    train(tmp_path, student, teacher, tokenizer, [[1] * 250, [2]], motab.Truncated(6), max_steps=1)
+    trainer = train(tmp_path, student, teacher, tokenizer, [[1] * 250, [2]], motab.Truncated(6), max_steps=1)
+    (_, written, _, _) = trainer.steps[0]
+    assert all(0 < len(trajectory.token_ids) <= 6 for trajectory in written)
+    assert 250 in [len(trajectory.prompt_ids) for trajectory in written]
 
 
 def test_a_policy_without_its_teacher(tmp_path, student, tokenizer, prompts):
