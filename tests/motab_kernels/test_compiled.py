@@ -85,9 +85,9 @@ def test_boundary_decisions_are_the_reference_s(name, seed):
         chosen = mk.EntropyBoundary(on_device(chosen.epsilon0), on_device(chosen.theta), chosen.entropy_top_k)
     state_gpu = chosen.new_state(4, DEVICE)
     out = boundary(*inputs, boundary=chosen, state=state_gpu, step_ends=step_ends)
-    # A score that lies on its threshold to rounding may fall on either side of it.
+    # A score that lies on its threshold to rounding may fall on either side of it; a rank is a count, not rounded.
     close = torch.isclose(reference.score, reference.threshold, rtol=1e-4, atol=1e-6) & (tokens != -1)
-    clear = ~close.any(1)
+    clear = ~close.any(1) | (name == "teacher_rank")
     assert clear.any()
     assert torch.equal(out.stray[clear], reference.stray[clear])
     assert torch.equal(state_gpu.counters.cpu()[clear], state.counters[clear])
