@@ -33,6 +33,7 @@ class Settings(NamedTuple):
 
 
 DEFAULT = Settings()
+NVIDIA = isinstance(terms_kernel, triton.JITFunction) and torch.version.hip is None  # and not the interpreter
 HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
 
 
@@ -136,8 +137,10 @@ def divergence_terms(
             saved_ptr=saved,
             terms_ptr=terms,
             lam=lam,
+            rest=1 - lam,
             KIND=kind,
             EVEN=lam == 0.5,
+            FAST=NVIDIA,
             HAS_KEEP=keep is not None,
         )
     return terms
@@ -167,6 +170,8 @@ def divergence_gradient(
             out_stride_b=out.stride(0),
             out_stride_t=out.stride(1),
             lam=lam,
+            rest=1 - lam,
             KIND=kind,
             EVEN=lam == 0.5,
+            FAST=NVIDIA,
         )

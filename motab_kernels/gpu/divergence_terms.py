@@ -3,27 +3,36 @@
 B rows, T tokens, V shared vocabulary, S splits of it. With gap = log2(p / q), w the larger of p and q and
 e = 2^-|gap|, the two are w and w e, and m = lam p + (1 - lam) q is w u with u = 1 - share (1 - e), where `share` is
 the smaller one's in the mixture. So log2(p / m) and log2(q / m) are exact to rounding also where p and q nearly
-agree, nothing overflows, and two or three special functions do for both. The formulas are in `reference/divergence`.
+agree, nothing overflows, and two to four special functions do for both. The formulas are in `reference/divergence`.
 """
 
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.online_softmax import LN_2, LOG2_E, inverse_temperature, scaled, tile_columns, tile_sum
+from motab_kernels.gpu.online_softmax import (
+    LN_2,
+    LOG2_E,
+    LOWEST,
+    inverse_temperature,
+    log2,
+    scaled,
+    tile_columns,
+    tile_sum,
+)
 
 
 @triton.jit
 def _row(saved_ptr, c):
-    """A row's m_t - log2(1 / z_t), the same of the student, and what is taken off c (t - s) to make the gap."""
+    """A row's maxima and 1 / z, of the teacher and the student, and what is taken off c (t - s) to make the gap."""
     m_t, m_s = scaled(tl.load(saved_ptr), c), scaled(tl.load(saved_ptr + 1), c)
-    reciprocal_t, reciprocal_s = tl.load(saved_ptr + 2), tl.load(saved_ptr + 3)
-    return m_t, m_s, reciprocal_t, reciprocal_s, (m_t - m_s) + tl.load(saved_ptr + 4) * LOG2_E
+    offset = (m_t - m_s) + tl.load(saved_ptr + 4) * LOG2_E
+    return m_t, m_s, tl.load(saved_ptr + 2), tl.load(saved_ptr + 3), offset
 
 
 @triton.jit
 def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
-    """w, e, gap and whether p is the larger; w is 0 where neither has probability, and the gap finite."""
-    gap = c * tl.where(t == s, 0.0, t - s) - offset
+    """w, e, gap and whether p is the larger; w is 0 where neither has probability, and the gap no NaN."""
+    gap = c * (t - tl.maximum(s, LOWEST)) - offset  # of a NaN logit the offset is NaN, and every gap of the row
     p_leads = gap > 0
     x = tl.where(p_leads, tl.fma(t, c, -m_t), tl.fma(s, c, -m_s))
     w = tl.exp2(x) * tl.where(p_leads, reciprocal_t, reciprocal_s)
@@ -31,86 +40,76 @@ def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
 
 
 @triton.jit
-def _minus_log2(x, EVEN: tl.constexpr):
-    """-log2(1 - x) for 0 <= x < 1, also near 0 within 2e-7 of itself where multiply-adds are fused.
+def _minus_log2(x, u, FAST: tl.constexpr):
+    """-log2(u) of u = 1 - x, for 0 <= x < 1: near 0 within 2e-7 of itself, elsewhere within 3e-6.
 
-    For y <= 1/2 it is y times a polynomial, minimax in relative error (Remez, 2e-8 before rounding), 9 instructions.
-    Beyond, 1 - x is 2^-n (1 - y) by the exponent of the float below it, so that 1 itself has n = 0 and y = x: 8 more.
-    tl.log2 takes 35.
+    Near 0 it is x times a polynomial, minimax in relative error (Remez, 3e-8 before rounding); there log2(u) has lost
+    what u lost.
     """
-    y = x
-    if not EVEN:
-        exponent = ((1 - x).to(tl.int32, bitcast=True) - 1) & 0x7F800000
-        scale = (0x7E800000 - exponent).to(tl.float32, bitcast=True)
-        y = tl.fma(x, scale, 1 - scale)
-    r = y * 2.0790793895721436 - 2.4466395404266357
-    r = r * y + 1.8144340515136719
-    r = r * y - 0.2936446964740753
-    r = r * y + 0.3889690041542053
-    r = r * y + 0.35029366612434387
-    r = r * y + 0.48142823576927185
-    r = r * y + 0.7213371992111206
-    r = r * y + 1.4426950216293335
-    r *= y
-    if not EVEN:
-        r += 126 - exponent.to(tl.float32) * (1 / 8388608)  # n
-    return r
+    r = x * 0.39955374598503113 + 0.4793422818183899
+    r = r * x + 0.7213671803474426
+    r = r * x + 1.4426950216293335
+    return tl.where(x < 0.0625, r * x, -log2(u, FAST))
 
 
 @triton.jit
-def _mixture(e, gap, p_leads, lam, EVEN: tl.constexpr):
-    """(p - q) / w, u = m / w, log2(1 / u), log2(p / m) and log2(q / m)."""
-    apart = 1 - e
-    share = lam
+def _mixture(e, gap, p_leads, lam, rest, EVEN: tl.constexpr, FAST: tl.constexpr):
+    """u = m / w, and minus the logarithms of m over the larger of p and q, and of m over the smaller."""
+    lead, share = 0.5, 0.5
     if not EVEN:
-        share = tl.where(p_leads, 1 - lam, lam)
-    x = share * apart
-    log_w_m = _minus_log2(x, EVEN)
+        lead, share = tl.where(p_leads, lam, rest), tl.where(p_leads, rest, lam)
+    u = tl.fma(e, share, lead)
+    above = _minus_log2(tl.fma(e, -share, share), u, FAST)
     # A probability that far below the other is nothing, and 0 * inf would be NaN.
-    down = log_w_m - tl.minimum(tl.abs(gap), 200.0)
-    log_p_m, log_q_m = tl.where(p_leads, log_w_m, down), tl.where(p_leads, down, log_w_m)
-    return tl.where(p_leads, apart, -apart), 1 - x, log_w_m, log_p_m, log_q_m
+    return u, above, above - tl.minimum(tl.abs(gap), 200.0)
 
 
 @triton.jit
-def _slope(e, gap, p_leads, lam, KIND: tl.constexpr, EVEN: tl.constexpr):
+def _slope(e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr):
     """g, up to a constant: with p / m - 1 = (1 - lam) (p - q) / m and q / m - 1 = -lam (p - q) / m, for those keep what
     p / m and q / m would lose."""
     if KIND == "tvd":
         return tl.where(p_leads, -0.5, tl.where(gap < 0, 0.5, gap))  # 0 at a tie, and NaN stays
-    signed, u, log_w_m, _, log_q_m = _mixture(e, gap, p_leads, lam, EVEN)
+    u, above, below = _mixture(e, gap, p_leads, lam, rest, EVEN, FAST)
+    log_q_m = tl.where(p_leads, below, above)
+    signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
     if KIND == "jsd":
-        return (1 - lam) * LN_2 * log_q_m
+        return rest * LN_2 * log_q_m
     if KIND == "skew_forward_kl":
-        return (1 - lam) * (lam - 1) * (signed / u)  # which needs no logarithm
-    return LN_2 * log_q_m + (1 - lam) * lam * (signed * tl.exp2(log_w_m))
+        return -(rest * rest) * (signed / u)  # which needs no logarithm
+    return LN_2 * log_q_m + rest * lam * (signed * tl.exp2(above))
 
 
 @triton.jit
-def _terms(w, e, gap, p_leads, lam, KIND: tl.constexpr, EVEN: tl.constexpr):
+def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr):
     """What each column adds to the divergence, and to sum q g, in units of `_units`."""
-    p, q = tl.where(p_leads, 1.0, e), tl.where(p_leads, e, 1.0)  # over w
+    q = tl.where(p_leads, e, 1.0)  # over w
     if KIND == "tvd":
-        return w * (1 - e), w * (q * _slope(e, gap, p_leads, lam, KIND, EVEN))
-    signed, _, log_w_m, log_p_m, log_q_m = _mixture(e, gap, p_leads, lam, EVEN)
-    q_log = q * log_q_m
+        return w * (1 - e), w * (q * _slope(e, gap, p_leads, lam, rest, KIND, EVEN, FAST))
+    _, above, below = _mixture(e, gap, p_leads, lam, rest, EVEN, FAST)
+    below *= e  # times its probability, over w; `above` has that of w
+    q_log = tl.where(p_leads, below, above)
     if KIND == "jsd":
-        return w * (lam * (p * log_p_m) + (1 - lam) * q_log), w * q_log
-    pull = q * (signed * tl.exp2(log_w_m))  # an exponential takes fewer instructions than a division by u
+        if EVEN:
+            return w * (above + below), w * q_log
+        lead, share = tl.where(p_leads, lam, rest), tl.where(p_leads, rest, lam)
+        return w * (lead * above + share * below), w * q_log
+    signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
+    pull = q * (signed * tl.exp2(above))  # an exponential takes fewer instructions than a division by u
     if KIND == "skew_forward_kl":
-        return w * (p * log_p_m - (1 - lam) * LOG2_E * signed), w * pull
-    return w * (q_log + lam * LOG2_E * signed), w * (q_log + (1 - lam) * lam * LOG2_E * pull)
+        return w * (tl.where(p_leads, above, below) - rest * LOG2_E * signed), w * pull
+    return w * (q_log + lam * LOG2_E * signed), w * (q_log + rest * lam * LOG2_E * pull)
 
 
 @triton.jit
-def _units(lam, KIND: tl.constexpr):
+def _units(lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr):
     """What the sums of `_terms` are multiplied by, once."""
     if KIND == "tvd":
         return 0.5, 1.0
     if KIND == "jsd":
-        return LN_2, (1 - lam) * LN_2
+        return 0.5 * LN_2 if EVEN else LN_2, rest * LN_2
     if KIND == "skew_forward_kl":
-        return LN_2, (1 - lam) * (lam - 1)
+        return LN_2, -(rest * rest)
     return LN_2, LN_2
 
 
@@ -130,8 +129,10 @@ def terms_kernel(
     T,
     V,
     lam,
+    rest,  # 1 - lam, for of 1 - 1e-9 it would be 0 here
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
+    FAST: tl.constexpr,  # see `log2`
     HAS_KEEP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -163,7 +164,7 @@ def terms_kernel(
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
-        term, weighted = _terms(w, e, gap, p_leads, lam, KIND, EVEN)
+        term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
     if whole < end:  # the tail; what is not there has no probability
@@ -171,29 +172,43 @@ def terms_kernel(
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
-        term, weighted = _terms(w, e, gap, p_leads, lam, KIND, EVEN)
+        term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
-    unit, weighted_unit = _units(lam, KIND)
+    unit, weighted_unit = _units(lam, rest, KIND, EVEN)
     tl.store(terms_ptr, tl.sum(divergence, axis=0) * unit)
     tl.store(terms_ptr + S, tl.sum(centre, axis=0) * weighted_unit)
 
 
 @triton.jit
 def _gradient(
-    t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND: tl.constexpr, EVEN: tl.constexpr
+    t,
+    s,
+    c,
+    factor,
+    centre,
+    lam,
+    rest,
+    m_t,
+    m_s,
+    reciprocal_t,
+    reciprocal_s,
+    offset,
+    KIND: tl.constexpr,
+    EVEN: tl.constexpr,
+    FAST: tl.constexpr,
 ):
     w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
-    q = tl.where(p_leads, w * e, w)
     if KIND == "forward_kl":
-        rest = w * (1 - e)
-        result = tl.where(p_leads, -rest, rest)
-    elif KIND == "reverse_kl":
+        apart = w * (1 - e)
+        # What the student excludes has no gradient, though the teacher may want it.
+        return tl.where(s == -float("inf"), 0.0, tl.where(p_leads, -apart, apart) * factor)
+    q = tl.where(p_leads, w * e, w)
+    if KIND == "reverse_kl":
         # Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
-        result = tl.where(q == 0, 0.0, q * tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre))
-    else:
-        result = q * (_slope(e, gap, p_leads, lam, KIND, EVEN) - centre)
-    return tl.where(s == -float("inf"), 0.0, result * factor)
+        pull = tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre)
+        return tl.where(q == 0, 0.0, q * pull) * factor
+    return q * (_slope(e, gap, p_leads, lam, rest, KIND, EVEN, FAST) - centre) * factor
 
 
 @triton.jit
@@ -214,8 +229,10 @@ def gradient_kernel(
     T,
     V,
     lam,
+    rest,  # 1 - lam, for of 1 - 1e-9 it would be 0 here
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
+    FAST: tl.constexpr,  # see `log2`
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -251,11 +268,15 @@ def gradient_kernel(
     for start in range(first, whole, TILE):
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)
-        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN)
+        result = _gradient(
+            t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
+        )
         tl.store(out_ptr + start + columns, result.to(out_ptr.dtype.element_ty))
     if whole < end:
         inside = whole + columns < end
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        result = _gradient(t, s, c, factor, centre, lam, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN)
+        result = _gradient(
+            t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
+        )
         tl.store(out_ptr + whole + columns, result.to(out_ptr.dtype.element_ty), mask=inside)

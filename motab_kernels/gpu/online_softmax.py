@@ -50,3 +50,11 @@ def tile_max(x):
 def scaled(top, c):
     """A maximum in units of log2, finite: -inf less itself would be NaN."""
     return tl.maximum(top * c, LOWEST)
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    """FAST: by NVIDIA's own instruction, within 2^-22 on [1/2, 2]; tl.log2 takes 35."""
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    return tl.log2(x)

@@ -51,22 +51,30 @@ def test_passes_over_the_vocabulary(reports, dtype, loads, target):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize(
-    ("kernel", "most"),
+    ("kernel", "most", "special"),
     [
-        ("partial", 28),
-        ("sums forward_kl", 18),
-        ("sums reverse_kl", 18),
-        ("sums normalisers", 14),
-        ("gradient forward_kl", 31),
-        ("gradient reverse_kl", 33),
-        ("terms jsd", 38),
-        ("gradient jsd", 47),
+        ("partial", 28, 2.6),
+        ("sums forward_kl", 18, 2.6),
+        ("sums reverse_kl", 18, 2.6),
+        ("sums normalisers", 14, 2.6),
+        ("gradient forward_kl", 26, 2),
+        ("gradient reverse_kl", 27, 2),
+        ("gradient tvd", 26, 2),
+        ("terms tvd", 22, 2),
+        ("terms jsd", 36, 3),
+        ("gradient jsd", 39, 3),
+        ("terms jsd leaning", 40, 3),
+        ("gradient jsd leaning", 43, 3),
+        ("terms skew_forward_kl", 47, 4),
+        ("gradient skew_forward_kl", 40, 3),
+        ("terms skew_reverse_kl", 44, 4),
+        ("gradient skew_reverse_kl", 48, 4),
     ],
 )
-def test_memory_sets_the_pace(reports, kernel, most, dtype, target):
+def test_instructions_of_a_pair(reports, kernel, most, special, dtype, target):
     report = reports[kernel, dtype, target]
     assert most / 3 < report["instructions"] <= most
-    assert 2 <= report["special"] <= 2.6
+    assert 2 <= report["special"] <= special
 
 
 @pytest.mark.parametrize("target", TARGETS)
