@@ -1,6 +1,8 @@
 """Distil reasoning with a safety boundary: monitored generation with rollback. See `synthesize`."""
 
+from motab.dataset import TrajectoryDataset, collate
 from motab.engine import synthesize
+from motab.export import export_dataset
 from motab.policies import (
     AdaSwitch,
     MotabPolicy,
@@ -31,7 +33,10 @@ __all__ = [
     "TeacherOnly",
     "TokenSKD",
     "Trajectory",
+    "TrajectoryDataset",
     "Truncated",
+    "collate",
+    "export_dataset",
     "read_trajectories",
     "synthesize",
     "synthesize_to_file",

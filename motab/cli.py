@@ -1,11 +1,11 @@
-"""The command line: motab synthesize | train | evaluate | verify | report | show | demo."""
+"""The command line: motab synthesize | train | evaluate | export | verify | report | show | demo."""
 
 from __future__ import annotations
 
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
@@ -15,7 +15,7 @@ from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.parsing import parse, require
-from motab.trajectory import Trajectory
+from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
 
 _MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
@@ -24,15 +24,40 @@ _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green
 
 @dataclass
 class FileArguments:
-    """motab verify | report | show: look at the trajectories of a synthesis."""
+    """motab verify | report: look at the trajectories of a synthesis."""
 
     output_dir: str = "runs/synthesize"
-    index: int = 0
 
     @property
     def file(self) -> Path:
-        """The trajectories."""
-        return Path(self.output_dir) / "trajectories.jsonl"
+        """The trajectories.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        path = Path(self.output_dir) / "trajectories.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
+        return path
+
+
+@dataclass
+class ShowArguments(FileArguments):
+    """motab show: print one trajectory of a synthesis."""
+
+    index: int = 0
+
+
+@dataclass
+class ExportArguments(FileArguments):
+    """motab export: the trajectories of a synthesis as token ids and labels, as TRL's SFTTrainer and axolotl read
+    them."""
+
+    output_file: str = field(default="", metadata={"help": "Ends in .parquet or .jsonl."})
+    ignore_authors: list[str] = field(
+        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
+    )
+    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
 
 
 def synthesize(arguments: list[str], console: Console) -> None:
@@ -171,9 +196,30 @@ def _state(console: Console) -> PartialState:
     return state
 
 
+def export(arguments: list[str], console: Console) -> None:
+    """Write trajectories for another trainer."""
+    from motab.dataset import TrajectoryDataset
+    from motab.export import check_output_file, export_dataset
+
+    args: ExportArguments = parse(ExportArguments, arguments, "export")
+    require(output_file=args.output_file)
+    check_output_file(args.output_file)
+    if Path(args.output_file).resolve() == args.file.resolve():
+        raise ValueError(f"--output_file must be another than the trajectories' own, got {args.output_file!r}")
+    _warn_of_unfinished("export", args.file)
+    dataset = TrajectoryDataset(args.file, args.ignore_authors, args.max_length)
+    if not len(dataset):
+        raise ValueError(f"{args.file} holds no trajectory yet")
+    rows, longest = export_dataset(dataset, args.output_file), max(map(len, dataset.ids))
+    console.print(
+        f"{args.output_file}: {rows} trajectories of at most {longest} tokens, the max_length that a trainer needs"
+    )
+
+
 def verify(arguments: list[str], console: Console) -> None:
     """Check that a file of trajectories is whole and consistent."""
-    args, trajectories = _trajectories(arguments, "verify")
+    args: FileArguments = parse(FileArguments, arguments, "verify")
+    trajectories = _trajectories(args.file)
     missing = unfinished(args.file)
     before = -1
     for place, t in enumerate(trajectories):
@@ -197,7 +243,8 @@ def report(arguments: list[str], console: Console) -> None:
     from motab.models import load_tokenizer
     from motab.report import write_report
 
-    args, trajectories = _trajectories(arguments, "report")
+    args: FileArguments = parse(FileArguments, arguments, "report")
+    trajectories = _trajectories(args.file)
     _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
@@ -209,7 +256,8 @@ def show(arguments: list[str], console: Console) -> None:
     from motab.models import load_tokenizer
     from motab.report import segments
 
-    args, trajectories = _trajectories(arguments, "show")
+    args: ShowArguments = parse(ShowArguments, arguments, "show")
+    trajectories = _trajectories(args.file)
     if not 0 <= args.index < len(trajectories):
         raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
     trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
@@ -229,15 +277,11 @@ def _digits(number: float) -> str:
     return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
 
 
-def _trajectories(arguments: list[str], command: str) -> tuple[FileArguments, list[Trajectory]]:
-    args: FileArguments = parse(FileArguments, arguments, command)
-    path = args.file
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; motab synthesize --output_dir {args.output_dir} makes it")
+def _trajectories(path: Path) -> list[Trajectory]:
     trajectories = read_trajectories(path)
     if not trajectories:
         raise ValueError(f"{path} holds no trajectory yet")
-    return args, trajectories
+    return trajectories
 
 
 def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
@@ -254,7 +298,7 @@ def demo(arguments: list[str], console: Console) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
-    command.__name__: command for command in (synthesize, train, evaluate, verify, report, show, demo)
+    command.__name__: command for command in (synthesize, train, evaluate, export, verify, report, show, demo)
 }
 
 

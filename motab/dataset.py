@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from motab.processes import process_state
-from motab.trajectory import Trajectory
+from motab.trajectory import Trajectory, ignored_authors
 from motab.trajectory_file import trajectories_in
 
 IGNORED = -100
@@ -25,24 +25,24 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
 
     Args:
         trajectories: the trajectories, or the file that `synthesize_to_file` wrote; a last line cut short is left out.
-        ignore_authors: whose tokens are not trained on.
+        ignore_authors: whose tokens are not trained on ("student", "flawed", "stitch", "teacher").
         max_length: leave out, with one warning, the trajectories of more tokens, prompt and target together.
 
     Attributes:
         end_tokens: those that trajectories end with; none of one that ran out of budget.
 
     Raises:
-        ValueError: a line that is no trajectory; a trajectory whose tokens and authors differ in number; none that is
-            short enough.
+        ValueError: an author that there is not, or all of them; a line that is no trajectory; a trajectory whose
+            tokens and authors differ in number; none that is short enough.
     """
 
     def __init__(
         self,
         trajectories: Iterable[Trajectory] | str | Path,
-        ignore_authors: Sequence[str] = (),
+        ignore_authors: str | Sequence[str] = (),
         max_length: int | None = None,
     ):
-        ignored, longer = frozenset(ignore_authors), 0
+        ignored, longer = frozenset(ignored_authors(ignore_authors)), 0
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, of the target alone
@@ -69,10 +69,14 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
+        return {"input_ids": self.ids[index].tolist(), "labels": self.labels(index).tolist()}
+
+    def labels(self, index: int) -> np.ndarray:
+        """Those of one example, int32."""
         ids, trained = self.ids[index], self.trained[index]
-        target = ids[len(ids) - len(trained) :]
-        labels = [IGNORED] * (len(ids) - len(trained)) + np.where(trained, target, IGNORED).tolist()
-        return {"input_ids": ids.tolist(), "labels": labels}
+        labels = np.full_like(ids, IGNORED)
+        np.copyto(labels[len(ids) - len(trained) :], ids[len(ids) - len(trained) :], where=trained)
+        return labels
 
 
 def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:

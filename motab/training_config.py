@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
-from motab.trajectory import AUTHORS
+from motab.trajectory import AUTHORS, ignored_authors
 
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
@@ -82,12 +82,7 @@ class MotabConfig(TrainingArguments):
                 f"temperature must be finite and above 0, got {self.temperature}: it divides the logits of a "
                 "divergence, and that of what is written as it trains is another setting"
             )
-        if isinstance(self.ignore_authors, str):
-            self.ignore_authors = [self.ignore_authors]
-        if unknown := sorted(set(self.ignore_authors) - set(AUTHORS)):
-            raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
-        if set(self.ignore_authors) >= set(AUTHORS):
-            raise ValueError("ignore_authors names every author: no token would be left to train on")
+        self.ignore_authors = ignored_authors(self.ignore_authors)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(
                 f"max_length must be at least 1, or None for trajectories of any length, got {self.max_length}"

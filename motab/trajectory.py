@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
@@ -94,6 +95,20 @@ class Trajectory:
             raise ValueError(f"index {found.index!r}")
         found.steps = [_filled(Step, step) for step in found.steps]
         return found
+
+
+def ignored_authors(authors: str | Sequence[str]) -> list[str]:
+    """Whose tokens are to be left out of a loss, as a list, or of one its name.
+
+    Raises:
+        ValueError: no such author, or all of them.
+    """
+    ignored = [authors] if isinstance(authors, str) else list(authors)
+    if unknown := sorted(set(ignored) - set(AUTHORS)):
+        raise ValueError(f"ignore_authors must be among {', '.join(AUTHORS)}, got {', '.join(unknown)}")
+    if set(ignored) >= set(AUTHORS):
+        raise ValueError("ignore_authors names every author: no token would be left to train on")
+    return ignored
 
 
 def _filled(kind: type[T], record: Any) -> T:
