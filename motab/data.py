@@ -11,8 +11,16 @@ from urllib.parse import parse_qsl, urlsplit
 
 from motab.parsing import load_yaml
 
-QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages")
+QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "output", "solution")
+#: Who speaks in a conversation of ShareGPT's kind; OpenThoughts-114k names them as messages do.
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
 _WAY_OUT = "rewrite it, or give another question_column"
 _MOST_SHOWN = 200  # characters of what is refused
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -49,7 +57,8 @@ def load_problems(
             `ANSWER_COLUMNS`, if there is one.
 
     Returns:
-        The problems in order. A question is a text or a list of messages; an assistant's messages at the end of a
+        The problems in order. A question is a text or a list of messages, as ``{"role": "user", "content": "a text"}``
+        or, as ShareGPT has them, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end of a
         conversation are not part of the prompt.
 
     Raises:
@@ -155,12 +164,25 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
         raise ValueError(
             f"{where} must have a text or a list of messages as its question, got {_shown(question)}; {_WAY_OUT}"
         )
-    end = len(question)
-    while end and isinstance(question[end - 1], Mapping) and question[end - 1].get("role") == "assistant":
-        end -= 1
-    if not end:
+    messages = [_renamed(message, where) for message in question]
+    while messages and isinstance(messages[-1], Mapping) and messages[-1].get("role") == "assistant":
+        messages.pop()
+    if not messages:
         raise ValueError(f"{where} has no message but the assistant's: a prompt must end with the user's")
-    return [_message(message, where) for message in question[:end]]
+    return [_message(message, where) for message in messages]
+
+
+def _renamed(message: Any, where: str) -> Any:
+    """A message of ShareGPT's kind as others are; what is none of these as it is."""
+    if not isinstance(message, Mapping) or "role" in message or "from" not in message:
+        return message
+    role = _SHAREGPT_ROLES.get(message["from"]) if isinstance(message["from"], str) else None
+    if role is None:
+        raise ValueError(
+            f"{where} must have messages from {', '.join(_SHAREGPT_ROLES)}, got one from {_shown(message['from'])}; "
+            f"{_WAY_OUT}"
+        )
+    return {"role": role, "content": message.get("value")}
 
 
 def _message(message: Any, where: str) -> dict[str, str]:

@@ -54,6 +54,17 @@ def test_columns(jsonl, row, prompt, answer):
     assert problem.messages() == [{"role": "user", "content": "1+1?"}]
 
 
+@pytest.mark.parametrize("column", ["conversations", "question", "dialogue"])
+@pytest.mark.parametrize(("user", "assistant"), [("human", "gpt"), ("user", "assistant")])
+def test_conversations_as_sharegpt_has_them(jsonl, column, user, assistant):
+    """And the columns that datasets of this kind have besides, as OpenThoughts-114k and OpenThoughts3 do."""
+    said = [("system", "Add."), (user, "1+1?"), (assistant, "2"), (user, "1+2?"), (assistant, "3"), (assistant, "!")]
+    row = {"system": "Add.", "source": "s", column: [{"from": who, "value": text} for who, text in said]}
+    (problem,) = load_problems(jsonl(row), question_column="dialogue" if column == "dialogue" else None)
+    roles = ["system", "user", "assistant", "user"]
+    assert problem.prompt == [{"role": role, "content": text} for role, (_, text) in zip(roles, said[:4], strict=True)]
+
+
 def test_columns_of_other_names(jsonl):
     path = jsonl({"question": "no", "ask": "1+1?", "answer": "no", "gold": 2})
     load = lambda **columns: [(p.prompt, p.answer) for p in load_problems(path, **columns)]  # noqa: E731
@@ -125,7 +136,12 @@ def test_bad_files(jsonl, rows, name, message):
         (["a" * 999], 'must have messages as .*, got "a{199}[.]{3}; rewrite it'),
         ({"text": "a"}, 'must have a text or a list of messages as its question, got {"text": "a"}'),
         (["a", "b"], 'must have messages as {"role": "user", "content": "a text"}, got "a"'),
-        ([{"from": "human", "value": "a"}], 'must have messages as .*, got {"from": "human", "value": "a"}'),
+        ([{"from": "human", "content": "a"}], 'must have messages as .*, got {"role": "user", "content": null}'),
+        (
+            [{"from": "human", "value": "a"}, {"from": "observation", "value": "b"}, {"from": "gpt", "value": "c"}],
+            'must have messages from human, user, gpt, assistant, system, got one from "observation"; rewrite it',
+        ),
+        ([{"from": None, "value": "a"}], "must have messages from .*, got one from null"),
         ([{"role": "user", "content": None}], 'must have messages as .*, got {"role": "user", "content": null}'),
         (
             [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image", "text": "b"}]}],
