@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.judgement import agrees
 from motab.parsing import parse, require
 from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
@@ -223,12 +224,16 @@ def verify(arguments: list[str], console: Console) -> None:
     missing = unfinished(args.file)
     before = -1
     for place, t in enumerate(trajectories):
+        breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
+        wrong = [
+            at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
+        ]
         # Of several processes that were interrupted, the file holds those of the main one.
         problems = [
             (t.index <= before if missing else t.index != place, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
-            (any(s.accepted and not s.value >= s.threshold for s in t.steps), "accepts a step below its boundary"),
-            ((t.breach_step is None) != all(s.accepted for s in t.steps), "and its steps disagree on a breach"),
+            (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
+            (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
         ]
         if found := [text for bad, text in problems if bad]:
             raise ValueError(f"trajectory {place} {' and '.join(found)}")

@@ -215,6 +215,8 @@ class Row:
             rollback_step=self.rollback_step,
             finish_reason="eos" if self.ended else "length",
             statistics={name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)},
+            score=None if self.rules is None else self.rules.boundary.rule.score,
+            by_token=self.rules is not None and self.rules.delimiter is None,
         )
 
     def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, Literal, TypeVar, get_args
 
+from motab.judgement import SCORES
+
 T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]
 AUTHORS: tuple[Author, ...] = get_args(Author)
@@ -28,8 +30,9 @@ class Step:
     Attributes:
         start, end: the step is ``token_ids[start:end]`` of its trajectory. Of a step that the target leaves
             out (stitch None) both tell where the target goes on, and `discarded_ids` holds its tokens.
-        value: V, the geometric mean teacher probability of its tokens; or what else the policy's boundary looks at.
-        threshold: the boundary it was held to.
+        value: V, the geometric mean teacher probability of its tokens; or what else the policy's boundary looks at, see
+            `Trajectory.score`.
+        threshold: the boundary it was held to; 0 where the policy holds V to none.
         accepted: whether the value is on the safe side of it (V: ``value >= threshold``).
     """
 
@@ -59,6 +62,10 @@ class Trajectory:
         finish_reason: ``"eos"`` or ``"length"``.
         statistics: for each name in `STATISTICS` a number a token in nats (rank: a count), None where it
             does not exist: a teacher's token has `teacher_logprob` and `teacher_entropy` alone.
+        score: what the value of a step is, by its name in `motab_kernels.FixedBoundary`, and so on which side of the
+            threshold it is safe: ``"teacher_value"`` (V) or ``"value_ratio"``, safe when high, ``"forward_kl"`` or
+            ``"teacher_rank"``, safe when low. None where nothing was judged, or in a file that does not tell.
+        by_token: whether single tokens were judged in place of steps.
     """
 
     index: int
@@ -71,6 +78,8 @@ class Trajectory:
     rollback_step: int | None
     finish_reason: Literal["eos", "length"]
     statistics: dict[str, list[float | None]] = field(default_factory=dict)
+    score: str | None = None
+    by_token: bool = False
 
     def to_json(self) -> str:
         """One line of JSON; a number that is not finite is written as JSON's extension NaN or Infinity."""
@@ -93,6 +102,8 @@ class Trajectory:
             raise ValueError(f"{', '.join(wrong)} without a list")
         if not isinstance(found.index, int):
             raise ValueError(f"index {found.index!r}")
+        if found.score is not None and found.score not in SCORES:
+            raise ValueError(f"score {found.score!r}")
         found.steps = [_filled(Step, step) for step in found.steps]
         return found
 

@@ -1,0 +1,30 @@
+"""What the value of a step is, and on which side of its boundary it is safe."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import NamedTuple
+
+
+class Score(NamedTuple):
+    """A score of `motab_kernels`' boundaries: what people call it, and when a step is accepted by it."""
+
+    label: str
+    is_safe: Callable[[float, float], bool]  # of value and threshold
+
+
+#: By their names there.
+SCORES = {
+    "teacher_value": Score("value", operator.ge),
+    "value_ratio": Score("value ratio (teacher : student)", operator.ge),
+    "forward_kl": Score("KL(teacher || student)", operator.le),
+    "reverse_kl": Score("KL(student || teacher)", operator.le),
+    "teacher_rank": Score("teacher rank (0: likeliest)", operator.lt),
+}
+
+
+def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:
+    """Whether a verdict is that of its value and threshold. These were rounded after it, so that a value beyond the
+    threshold may have become the same number."""
+    return SCORES[score].is_safe(value, threshold) == accepted or (not accepted and value == threshold)
