@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
-from motab.judgement import agrees
+from motab.judgement import agrees, holds_nothing, label
 from motab.parsing import parse, require
 from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
@@ -270,11 +270,17 @@ def show(arguments: list[str], console: Console) -> None:
     for author, text in segments(trajectory, tokenizer.decode):
         console.print(Text(text, style=_STYLES[author]), end="")
     console.print()
+    digits = "{:.0f}".format if trajectory.score == "teacher_rank" else _digits
     for place, step in enumerate(trajectory.steps):
-        verdict = "accepted" if step.accepted else "breach"
-        if place == trajectory.breach_step:
-            verdict += f", rolled back to step {trajectory.rollback_step}"
-        console.print(f"step {place}: value {_digits(step.value)}, boundary {_digits(step.threshold)}, {verdict}")
+        where = f"token {step.start}" if trajectory.by_token else f"step {place}"
+        told = [f"{where}: {label(trajectory.score)} {digits(step.value)}"]
+        if not (step.accepted and holds_nothing(trajectory.score, step.threshold)):
+            told += [f"boundary {digits(step.threshold)}", "accepted" if step.accepted else "breach"]
+        if place == trajectory.breach_step and not trajectory.by_token:
+            told.append(f"rolled back to step {trajectory.rollback_step}")
+        if step.discarded_ids:
+            told.append(f"left out {tokenizer.decode(step.discarded_ids)!r}")
+        console.print(Text(", ".join(told)))
 
 
 def _digits(number: float) -> str:

@@ -24,7 +24,17 @@ SCORES = {
 }
 
 
+def label(score: str | None) -> str:
+    """What the value of a step is called."""
+    return SCORES["teacher_value" if score is None else score].label
+
+
 def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:
     """Whether a verdict is that of its value and threshold. These were rounded after it, so that a value beyond the
     threshold may have become the same number."""
     return SCORES[score].is_safe(value, threshold) == accepted or (not accepted and value == threshold)
+
+
+def holds_nothing(score: str | None, threshold: float) -> bool:
+    """Whether no number would be beyond the threshold: a step was scored, and held to no boundary."""
+    return score not in ("forward_kl", "reverse_kl", "teacher_rank") and threshold == 0

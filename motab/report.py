@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 import jinja2
 
 from motab.files import write_whole
+from motab.judgement import label
+from motab.pictures import as_svg, draw_accuracy, draw_breaches, draw_steps
 from motab.trajectory import Trajectory
 
 SHOWN = 6
@@ -22,9 +23,9 @@ def figures(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
 
     Returns:
         trajectories, tokens: counts. breach_rate: share of trajectories with a breach. revised: share of targets that
-        hold the stitch. mean_rollback: steps rolled back at a trajectory's first breach, None without one. overlong:
-        share that ran out of budget. teacher_share: share of the targets' tokens that the teacher wrote. teacher_runs:
-        how often the teacher begins to write in a target, on average.
+        hold the stitch. mean_rollback: steps, or tokens where these are judged, rolled back at a trajectory's first
+        breach, None without one. overlong: share that ran out of budget. teacher_share: share of the targets' tokens
+        that the teacher wrote. teacher_runs: how often the teacher begins to write in a target, on average.
     """
     breached = [t for t in trajectories if t.breach_step is not None]
     tokens = sum(len(t.token_ids) for t in trajectories)
@@ -76,9 +77,10 @@ def write_report(
         decode: token ids to text, for instance the tokenizer's ``decode``.
         rows: evaluations to show: ``name``, ``accuracy``, ``standard_error``, ``overlong``.
     """
-    breached = [t for t in trajectories if t.breach_step is not None]
-    # The breaches with the longest history tell most; those without one fill up.
-    chosen = sorted(breached, key=lambda t: -len(t.steps))[:SHOWN] or list(trajectories[:SHOWN])
+    # Those where control changed hands and with the longest history tell most.
+    mixed = [t for t in trajectories if t.breach_step is not None or {"student", "teacher"} <= {*t.author}]
+    chosen = sorted(mixed, key=lambda t: -len(t.steps))[:SHOWN] or list(trajectories[:SHOWN])
+    judged = [t for t in chosen if t.steps or t.by_token]
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("motab", ""), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -86,71 +88,11 @@ def write_report(
         title=title,
         figures=figures(trajectories),
         rows=rows,
-        steps=_svg(draw_steps(chosen)) if chosen else "",
-        breaches=_svg(draw_breaches(trajectories)),
-        accuracy=_svg(draw_accuracy(rows)) if rows else "",
+        unit="tokens" if any(t.by_token for t in trajectories) else "steps",
+        value=label(chosen[0].score) if chosen else "",
+        steps=as_svg(draw_steps(judged)) if judged else "",
+        breaches=as_svg(draw_breaches(trajectories)) if mixed else "",
+        accuracy=as_svg(draw_accuracy(rows)) if rows else "",
         examples=[(t, segments(t, decode)) for t in chosen],
     )
     write_whole(path, page)
-
-
-def draw_steps(trajectories: Sequence[Trajectory]) -> Any:
-    """Value against boundary along the steps, the rollback marked."""
-    columns = min(len(trajectories), 3)
-    lines = -(-len(trajectories) // columns)
-    figure, axes = _axes(lines, columns, (4.0 * columns, 2.6 * lines))
-    for axis, trajectory in zip(axes, trajectories, strict=False):
-        places = range(len(trajectory.steps))
-        axis.plot(places, [s.value for s in trajectory.steps], "o-", color="#1f6feb", label="value V")
-        axis.step(places, [s.threshold for s in trajectory.steps], "--", where="mid", color="#d29922", label="boundary")
-        if trajectory.breach_step is not None and trajectory.rollback_step is not None:
-            axis.plot(
-                trajectory.breach_step, trajectory.steps[trajectory.breach_step].value, "X", color="#cf222e",
-                markersize=11, label="breach",
-            )  # fmt: skip
-            axis.axvline(trajectory.rollback_step - 0.5, color="#cf222e", alpha=0.6, label="rolled back to here")
-        axis.set(title=f"trajectory {trajectory.index}", xlabel="step", ylim=(-0.05, 1.08))
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes[len(trajectories) :]:
-        axis.set_visible(False)
-    axes[0].legend(fontsize=7, loc="lower left")
-    return figure
-
-
-def draw_breaches(trajectories: Sequence[Trajectory]) -> Any:
-    """How many of the steps at each place were judged, and what share of them breached."""
-    longest = max((len(t.steps) for t in trajectories), default=0)
-    judged = [sum(len(t.steps) > place for t in trajectories) for place in range(longest)]
-    breached = [sum(t.breach_step == place for t in trajectories) for place in range(longest)]
-    figure, (axis,) = _axes(1, 1, (6, 2.6))
-    axis.bar(range(longest), [b / j for b, j in zip(breached, judged, strict=True)], color="#cf222e")
-    axis.set(xlabel="step", ylabel="share that breaches", title="Where the student strays")
-    return figure
-
-
-def draw_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Accuracy of each row with its standard error."""
-    figure, (axis,) = _axes(1, 1, (6, 0.6 + 0.5 * len(rows)))
-    names = [row["name"] for row in rows][::-1]
-    axis.barh(
-        names,
-        [row["accuracy"] for row in rows][::-1],
-        xerr=[row["standard_error"] for row in rows][::-1],
-        color="#1f6feb",
-        capsize=3,
-    )
-    axis.set(xlim=(0, 1), xlabel="accuracy, with its standard error")
-    return figure
-
-
-def _axes(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
-    from matplotlib.figure import Figure  # a figure of its own: no global state, no window
-
-    figure = Figure(figsize=size, layout="constrained")
-    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
-
-
-def _svg(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg")
-    return text.getvalue()[text.getvalue().index("<svg") :]

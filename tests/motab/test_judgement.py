@@ -1,7 +1,8 @@
-"""How trajectories of every policy are checked: what the value of a step is depends on the policy."""
+"""How trajectories of every policy are checked, shown and drawn: what the value of a step is depends on the policy."""
 
 import dataclasses
 import math
+import re
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ import motab
 import motab_kernels as mk
 from motab.cli import main
 from motab.judgement import SCORES, agrees
+from motab.pictures import draw_breaches, draw_steps, takeovers
 from motab_kernels import boundary_state
 
 ALL = {**POLICIES, "on policy": motab.OnPolicy(), "teacher only": motab.TeacherOnly()}
+VALUE, RANK, KL = "value", "teacher rank (0: likeliest)", "KL(teacher || student)"
+LABELS = {"step skd": "value ratio (teacher : student)", "token skd": RANK, "adaswitch": KL}
 UNBOUND = ("on policy", "truncated", "relay opd", "relay opd, tokens")
 
 
@@ -92,3 +96,70 @@ def test_a_file_that_does_not_tell_the_score(written, command):
     assert "whole and consistent" in command("verify", trajectories)
     wrong = [dataclasses.replace(trajectories[0], score="luck")]
     assert "must hold one whole trajectory, got score 'luck'" in command("verify", wrong, status=2)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_show_calls_things_by_their_names(written, command, tokenizer, name):
+    place = max(range(len(written[name])), key=lambda at: len(written[name][at].steps))
+    trajectory = written[name][place]
+    lines = re.findall(r"^(?:step|token) \d+: .*$", command("show", written[name], "--index", str(place)), re.M)
+    assert len(lines) == len(trajectory.steps)
+    for at, (line, step) in enumerate(zip(lines, trajectory.steps, strict=True)):
+        where = f"token {step.start}" if trajectory.by_token else f"step {at}"
+        assert line.startswith(f"{where}: {LABELS.get(name, VALUE)} ")
+        assert (", boundary " in line) == (name not in UNBOUND)
+        assert ("breach" in line) == (not step.accepted)
+        assert ("rolled back to" in line) == (at == trajectory.breach_step and not trajectory.by_token)
+        assert (f"left out {tokenizer.decode(step.discarded_ids or [])!r}" in line) == (step.discarded_ids is not None)
+        if name == "token skd":
+            assert re.search(rf"\) {step.value:.0f}, boundary 2, ", line)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_report_draws_what_there_is(written, command, tmp_path, name):
+    command("report", written[name])
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == {"teacher only": 0, "on policy": 1, "truncated": 1}.get(name, 2)
+    unit = "tokens" if name in ("token skd", "adaswitch") else "steps"
+    title = f"<h2>How the {unit} were judged: {LABELS.get(name, VALUE)}</h2>"
+    assert (title in page) == (name != "teacher only")
+    if name not in UNBOUND and name != "teacher only":
+        assert re.search(rf"mean rollback\s+\d+\.\d\d {unit}", page)
+
+
+def test_breaches_are_counted_each(written):
+    trajectories = written["step skd"]
+    (axis,) = draw_breaches(trajectories).axes
+    heights = [bar.get_height() for bar in axis.patches]
+    for place, height in enumerate(heights):
+        steps = [t.steps[place] for t in trajectories if len(t.steps) > place]
+        assert height == pytest.approx(sum(not s.accepted for s in steps) / len(steps))
+    assert sum(not s.accepted for t in trajectories for s in t.steps) > sum(
+        t.breach_step is not None for t in trajectories
+    )
+
+
+@pytest.mark.parametrize("name", ["token skd", "adaswitch", "relay opd"])
+def test_takeovers_are_drawn_where_they_are(written, name):
+    trajectories = written[name]
+    assert max(len(t.author) for t in trajectories) <= 60  # so that a bar is a token
+    taken = [start for t in trajectories for start in takeovers(t)]
+    for t in trajectories:
+        assert all(t.author[start] == "teacher" for start in takeovers(t))
+    (axis,) = draw_breaches(trajectories).axes
+    assert axis.get_title() == "Where the teacher takes over"
+    for place, bar in enumerate(axis.patches):
+        kept = sum(t.author[place : place + 1] == ["student"] for t in trajectories)
+        assert bar.get_height() == pytest.approx(taken.count(place) / max(taken.count(place) + kept, 1))
+    assert len(taken) == sum(len(t.steps) for t in trajectories) or name == "relay opd"
+    assert taken
+
+
+def test_tokens_are_drawn_beside_what_was_left_out(written):
+    trajectory = next(t for t in written["token skd"] if t.steps)
+    (axis,) = draw_steps([trajectory]).axes
+    lines = {line.get_label(): line for line in axis.lines}
+    kept = [math.nan if rank is None else rank for rank in trajectory.statistics["teacher_rank"]]
+    assert lines[RANK].get_ydata() == pytest.approx(kept, nan_ok=True)
+    assert list(lines["breach, left out"].get_ydata()) == [s.value for s in trajectory.steps]
+    assert list(lines["breach, left out"].get_xdata()) == [s.start for s in trajectory.steps]

@@ -1,0 +1,123 @@
+"""The pictures of a report."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from motab.judgement import holds_nothing, label
+from motab.trajectory import Trajectory
+
+_BARS = 60
+_BLUE, _RED, _YELLOW, _GREEN = "#1f6feb", "#cf222e", "#d29922", "#2da44e"
+
+
+def draw_steps(trajectories: Sequence[Trajectory]) -> Any:
+    """Value against boundary along the steps, or along the tokens where these are judged, breaches marked."""
+    columns = min(len(trajectories), 3)
+    lines = -(-len(trajectories) // columns)
+    figure, axes = _axes(lines, columns, (4.0 * columns, 2.6 * lines))
+    for axis, trajectory in zip(axes, trajectories, strict=False):
+        (_draw_tokens if trajectory.by_token else _draw_judged)(axis, trajectory)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes[len(trajectories) :]:
+        axis.set_visible(False)
+    shown = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(shown.values(), shown.keys(), fontsize=8, loc="outside lower center", ncols=columns + 1)
+    return figure
+
+
+def _draw_judged(axis: Any, trajectory: Trajectory) -> None:
+    steps = trajectory.steps
+    axis.plot([s.value for s in steps], "o-", color=_BLUE, label=label(trajectory.score))
+    if not all(holds_nothing(trajectory.score, s.threshold) for s in steps):
+        axis.step(range(len(steps)), [s.threshold for s in steps], "--", where="mid", color=_YELLOW, label="boundary")
+    elif starts := takeovers(trajectory):
+        for start in starts:
+            axis.axvline(sum(s.end <= start for s in steps) - 0.5, color=_GREEN, label="the teacher takes over")
+    breaches = [place for place, s in enumerate(steps) if not s.accepted]
+    if breaches:
+        values = [steps[place].value for place in breaches]
+        axis.plot(breaches, values, "X", color=_RED, markersize=11, label="breach")
+    if trajectory.rollback_step is not None:
+        axis.axvline(trajectory.rollback_step - 0.5, color=_RED, alpha=0.6, label="rolled back to here")
+    axis.set(title=f"trajectory {trajectory.index}", xlabel="step")
+    if trajectory.score in (None, "teacher_value"):
+        axis.set_ylim(-0.05, 1.08)
+
+
+def _draw_tokens(axis: Any, trajectory: Trajectory) -> None:
+    column = trajectory.statistics.get(str(trajectory.score), [])
+    kept = [math.nan if value is None else value for value in column]  # a teacher's token has none
+    places = [s.start for s in trajectory.steps]
+    axis.plot(kept, ".-", color=_BLUE, markersize=3, linewidth=0.8, label=label(trajectory.score))
+    if places:
+        thresholds = [s.threshold for s in trajectory.steps]
+        axis.plot(places, thresholds, "_", color=_YELLOW, markersize=14, markeredgewidth=2, label="boundary")
+        axis.plot(places, [s.value for s in trajectory.steps], "X", color=_RED, markersize=9, label="breach, left out")
+    axis.set(title=f"trajectory {trajectory.index}", xlabel="token")
+    axis.set_yscale("symlog", linthresh=1 if trajectory.score == "teacher_rank" else 1e-4)
+
+
+def draw_breaches(trajectories: Sequence[Trajectory]) -> Any:
+    """How often the student strays: of the steps at each place that were judged; where tokens are judged or nothing is,
+    how often the teacher takes over, of the tokens along the target."""
+    figure, (axis,) = _axes(1, 1, (6, 2.6))
+    if any(not s.accepted for t in trajectories for s in t.steps) and not any(t.by_token for t in trajectories):
+        longest = max(len(t.steps) for t in trajectories)
+        at_place = [[t.steps[place] for t in trajectories if len(t.steps) > place] for place in range(longest)]
+        axis.bar(range(longest), [sum(not s.accepted for s in steps) / len(steps) for steps in at_place], color=_RED)
+        axis.set(xlabel="step", ylabel="share that breaches", title="Where the student strays")
+        return figure
+    taken = np.array([start for t in trajectories for start in takeovers(t)], dtype=int)
+    kept = np.concatenate([np.flatnonzero([author == "student" for author in t.author]) for t in trajectories])
+    width = -(-max(len(t.author) for t in trajectories) // _BARS)
+    counts = [np.bincount(places // width, minlength=_BARS) for places in (taken, kept)]
+    shares = counts[0] / np.maximum(counts[0] + counts[1], 1)
+    axis.bar((np.arange(len(shares)) + 0.5) * width, shares, width=0.9 * width, color=_RED)
+    axis.set(xlabel="token", ylabel="share of tokens", title="Where the teacher takes over")
+    return figure
+
+
+def takeovers(trajectory: Trajectory) -> list[int]:
+    """The tokens of the target at which the teacher takes over from the student; where single tokens are replaced, two
+    may stand side by side."""
+    if trajectory.by_token:
+        return [step.start for step in trajectory.steps]
+    runs = [(author, len(list(run))) for author, run in groupby(trajectory.author)]
+    starts = [sum(length for _, length in runs[:at]) for at in range(len(runs))]
+    return [start for start, (author, _) in zip(starts, runs, strict=True) if author == "teacher"]
+
+
+def draw_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """Accuracy of each row with its standard error."""
+    figure, (axis,) = _axes(1, 1, (6, 0.6 + 0.5 * len(rows)))
+    names = [row["name"] for row in rows][::-1]
+    axis.barh(
+        names,
+        [row["accuracy"] for row in rows][::-1],
+        xerr=[row["standard_error"] for row in rows][::-1],
+        color=_BLUE,
+        capsize=3,
+    )
+    axis.set(xlim=(0, 1), xlabel="accuracy, with its standard error")
+    return figure
+
+
+def _axes(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+    from matplotlib.figure import Figure  # a figure of its own: no global state, no window
+
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
+
+
+def as_svg(figure: Any) -> str:
+    """The figure as a part of a page."""
+    text = io.StringIO()
+    figure.savefig(text, format="svg")
+    return text.getvalue()[text.getvalue().index("<svg") :]
