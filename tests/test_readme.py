@@ -46,3 +46,9 @@ def test_links():
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\((?!http)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_structure_names_each_file():
+    page = (ROOT / "docs" / "structure.md").read_text()
+    names = {path.name for package in ("motab", "motab_kernels") for path in (ROOT / package).glob("*.py")}
+    assert {name for name in names if name not in page and not name.endswith(("__init__.py", "_checks.py"))} == set()
