@@ -17,6 +17,9 @@ from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
 
+#: The kernels are compiled for NVIDIA, and not interpreted.
+NVIDIA = isinstance(terms_kernel, triton.JITFunction) and torch.version.hip is None
+
 
 class Settings(NamedTuple):
     """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles.
@@ -33,7 +36,6 @@ class Settings(NamedTuple):
 
 
 DEFAULT = Settings()
-NVIDIA = isinstance(terms_kernel, triton.JITFunction) and torch.version.hip is None  # and not the interpreter
 HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
 
 

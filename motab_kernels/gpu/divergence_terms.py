@@ -53,11 +53,18 @@ def _minus_log2(x, u, FAST: tl.constexpr):
 
 
 @triton.jit
-def _mixture(e, gap, p_leads, lam, rest, EVEN: tl.constexpr, FAST: tl.constexpr):
-    """u = m / w, and minus the logarithms of m over the larger of p and q, and of m over the smaller."""
-    lead, share = 0.5, 0.5
+def _shares(p_leads, lam, rest, EVEN: tl.constexpr):
+    """Those of the larger and the smaller of p and q in the mixture."""
+    lead, share = lam, rest
     if not EVEN:
         lead, share = tl.where(p_leads, lam, rest), tl.where(p_leads, rest, lam)
+    return lead, share
+
+
+@triton.jit
+def _mixture(e, gap, p_leads, lam, rest, EVEN: tl.constexpr, FAST: tl.constexpr):
+    """u = m / w, and minus the logarithms of m over the larger of p and q, and of m over the smaller."""
+    lead, share = _shares(p_leads, lam, rest, EVEN)
     u = tl.fma(e, share, lead)
     above = _minus_log2(tl.fma(e, -share, share), u, FAST)
     # A probability that far below the other is nothing, and 0 * inf would be NaN.
@@ -92,7 +99,7 @@ def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr
     if KIND == "jsd":
         if EVEN:
             return w * (above + below), w * q_log
-        lead, share = tl.where(p_leads, lam, rest), tl.where(p_leads, rest, lam)
+        lead, share = _shares(p_leads, lam, rest, EVEN)
         return w * (lead * above + share * below), w * q_log
     signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
     pull = q * (signed * tl.exp2(above))  # an exponential takes fewer instructions than a division by u
