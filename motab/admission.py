@@ -53,8 +53,8 @@ class Admission:
         """Give free rows to the first that wait, as long as there is room in the caches; the slots of those that
         begin."""
         self._make_room()
-        fresh: dict[int, list[int]] = {}
-        resumed: dict[int, Row] = {}
+        texts: dict[int, list[int]] = {}
+        fresh: list[int] = []
         for slot, place in enumerate(self.rows):
             if place is not None or not self.waiting:
                 continue
@@ -64,20 +64,17 @@ class Admission:
                 break
             heapq.heappop(self.waiting)
             self.rows[slot] = row
-            if index in self.parked:
-                resumed[slot] = row
-            else:
-                fresh[slot] = row.text
+            texts[slot] = row.text
+            if index not in self.parked:
+                fresh.append(slot)
+                continue
+            for x, part in zip(self.judged, self.parked.pop(index)[1], strict=True):
+                x[slot] = part
         for writer in self.writers:
             writer.reserve(self._room_needed())
-            if fresh:
-                writer.start(fresh)
-            for slot, row in resumed.items():
-                writer.resume(slot, row.text)
-        for slot, row in resumed.items():
-            for x, part in zip(self.judged, self.parked.pop(row.index)[1], strict=True):
-                x[slot] = part
-        return list(fresh)
+            if texts:
+                writer.start(texts)
+        return fresh
 
     def finished(self) -> list[Row]:
         """The rows of which nothing more is to be written; their slots are free then."""

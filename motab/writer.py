@@ -22,7 +22,7 @@ Choose = Callable[[Tensor, int], Tensor]
 Model = Callable[..., Any]  # as a model is called
 
 
-PREFILL = 1024  # tokens of a long text that are read at a time
+PREFILL = 4096  # tokens of prompts that are read at a time: enough for a GPU, and their activations stay small
 
 
 class Writer:
@@ -99,29 +99,27 @@ class Writer:
         new_lengths = on_device(self.lengths, self.device)
         mk.truncate_kv_cache_(self.cache, new_lengths, tail="keep", max_length=max(self.lengths))
 
-    def start(self, prompts: dict[int, list[int]]) -> None:
-        """Let rows begin with new prompts: cached but for their last token."""
-        self.rollback(dict.fromkeys(prompts, 0))
-        self._feed({row: ids[:-1] for row, ids in prompts.items()})
+    def start(self, texts: dict[int, list[int]]) -> None:
+        """Let rows begin with new texts: cached but for their last token."""
+        self.rollback(dict.fromkeys(texts, 0))
+        self.catch_up(texts, PREFILL)
 
-    def resume(self, row: int, text: list[int]) -> None:
-        """Let a row go on with a text that it may have forgotten: cached but for its last token."""
-        self.rollback({row: 0})
-        self.catch_up({row: text}, PREFILL)
-
-    def catch_up(self, texts: dict[int, list[int]], block_size: int) -> None:
-        """Read on where another wrote: texts of rows, cached but for their last token. Some tokens at a time, for
-        padding needs room in the cache."""
-        unread = {row: ids[self.lengths[row] : -1] for row, ids in texts.items()}
-        while unread:
-            self._feed({row: ids[:block_size] for row, ids in unread.items()})
-            unread = {row: ids[block_size:] for row, ids in unread.items() if len(ids) > block_size}
+    def catch_up(self, texts: dict[int, list[int]], width: int) -> None:
+        """Read on where another wrote: texts of rows, cached but for their last token; at most `width` tokens of each
+        at a time, for padding needs room in the cache, and `PREFILL` of all."""
+        unread = {row: ids[self.lengths[row] : -1] for row, ids in texts.items() if len(ids) > self.lengths[row] + 1}
+        rows = sorted(unread, key=lambda row: -len(unread[row]))  # those of like length together: less padding
+        while rows:
+            longest = len(unread[rows[0]])
+            count = max(1, PREFILL // min(longest, width))
+            for begin in range(0, longest, width):
+                parts = {row: unread[row][begin : begin + width] for row in sorted(rows[:count])}
+                self._feed({row: ids for row, ids in parts.items() if ids})
+            rows = rows[count:]
 
     def _feed(self, texts: dict[int, list[int]]) -> None:
-        """Append tokens to rows, a text of its own length each."""
+        """Append tokens to rows, a text of its own length each, in one forward pass."""
         longest = max(map(len, texts.values()))
-        if longest == 0:
-            return
         padded = [ids + [0] * (longest - len(ids)) for ids in texts.values()]
         lengths = {row: self.lengths[row] + len(ids) for row, ids in texts.items()}
         # Padding lies behind a row's own tokens, where a causal mask lets none of them look.

@@ -14,6 +14,7 @@ from transformers import MambaConfig, MambaForCausalLM
 import motab
 from motab.engine import Engine
 from motab.steps import token_bytes
+from motab.writer import Writer
 from motab_kernels import model_attention
 from motab_kernels.backend import HAS_LIBRARY
 
@@ -195,6 +196,24 @@ def test_a_long_prompt_arrives_beside_a_long_text(student, teacher, tokenizer, p
     alone = run(student, teacher, tokenizer, prompts, policy, temperature=1.0, batch_size=1)
     assert [t.token_ids for t in together] == [t.token_ids for t in alone]
     assert len({len(t.token_ids) for t in together}) > 2  # they end one by one
+
+
+@pytest.mark.parametrize("max_cached_tokens", [None, 8 * 64])
+def test_prompts_are_read_some_tokens_at_a_time(student, teacher, tokenizer, monkeypatch, max_cached_tokens):
+    """Short ones beside one that fills the cache but for a few tokens, in passes that do not grow with the rows."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = (5, 100, 7, 20, 21, 3, 1, 60)
+    prompts = [torch.randint(1, len(tokenizer), (length,), generator=generator).tolist() for length in lengths]
+    settings = {"batch_size": 8, "max_new_tokens": 3, "block_size": 2, "max_cached_tokens": max_cached_tokens}
+    together = run(student, teacher, tokenizer, prompts, POLICY, **settings)
+    passes = []
+    feed = Writer._feed
+    monkeypatch.setattr(Writer, "_feed", lambda writer, texts: passes.append(texts) or feed(writer, texts))
+    monkeypatch.setattr("motab.writer.PREFILL", 24)
+    found = run(student, teacher, tokenizer, prompts, POLICY, **settings)
+    assert [t.token_ids for t in found] == [t.token_ids for t in together]
+    assert all(len(texts) * max(map(len, texts.values())) <= 24 for texts in passes)
+    assert any(len(texts) > 1 for texts in passes)
 
 
 @pytest.mark.parametrize("backtrack", ["td", "breach", "none"])
