@@ -126,10 +126,18 @@ def divergence_loss(
     loss, _ = divergence_op(
         student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend, name
     )
-    if weights is not None:
-        weights = weights.detach().to(loss.dtype)
-        loss = torch.where((weights == 0) | (loss == 0), 0.0, loss * weights)  # 0 * inf is nothing
+    loss = weighted(loss, weights, mask)
     return loss if reduction == "none" else loss.sum() / divide
+
+
+def weighted(loss: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+    """loss * weights, and 0 where the weight is 0 or the mask False, whatever the loss or the weight there."""
+    if weights is None:
+        return loss
+    weights = weights.detach().to(loss.dtype)
+    weights = weights if mask is None else weights.masked_fill(~mask, 0)
+    # By the weight alone: a loss that rounds to 0 still has a gradient.
+    return torch.where(weights == 0, 0.0, loss * weights)
 
 
 @torch.library.custom_op("motab_kernels::divergence", mutates_args=())

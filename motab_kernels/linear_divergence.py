@@ -18,6 +18,7 @@ from motab_kernels.divergence import (
     kernels_of,
     refuse_forward_mode,
     refuse_second_derivative,
+    weighted,
 )
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
 from motab_kernels.linear_head import Head, autocast
@@ -128,7 +129,6 @@ def fused_linear_divergence(
     tau = on_device(temperature, leading[0], student_hidden.device)
     if tau is not None and tau.dim():
         tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
-    worth = None if weights is None else weights.detach().reshape(-1)
     keep = None if mask is None else mask.reshape(-1).contiguous()
     if chunk_size is None:
         chunk_size = _chunk_size(student_weight, teacher_weight, student_softcap is not None)
@@ -146,12 +146,10 @@ def fused_linear_divergence(
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
         loss = rows_op(*tensors, *others, keep, tau, *options)
-        if worth is not None:
-            loss = torch.where((worth == 0) | (loss == 0), 0.0, loss * worth.to(loss.dtype))
-        return loss.view(leading)
+        return weighted(loss.view(leading), weights, mask)
     scale = torch.ones(N, dtype=loss_dtype(student_hidden), device=student_hidden.device)
-    if worth is not None:
-        scale = scale * worth
+    if weights is not None:
+        scale = scale * weights.detach().reshape(-1)
     scale = scale / divisor(reduction, num_items, mask, student_hidden)
     needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[0]]
     return total_op(*tensors, *others, keep, tau, scale, needs, *options)[0]
@@ -246,7 +244,7 @@ def total_op(
         for part in _parts(block, chunk_size):
             s, t, loss, saved = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)
             worth = scale[part].to(loss.dtype)
-            total += torch.where((worth == 0) | (loss == 0), 0.0, loss * worth).sum()
+            total += torch.where(worth == 0, 0.0, loss * worth).sum()
             if any(needs):
                 here = out[part.start - block.start : part.stop - block.start]
                 _write_gradient(
@@ -258,10 +256,12 @@ def total_op(
             torch.mm(out, student_weight, out=grad_hidden[block])
             if group:
                 add_ranks_(grad_hidden[block], group)
-        if needs[1] and grad_weight.dtype == out.dtype:
-            grad_weight.addmm_(out.T, student_hidden[block])
-        elif needs[1]:  # sums over many positions, which float16 does not hold
-            product = torch.addmm(out.new_zeros(1), out.T, student_hidden[block], beta=0, alpha=1 / HEADROOM)
+        # Hidden states that do not count may be NaN.
+        counted = student_hidden[block].masked_fill((scale[block] == 0)[:, None], 0) if needs[1] else None
+        if counted is not None and grad_weight.dtype == out.dtype:
+            grad_weight.addmm_(out.T, counted)
+        elif counted is not None:  # sums over many positions, which float16 does not hold
+            product = torch.addmm(out.new_zeros(1), out.T, counted, beta=0, alpha=1 / HEADROOM)
             grad_weight.add_(product, alpha=HEADROOM)
         if needs[2]:
             grad_bias += out.sum(0, dtype=total.dtype)
@@ -332,7 +332,8 @@ def _write_gradient(
     shared_s, shared_t, shared_target = (x[:, None, :vocab_size] for x in (s, t, target))
     kernels.divergence_gradient(shared_s, shared_t, tau, saved, worth, kind, lam, shared_target)
     if student.softcap:
-        out.copy_(target.mul_(1 - (s / student.softcap).square_()))
+        target.mul_(1 - (s / student.softcap).square_())
+        out.copy_(target.masked_fill_((worth == 0)[:, None], 0))  # logits that do not count may be NaN
     out[:, vocab_size:] = 0
 
 

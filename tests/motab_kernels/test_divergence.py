@@ -315,6 +315,33 @@ def test_a_mask_of_no_tokens(backend, kind):
 
 
 @every_kind
+def test_weights_of_one_change_no_gradient(backend, kind):
+    """Where both sides nearly agree the loss rounds to 0, and its gradient does not."""
+    student, teacher = (x.to(DEVICE) for x in logits(12, 200, seed=16, noise=1e-4))
+    gradients = []
+    for weights in (None, torch.ones(12, device=DEVICE)):
+        leaf = student.clone().requires_grad_()
+        mk.divergence_loss(leaf, teacher, **options(kind), weights=weights, backend=backend).backward()
+        gradients.append(leaf.grad)
+    assert (gradients[0].abs().amax(-1) > 0).all()
+    assert torch.equal(*gradients)
+
+
+@every_kind
+def test_weights_at_masked_positions_do_not_count(backend, kind):
+    student, teacher = (x.to(DEVICE) for x in logits(3, 50, seed=17))
+    mask, weights = torch.tensor([True, False, True]), torch.tensor([2.0, NAN, 0.0])
+    leaf = student.clone().requires_grad_()
+    loss = mk.divergence_loss(
+        leaf, teacher, **options(kind), mask=mask.to(DEVICE), weights=weights.to(DEVICE), backend=backend
+    )
+    loss.backward()
+    _, gradient = run(student[:1], teacher[:1], kind, backend=backend)
+    torch.testing.assert_close(leaf.grad[:1].cpu(), gradient)  # twice, over two positions
+    assert (leaf.grad[1:] == 0).all()
+
+
+@every_kind
 def test_inplace_backward(backend, kind, monkeypatch):
     if backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("the interpreter copies each argument, so that no two are one tensor")

@@ -97,6 +97,40 @@ def test_options_together(backend, kind, reduction):
     assert_same(found, expected, upstream)
 
 
+@every_kind
+def test_weights_of_one_change_no_gradient(kind):
+    """Where both sides nearly agree the loss rounds to 0, and its gradient does not."""
+    student, _ = heads(dtype=torch.float32)
+    teacher = [student[0] + 1e-4, *student[1:]]
+    found = fused(student, teacher, **options(kind), reduction="none", weights=torch.ones(7, device=DEVICE))
+    expected = fused(student, teacher, **options(kind), reduction="none")
+    for loss, _ in (found, expected):
+        loss.sum().backward()
+    for x, y in zip(found[1], expected[1], strict=True):
+        assert torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("softcap", [None, 30.0])
+@pytest.mark.parametrize(("by", "reduction"), [("mask", "sum"), ("weights", "sum"), ("mask", "none")])
+@pytest.mark.parametrize(("kind", "dtype"), [("forward_kl", torch.float16), ("jsd", torch.float32)])
+def test_positions_that_do_not_count_may_be_nan(backend, kind, softcap, by, reduction, dtype):
+    """As attention leaves those that see nothing."""
+    student, teacher = heads(N=5, dtype=dtype)
+    counted = torch.tensor([True, False, True, False, True], device=DEVICE)
+    student[0][1], teacher[0][3], student[0][3] = torch.nan, torch.nan, torch.inf
+    settings = {**options(kind), "reduction": reduction, "student_softcap": softcap, "backend": backend}
+    where = {"mask": counted} if by == "mask" else {"weights": counted.float()}
+    found = fused(student, teacher, **settings, **where, check_finite=True, chunk_size=2)
+    expected = fused([student[0][counted], *student[1:]], [teacher[0][counted], *teacher[1:]], **settings)
+    for loss, _ in (found, expected):
+        loss.sum().backward()
+    torch.testing.assert_close(found[0].sum(), expected[0].sum())
+    assert (found[1][0].grad[~counted] == 0).all()
+    torch.testing.assert_close(found[1][0].grad[counted], expected[1][0].grad)
+    for x, y in zip(found[1][1:], expected[1][1:], strict=True):
+        torch.testing.assert_close(x.grad, y.grad, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
+
+
 def test_upstream_and_accumulation():
     """A loss that is scaled before the backward pass, and gradients that add to what is there."""
     student, teacher = heads()
