@@ -119,7 +119,8 @@ def fused_kl_boundary(
             WINDOW_BLOCK=triton.next_power_of_2(max(1, rule.window)),
             SPLIT=settings.lanes * settings.per_lane * settings.tiles,
             S_BLOCK=S_BLOCK,
-            T_BLOCK=min(triton.next_power_of_2(T), max(1, settings.sums // S_BLOCK)),
+            # By V alone, not T: the layout of a sum, and so its last bit, must not depend on how a text is cut.
+            T_BLOCK=max(1, settings.sums // S_BLOCK),
             num_warps=1,
         )
 

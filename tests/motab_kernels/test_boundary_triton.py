@@ -204,6 +204,18 @@ def test_a_row_does_not_depend_on_its_batch(lanes):
             assert_equal(alone, row, mk.BoundaryOutput._fields[:8])
 
 
+@pytest.mark.parametrize("V", [200, 2000, 9000])
+def test_a_position_does_not_depend_on_its_block(V, lanes):
+    """To the last bit, with 1, 8 and 36 splits: `decide_kernel` adds them up in one order, whatever else it adds."""
+    lanes(8)
+    student, teacher, tokens = random_inputs(1, 9, V, seed=9)
+    together = triton(student, teacher, tokens)
+    for first, last in ((0, 1), (1, 3), (3, 9)):
+        apart = triton(*(x[:, first:last] for x in (student, teacher, tokens)))
+        for name in STATISTICS:
+            assert torch.equal(getattr(apart, name), getattr(together, name)[:, first:last]), name
+
+
 @pytest.mark.skipif(DEVICE == "cpu", reason="out of range on the CPU raises instead")
 def test_tokens_outside_the_vocabulary_stray_and_are_not_read():
     student, teacher, tokens = random_inputs(4, 1, 300)

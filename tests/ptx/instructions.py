@@ -172,6 +172,8 @@ class _Reader:
         )
 
     def bar(self, kinds: tuple[str, ...], operands: tuple) -> Step:
+        if kinds == ("warp", "sync") and operands == ("-1",) and not self.guard:
+            return lambda machine, group: None  # the threads of a warp go in lockstep, and do not race
         if kinds != ("sync",) or operands != ("0",) or self.guard:
             raise NotImplementedError(self.instruction.text)
 
