@@ -87,7 +87,9 @@ class CompiledWriter(Writer):
         for x in (inputs["input_ids"], ragged_step.slots, ragged_step.places, ragged_step.rows):
             _vary(x, *range(x.dim()))
         torch.compiler.cudagraph_mark_step_begin()
-        return self.compiled(ragged_step=ragged_step, **inputs)
+        # A module's float, as the epsilon of a norm, would otherwise be an input on the CPU, to copy at each call.
+        with torch._dynamo.config.patch(specialize_float=True):
+            return self.compiled(ragged_step=ragged_step, **inputs)
 
 
 def _vary(x: Tensor, *dims: int) -> None:

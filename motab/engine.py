@@ -130,7 +130,7 @@ class Engine:
         if self.rules is not None and slots:
             index = on_device(slots, self.device)
             self.state.reset_(index)
-            self.automaton_state[index] = 0
+            self.automaton_state.index_fill_(0, index, 0)  # which, unlike an assignment, does not make the host wait
 
     def _steps_ended(self, index: Tensor, tokens: Tensor) -> Tensor:
         """Which of (b, T) tokens of the rows `index` complete a step."""

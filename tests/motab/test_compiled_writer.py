@@ -84,6 +84,22 @@ def test_three_programs_on_pages_too(student, teacher, tokenizer, prompts):
 
 
 @needs_kernels
+def test_no_number_is_an_input(student, teacher, tokenizer, prompts):
+    """Of floating point: on a GPU each would be copied there at every call, outside of the CUDA graph."""
+    inputs = []
+
+    def noting(graph, example_inputs):
+        inputs.extend(node.meta["example_value"] for node in graph.graph.find_nodes(op="placeholder"))
+        return graph
+
+    run(pair_of(student, teacher, noting), tokenizer, prompts, POLICY, torch_compile=True)
+    tensors = [x for x in inputs if isinstance(x, torch.Tensor)]
+    assert tensors
+    assert not [x for x in tensors if x.dim() == 0]
+    assert not [x for x in inputs if isinstance(x, float | torch.SymFloat)]
+
+
+@needs_kernels
 def test_inductor_and_rows_that_come_and_go(student, teacher, tokenizer, prompts):
     """What is run by default: code made from the graphs."""
     pair = pair_of(student, teacher, None)
@@ -139,6 +155,7 @@ def test_a_model_of_masks_is_refused(student, teacher, tokenizer, prompts):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores")
 def test_cuda_graphs(student, teacher, tokenizer, prompts):
     """Nothing keeps the graphs from being recorded, and what they hold is copied before they run again."""
     pair = pair_of(student, teacher, None, "cuda")

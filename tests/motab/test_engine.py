@@ -359,6 +359,7 @@ def test_ragged_attention_writes_what_the_models_own_would(student, teacher, tok
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts, monkeypatch):
     """Once a block, and nowhere else in a run; kernels have been compiled before."""
     pair = [copy.deepcopy(model).float().cuda() for model in (student, teacher)]
