@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
+import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -32,7 +35,16 @@ from benchmarks import gpu_report
 from benchmarks.gpu_races import STAGES, Plan, Record
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("-m", "gpu", "tests/motab_kernels", "tests/motab/test_engine.py")
+#: What only a GPU can show comes first, and last what takes longest: a hundred compiled variants against float64.
+TESTS = (
+    "-m",
+    "gpu",
+    "tests/motab_kernels/test_gpu.py",
+    "tests/motab/test_engine.py",
+    "tests/motab/test_compiled_writer.py",
+    "tests/motab_kernels",
+)
+WORKERS = 8  # processes for the tests: compiling keeps a core of the host busy, not the GPU
 #: Parts of the time that is left when the tests are through.
 SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
@@ -76,17 +88,26 @@ def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
     """pytest's verdicts, read line by line, so that a test that never ends costs no other's."""
     # Another version's warnings are no failure of the kernels.
     options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
+    if importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
     command = [sys.executable, "-u", "-m", "pytest", *options, *arguments]
     checks: Record = {}
     with log.open("w") as file:
+        pytest = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            code = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=seconds).returncode
+            code = pytest.wait(seconds)
             if code not in (0, 1):
                 checks["error"] = f"pytest ended with {code}, see {log.name}"
         except subprocess.TimeoutExpired:
             checks["error"] = f"stopped after {seconds:.0f} s, see {log.name}"
+        finally:
+            if pytest.poll() is None:
+                os.killpg(pytest.pid, signal.SIGKILL)  # its workers too
+                pytest.wait()
     text = log.read_text()
-    verdicts = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
+    verdict = "PASSED|FAILED|ERROR|SKIPPED"
+    verdicts = re.findall(rf"^(\S+::.*?) ({verdict})", text, re.MULTILINE)
+    verdicts += [(name, v) for v, name in re.findall(rf"^\[gw\d+\].*? ({verdict}) (\S+::.*?) *$", text, re.MULTILINE)]
     unread = re.findall(r"^ERROR (\S+\.py)(?: |$)", text, re.MULTILINE)
     names = {verdict: [name for name, v in verdicts if v == verdict] for _, verdict in verdicts}
     return {

@@ -19,6 +19,8 @@ from benchmarks.timing import SHORT, copy_tb_s, median_ms, peak_mib, replayed_ms
 
 Record = dict[str, Any]
 QWEN = 151936
+#: These take seconds to compile for each size: they race last, so that a stage that runs out of time lacks them alone.
+COMPILED = ("torch.compile", "flex_attention")
 
 
 class Plan(NamedTuple):
@@ -58,7 +60,7 @@ def race(record: Record, body: Callable[[], Record]) -> Record:
         text = " ".join(str(error).split())
         return record | {"error": f"{type(error).__name__}: {text[:300]}"}
     finally:
-        if record.get("provider") in ("torch.compile", "flex_attention"):
+        if record.get("provider") in COMPILED:
             torch.compiler.reset()  # which would run eagerly, in silence, from the ninth size on
         gc.collect()
         if torch.cuda.is_available():
@@ -83,8 +85,16 @@ def device(plan: Plan) -> Iterator[Record]:
 
 
 def boundary(plan: Plan) -> Iterator[Record]:
-    for case in plan.boundary:
-        yield from boundary_case(plan, case, chosen(plan, bench_boundary.PROVIDERS))
+    providers = chosen(plan, bench_boundary.PROVIDERS)
+    for part in compiled_last(providers):
+        for case in plan.boundary:
+            yield from boundary_case(plan, case, part)
+
+
+def compiled_last(providers: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those that compile nothing, then those that do."""
+    parts = ({name: make for name, make in providers.items() if (name in COMPILED) is it} for it in (False, True))
+    return [part for part in parts if part]
 
 
 def scaling(plan: Plan) -> Iterator[Record]:
@@ -119,22 +129,25 @@ def boundary_case(plan: Plan, case: tuple[int, int, int, torch.dtype], providers
 
 def attention(plan: Plan) -> Iterator[Record]:
     """As the boundary: `ms` of a CUDA graph where there is one."""
-    for case, dtype in plan.attention:
-        x = bench_attention.inputs(case, dtype, plan.device)
-        others = [
-            x._replace(keys=x.keys.clone(), values=x.values.clone()) for _ in range(1, rotations(x.read(), plan.device))
-        ]
-        for name, make in chosen(plan, bench_attention.PROVIDERS).items():
+    for part in compiled_last(chosen(plan, bench_attention.PROVIDERS)):
+        for case, dtype in plan.attention:
+            yield from attention_case(plan, case, dtype, part)
 
-            def body(make: Any = make, x: Any = x, others: Any = others) -> Record:
-                calls = [make(each) for each in (x, *others)]
-                bench_attention.check(calls[0], x)
-                call_ms = median_ms(calls, plan.device)
-                ms = replayed_ms(calls) if plan.device == "cuda" else call_ms
-                return figures(ms, x.read()) | {"call_ms": call_ms, "peak_mib": peak_mib(calls[0], plan.device)}
 
-            case_name = f"{case}, {SHORT[dtype]}"
-            yield race({"op": "attention", "case": case_name, "provider": name}, body)
+def attention_case(plan: Plan, case: Case, dtype: torch.dtype, providers: dict[str, Any]) -> Iterator[Record]:
+    x = bench_attention.inputs(case, dtype, plan.device)
+    copies = range(1, rotations(x.read(), plan.device))
+    others = [x._replace(keys=x.keys.clone(), values=x.values.clone()) for _ in copies]
+    for name, make in providers.items():
+
+        def body(make: Any = make) -> Record:
+            calls = [make(each) for each in (x, *others)]
+            bench_attention.check(calls[0], x)
+            call_ms = median_ms(calls, plan.device)
+            ms = replayed_ms(calls) if plan.device == "cuda" else call_ms
+            return figures(ms, x.read()) | {"call_ms": call_ms, "peak_mib": peak_mib(calls[0], plan.device)}
+
+        yield race({"op": "attention", "case": f"{case}, {SHORT[dtype]}", "provider": name}, body)
 
 
 def divergence(plan: Plan) -> Iterator[Record]:

@@ -58,6 +58,20 @@ def test_stages(monkeypatch):
             assert r["ms"] > 0
 
 
+def test_what_compiles_races_last(monkeypatch):
+    """In every stage of many cases, so that time that runs out costs no other provider's figures."""
+    for module, name in ((bench_boundary, "torch.compile"), (bench_attention, "flex_attention")):
+        monkeypatch.setitem(module.PROVIDERS, name, module.PROVIDERS["ours"])
+    plan = TINY._replace(
+        providers=("ours", "torch.compile", "flex_attention"),
+        attention=((Case(3, 2, 40), torch.float32), (Case(2, 1, 30), torch.float32)),
+    )
+    for stage in ("boundary", "attention"):
+        names = [record["provider"] for record in STAGES[stage](plan)]
+        assert names[:2] == ["ours"] * 2
+        assert names[2:] in (["torch.compile"] * 2, ["flex_attention"] * 2)
+
+
 def test_a_wrong_kernel_has_no_figure_and_costs_no_other(monkeypatch):
     def wrong(kind, student, teacher):
         return bench_divergence.eager(kind, student, teacher) * 1.1
@@ -103,7 +117,10 @@ def test_run_writes_everything(tmp_path, in_this_process):
     assert text.count("not measured") == len(gpu_report.TARGETS)
 
 
-def test_tests_that_do_not_end_keep_the_verdicts_of_the_others(tmp_path):
+@pytest.mark.parametrize("in_parallel", [True, False])
+def test_tests_that_do_not_end_keep_the_verdicts_of_the_others(tmp_path, monkeypatch, in_parallel):
+    if not in_parallel:
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     tests = tmp_path / "test_of_a_gpu.py"
     tests.write_text("import time\ndef test_good(): pass\ndef test_endless(): time.sleep(100)\n")
     checks = gpu.run_tests((str(tests),), tmp_path / "tests.txt", 8.0)
