@@ -7,9 +7,10 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -368,6 +369,16 @@ def synthesize(
         max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
     )
     return _without_gradients(engine)
+
+
+#: The generation settings of `synthesize` and their defaults.
+SETTINGS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(synthesize).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("policy", "indices")
+}
+#: Those that change the pace, and no trajectory but for rounding.
+PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
 
 
 def _without_gradients(engine: Engine) -> Iterator[Trajectory]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from motab.config import TrainArguments
+from motab.engine import PACE, SETTINGS
 from motab.files import write_whole
-from motab.prompts import Prompt
+from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.rollouts import Rollouts
 from motab.training_config import MotabConfig
 
@@ -26,8 +25,6 @@ DECISIVE = (
     *("bf16", "fp16", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-#: Of what is written as it trains; batches, blocks, pages and compilation leave it as it is.
-_OF_ROLLOUTS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
 def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:
@@ -43,9 +40,8 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
     if args.teacher_model_name_or_path:
         found["teacher_dtype"] = args.teacher_dtype
     if isinstance(data, Rollouts):
-        found |= {"prompts": _hash_of_prompts(data.prompts), "policy": type(data.policy).__name__}
-        found |= {f"policy {name}": value for name, value in asdict(data.policy).items()}
-        found |= {f"rollout {name}": getattr(data, name) for name in _OF_ROLLOUTS}
+        found |= {"prompts": hash_of_prompts(data.prompts), **policy_settings(data.policy)}
+        found |= {f"rollout {name}": getattr(data, name) for name in SETTINGS if name not in (*PACE, "seed")}
     else:
         found["content of train_file"] = _hash_of_file(data)
     if config.load_best_model_at_end and args.eval_file:
@@ -67,15 +63,14 @@ def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str |
     path = folder / FILE
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = before.get("settings", {})
-    other = [name for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
-    if steps and other:
-        different = ", ".join(f"{name}: {known.get(name)!r} there, {settings.get(name)!r} now" for name in other)
+    different = differences(known, settings)
+    if steps and different:
         raise ValueError(
             f"{folder} holds checkpoints of a training with other settings "
             f"({different if known else f'unknown: there is no {FILE}'}); give another --output_dir, remove it to "
             "start anew, or name the checkpoint to go on from, by --resume_from_checkpoint"
         )
-    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not other
+    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not different
 
 
 def record(folder: str | Path, settings: dict[str, Any], *, finished: bool) -> None:
@@ -89,7 +84,3 @@ def _hash_of_file(path: str) -> str:
         for line in lines:
             found.update(line)
     return found.hexdigest()
-
-
-def _hash_of_prompts(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import synthesize
+from motab.engine import PACE, SETTINGS, synthesize
 from motab.files import write_whole
+from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
 from motab.trajectory_file import settings_file, whole_index
-
-#: What changes the pace alone: a run may go on with others.
-PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
 
 
 def synthesize_to_file(
@@ -68,18 +64,12 @@ def synthesize_to_file(
     models = {"student": student, "teacher": teacher}
     encoded = encode_prompts(prompts, tokenizer, [], 0)
     begun = {
-        "policy": type(policy).__name__,
-        **asdict(policy),
+        **policy_settings(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
-        "prompts' hash": _hash(encoded),
-        # TokenSKD has a top_k of its own.
-        **{
-            "top_k of sampling" if name == "top_k" else name: value
-            for name, value in settings.items()
-            if name not in PACE
-        },
+        "prompts' hash": hash_of_prompts(encoded),
+        **{name: value for name, value in {**SETTINGS, **settings}.items() if name not in PACE},
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
@@ -88,10 +78,6 @@ def synthesize_to_file(
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
     return _write(path, here, processes, shared)
-
-
-def _hash(prompts: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared: bool) -> Iterator[Trajectory]:
@@ -119,15 +105,12 @@ def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         there = before.get("prompts", 0)
-        grown = there < len(prompts) and before.get("prompts' hash") == _hash(prompts[:there])
+        grown = there < len(prompts) and before.get("prompts' hash") == hash_of_prompts(prompts[:there])
         if grown:  # a trajectory depends on its place, not on what comes behind it
             before |= {name: begun[name] for name in ("prompts", "prompts' hash")}
-        other = [name for name in sorted({*before, *begun}) if before.get(name) != begun.get(name)]
-        if other:
+        if different := differences(before, begun):
             raise ValueError(
-                f"{path} was begun with other settings ("
-                + ", ".join(f"{name}: {before.get(name)!r} there, {begun.get(name)!r} now" for name in other)
-                + "); give another path, or remove it to start anew"
+                f"{path} was begun with other settings ({different}); give another path, or remove it to start anew"
             )
         if grown:
             write_whole(beside, json.dumps(begun, indent=1))
