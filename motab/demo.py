@@ -153,7 +153,7 @@ def _evaluate(
     name: str, path: str, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], console: Console
 ) -> Evaluation:
     with console.status(f"evaluate ({name}) on {len(problems)} held-out problems"):
-        result = evaluate(load_model(path), tokenizer, problems, **GENERATION)
+        result = evaluate(load_model(path), tokenizer, problems, temperature=0.0, **GENERATION)
     console.print(f"evaluate ({name}): accuracy {result}")
     return result
 

@@ -122,7 +122,7 @@ def evaluate(
     problems: Sequence[Problem],
     *,
     samples: int = 1,
-    temperature: float = 0.0,
+    temperature: float = 0.6,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 (it is frozen)
     answers_file: str | Path | None = None,
     watch: Callable[[Iterable[Trajectory], int], Iterable[Trajectory]] | None = None,
@@ -135,6 +135,7 @@ def evaluate(
 
     Args:
         samples: answers to each problem.
+        temperature: 0 is greedy.
         prompt_format: how the problems are put to the model.
         answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
             ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
