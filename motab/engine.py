@@ -20,7 +20,7 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
-from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, check_policy, token_budget
+from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, check_number, check_policy, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.sampling import Sampling, choose, uniform
@@ -327,13 +327,9 @@ def synthesize(
     """
     policy = MotabPolicy() if policy is None else policy
     check_policy(policy)
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("batch_size", batch_size, 1),
-        ("block_size", block_size, 1),
-    ):
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "block_size": block_size}
+    for name, value in counts.items():
+        check_number(name, value, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p)
     rules = None if isinstance(policy, TeacherOnly) else policy.rules
     if student is None and rules is not None:

@@ -47,7 +47,8 @@ class Rules:
 SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
 
 
-def _check(name: str, value: float, least: float, kind: str = "an integer") -> None:
+def check_number(name: str, value: float, least: float, kind: str = "an integer") -> None:
+    """Refuse a setting that is not a finite number (``kind`` "an integer": a whole one) of at least ``least``."""
     is_number = isinstance(value, int if kind == "an integer" else (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
@@ -86,7 +87,7 @@ class MotabPolicy:
             raise ValueError(f'backtrack must be "td", "breach" or "none", got {self.backtrack!r}')
         if self.stitch is not None and not self.stitch.strip():
             raise ValueError(f"stitch must hold text, got {self.stitch!r}; None leaves the flawed steps out")
-        _check("max_interventions", self.max_interventions, 1)
+        check_number("max_interventions", self.max_interventions, 1)
         _ = self.rules  # refuses an epsilon0 or theta out of range
 
     @property
@@ -126,7 +127,7 @@ class Truncated:
     delimiter: str = DELIMITER
 
     def __post_init__(self) -> None:
-        _check("n", self.n, 1)
+        check_number("n", self.n, 1)
 
     @property
     def rules(self) -> Rules:
@@ -154,7 +155,7 @@ class StepSKD:
     delimiter: str = DELIMITER
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma, 0, "a finite number")
+        check_number("gamma", self.gamma, 0, "a finite number")
 
     @property
     def rules(self) -> Rules:
@@ -173,7 +174,7 @@ class TokenSKD:
     top_k: int = 25
 
     def __post_init__(self) -> None:
-        _check("top_k", self.top_k, 1)
+        check_number("top_k", self.top_k, 1)
 
     @property
     def rules(self) -> Rules:
@@ -196,8 +197,8 @@ class AdaSwitch:
     window: int
 
     def __post_init__(self) -> None:
-        _check("factor", self.factor, 0, "a finite number")
-        _check("window", self.window, 1)
+        check_number("factor", self.factor, 0, "a finite number")
+        check_number("window", self.window, 1)
 
     @property
     def rules(self) -> Rules:
@@ -230,7 +231,7 @@ class RelayOPD:
         if isinstance(self.words, str) or not self.words or not all(word.strip() for word in self.words):
             raise ValueError(f"words must be a tuple of at least one word, got {self.words!r}")
         for name in ("student_top_k", "paragraphs", "relay_tokens", "max_interventions"):
-            _check(name, getattr(self, name), 1)
+            check_number(name, getattr(self, name), 1)
 
     @property
     def rules(self) -> Rules:

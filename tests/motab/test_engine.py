@@ -288,9 +288,9 @@ def test_no_prompts(student, teacher, tokenizer):
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1] * 250]}, "prompt 0 has 250 tokens and max_new_tokens is 40.* at most 256"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"block_size": 0}, "block_size must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer of at least 1, got True"),
         ({"temperature": -1.0}, "temperature must be a finite number of at least 1e-30, or 0 for greedy, got -1.0"),
         ({"top_k": -1}, "top_k must be an integer of at least 1, or None for all tokens, got -1"),
         ({"top_k": 2.5}, "top_k must be an integer of at least 1, or None for all tokens, got 2.5"),
