@@ -11,6 +11,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
+from motab.engine import SETTINGS
 from motab.models import DTYPES, dtype_name
 from motab.parsing import load_yaml, require, require_file
 from motab.policies import POLICIES, Policy
@@ -54,8 +55,7 @@ class GenerationArguments:
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
-        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_k", "top_p", "min_p", "seed")
-        return {name: getattr(self, name) for name in (*names, "torch_compile", "max_cached_tokens")}
+        return {name: getattr(self, name) for name in SETTINGS}
 
 
 @dataclass
@@ -198,17 +198,11 @@ class EvaluateArguments(PromptArguments, GenerationArguments):
     answers_file: str | None = _setting(None, "Write the answers to this JSONL file.")
 
 
-#: Settings of `motab train`, and what `Rollouts` calls them.
-_OF_ROLLOUTS = {
-    "max_new_tokens": "max_new_tokens",
-    "rollout_batch_size": "batch_size",
-    "block_size": "block_size",
-    "rollout_temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "rollout_torch_compile": "torch_compile",  # torch_compile is of the training
-    "max_cached_tokens": "max_cached_tokens",
+#: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.
+_ROLLOUT_FLAGS = {
+    f"rollout_{name}" if name in ("batch_size", "temperature", "torch_compile") else name: name
+    for name in SETTINGS
+    if name != "seed"
 }
 
 
@@ -249,7 +243,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
             raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-        writing += ["dataset_split", *_OF_ROLLOUTS]
+        writing += ["dataset_split", *_ROLLOUT_FLAGS]
         given = [f"--{name}" for name in writing if getattr(self, name) is not None]
         if self.train_file and given:
             raise ValueError(
@@ -262,5 +256,5 @@ class TrainArguments(PolicyArguments, PromptArguments):
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
         """What these settings have the student write on."""
-        given = {name: getattr(self, own) for own, name in _OF_ROLLOUTS.items() if getattr(self, own) is not None}
+        given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
         return Rollouts(prompts, self.make_policy(), **given)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import synthesize
+from motab.engine import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
@@ -36,11 +35,11 @@ class Rollouts(Dataset[Prompt]):
     batch_size: int = 8
     block_size: int = 16
     temperature: float = 0.6
+    top_k: int | None = None
     top_p: float = 1.0
+    min_p: float | None = None
     torch_compile: bool = False
     max_cached_tokens: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -74,25 +73,11 @@ class Rollouts(Dataset[Prompt]):
         Raises:
             ValueError: all that `synthesize` refuses.
         """
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        settings = {name: getattr(self, name) for name in SETTINGS if name != "seed"}
+        settings |= {"seed": seed, "indices": range(first_index, first_index + len(prompts))}
         was_training = student.training
         student.eval()
         try:
-            indices = range(first_index, first_index + len(prompts))
-            return list(synthesize(student, teacher, tokenizer, prompts, **settings, seed=seed, indices=indices))
+            return list(synthesize(student, teacher, tokenizer, prompts, policy=self.policy, **settings))
         finally:
             student.train(was_training)
-
-
-_SETTINGS = (
-    "policy",
-    "max_new_tokens",
-    "batch_size",
-    "block_size",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "torch_compile",
-    "max_cached_tokens",
-)
