@@ -15,7 +15,7 @@ from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.judgement import agrees, holds_nothing, label
-from motab.parsing import parse, require
+from motab.parsing import parse, require, setting
 from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
 
@@ -27,7 +27,7 @@ _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green
 class FileArguments:
     """motab verify | report: look at the trajectories of a synthesis."""
 
-    output_dir: str = "runs/synthesize"
+    output_dir: str = setting("runs/synthesize", "Folder of the synthesis.")
 
     @property
     def file(self) -> Path:
@@ -46,19 +46,18 @@ class FileArguments:
 class ShowArguments(FileArguments):
     """motab show: print one trajectory of a synthesis."""
 
-    index: int = 0
+    index: int = setting(0, "Index of the trajectory.")
 
 
 @dataclass
 class ExportArguments(FileArguments):
-    """motab export: the trajectories of a synthesis as token ids and labels, as TRL's SFTTrainer and axolotl read
-    them."""
+    """motab export: write the trajectories of a synthesis as token ids and labels, for TRL's SFTTrainer or axolotl."""
 
-    output_file: str = field(default="", metadata={"help": "Ends in .parquet or .jsonl."})
+    output_file: str = setting("", "File to write; ends in .parquet or .jsonl.")
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
+    max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
 
 
 def synthesize(arguments: list[str], console: Console) -> None:

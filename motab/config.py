@@ -13,42 +13,45 @@ from transformers import PreTrainedTokenizerBase
 from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
 from motab.engine import SETTINGS
 from motab.models import DTYPES, dtype_name
-from motab.parsing import load_yaml, require, require_file
-from motab.policies import POLICIES, Policy
+from motab.parsing import load_yaml, require, require_file, setting
+from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
 
 #: Settings of policies whose names as flags are others: top_k is of the sampling.
 _FLAG = {"top_k": "teacher_top_k"}
-_ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
+_DATASET = "Hub name, JSONL, JSON or parquet file, or reasoning-gym:TASK?size=N&seed=S."
+_ATTENTION = "Attention of the models: sdpa, flash_attention_2, eager, ... (default: transformers' choice)"
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _unset(text: str, default: Any) -> Any:
+    """A setting that is None unless given, so that giving it can be noticed; the help names the default it stands
+    for."""
+    return setting(None, f"{text} (default: {default})")
 
 
 def _first(columns: Sequence[str]) -> str:
-    return "the first there is of " + ", ".join(columns)
+    return "first found of " + ", ".join(columns)
 
 
 @dataclass
 class GenerationArguments:
-    """How models write."""
+    """Generation."""
 
-    max_new_tokens: int = _setting(1024, "Budget in tokens after the prompt.")
-    batch_size: int = _setting(8, "Trajectories in progress at a time.")
-    block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
-    temperature: float = _setting(0.6, "0 is greedy.")
-    top_k: int | None = _setting(None, "Sample among so many likeliest tokens (all).")
-    top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
-    min_p: float | None = _setting(None, "Sample among tokens at least so many times as likely as the likeliest (0).")
-    seed: int = _setting(0, "Of all sampling.")
-    torch_compile: bool = _setting(False, "Write with compiled models: faster, after a minute or more at first.")
-    max_cached_tokens: int | None = _setting(
-        None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
+    max_new_tokens: int = setting(1024, "Tokens to write after the prompt, at most.")
+    batch_size: int = setting(8, "Trajectories in progress at a time.")
+    block_size: int = setting(16, "Tokens that the student drafts before the teacher scores them.")
+    temperature: float = setting(0.6, "Sampling temperature; 0 is greedy.")
+    top_k: int | None = _unset("Sample among the k likeliest tokens.", "all")
+    top_p: float = setting(1.0, "Sample among the fewest likeliest tokens with this total probability.")
+    min_p: float | None = _unset("Sample among tokens with at least this share of the likeliest one's probability.", 0)
+    seed: int = setting(0, "Random seed for sampling.")
+    torch_compile: bool = setting(False, "Compile the models; takes a minute or more at the start.")
+    max_cached_tokens: int | None = _unset(
+        "Tokens that the key-value cache of each model holds for all trajectories together.", "what free memory holds"
     )
-    dtype: str = _setting("auto", f"Of the weights: {', '.join(DTYPES)}.")
-    attn_implementation: str | None = _setting(None, _ATTENTION)
+    dtype: str = setting("auto", f"Weight dtype: {', '.join(DTYPES)}.")
+    attn_implementation: str | None = setting(None, _ATTENTION)
 
     def __post_init__(self) -> None:
         self.dtype = dtype_name(self.dtype)
@@ -60,33 +63,52 @@ class GenerationArguments:
 
 @dataclass
 class PolicyArguments:
-    """Who writes and who watches."""
+    """Policy: who writes and who monitors; "motab:" marks a setting of that policy."""
 
     policy: (
         Literal["motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"]
         | None
-    ) = _setting(None, "Who writes and who watches (motab).")
-    epsilon0: float | None = _setting(None, "Of motab: boundary at zero teacher entropy (0.2).")
-    theta: float | None = _setting(None, "Of motab: how much the teacher's entropy relaxes the boundary (1).")
-    entropy_top_k: int | None = _setting(None, "Of motab: entropy of the renormalised top k; exact when not given.")
-    backtrack: str | None = _setting(None, "Of motab: the teacher starts where td (this), breach or none says.")
-    stitch: str | None = _setting(
-        None,
-        "Of motab: phrase before the teacher's text ('However,'); '' (null in a file) leaves the flawed steps out.",
+    ) = _unset("Policy of generation.", "motab")
+    epsilon0: float | None = _unset("motab: boundary at zero teacher entropy.", MotabPolicy.epsilon0)
+    theta: float | None = _unset("motab: how much the teacher's entropy relaxes the boundary.", MotabPolicy.theta)
+    entropy_top_k: int | None = _unset("motab: take the entropy of the renormalised k likeliest tokens.", "all")
+    backtrack: str | None = _unset(
+        "motab: where the teacher starts after a breach: before the step whose value fell most (td), before the "
+        "breaching step (breach) or after it (none).",
+        MotabPolicy.backtrack,
     )
-    delimiter: str | None = _setting(None, "Ends a step ('.\\n\\n', of relay_opd '\\n\\n').")
-    max_interventions: int | None = _setting(None, "Of motab (1) and relay_opd (2).")
-    gamma: float | None = _setting(None, "Of step_skd: the least ratio of the teacher's value to the student's.")
-    teacher_top_k: int | None = _setting(None, "Of token_skd: a token must be among the teacher's k likeliest (25).")
-    factor: float | None = _setting(None, "Of adaswitch: how much of the recent mean divergence is too much.")
-    window: int | None = _setting(None, "Of adaswitch: tokens of that mean.")
+    stitch: str | None = _unset(
+        "motab: phrase between the flawed steps and the teacher's text; '' (null in a file) leaves these steps out.",
+        repr(MotabPolicy.stitch),
+    )
+    delimiter: str | None = _unset(
+        "Text that ends a step.", f"{MotabPolicy.delimiter!r}, relay_opd: {RelayOPD.delimiter!r}"
+    )
+    max_interventions: int | None = _unset(
+        "motab, relay_opd: how often the teacher may take over.",
+        f"motab: {MotabPolicy.max_interventions}, relay_opd: {RelayOPD.max_interventions}",
+    )
+    gamma: float | None = setting(None, "step_skd: least ratio of the teacher's value to the student's. (required)")
+    teacher_top_k: int | None = _unset("token_skd: accept the teacher's k likeliest tokens.", TokenSKD.top_k)
+    factor: float | None = setting(
+        None, "adaswitch: the teacher takes over above this multiple of the recent mean divergence. (required)"
+    )
+    window: int | None = setting(None, "adaswitch: tokens averaged over. (required)")
     words: list[str] | None = field(
-        default=None, metadata={"help": "Of relay_opd: those that a teacher reflects with."}
+        default=None,
+        metadata={"help": f"relay_opd: words with which a teacher reflects. (default: {' '.join(RelayOPD.words)})"},
     )
-    student_top_k: int | None = _setting(None, "Of relay_opd: the student's likeliest tokens that lack the word (5).")
-    paragraphs: int | None = _setting(None, "Of relay_opd: the most that the teacher writes at a time (3).")
-    relay_tokens: int | None = _setting(None, "Of relay_opd: the same in tokens (256).")
-    n: int | None = _setting(None, "Of truncated: tokens to stop after.")
+    student_top_k: int | None = _unset(
+        "relay_opd: the teacher takes over if the word is not among the student's k likeliest tokens.",
+        RelayOPD.student_top_k,
+    )
+    paragraphs: int | None = _unset(
+        "relay_opd: paragraphs that the teacher writes at a time, at most.", RelayOPD.paragraphs
+    )
+    relay_tokens: int | None = _unset(
+        "relay_opd: tokens that the teacher writes at a time, at most.", RelayOPD.relay_tokens
+    )
+    n: int | None = setting(None, "truncated: stop after this many tokens. (required)")
 
     def make_policy(self) -> Policy:
         """The policy that these settings describe.
@@ -119,22 +141,22 @@ class PolicyArguments:
 
 @dataclass
 class PromptArguments:
-    """How problems are loaded and put to the models."""
+    """Problems and prompts."""
 
-    dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
-    question_column: str | None = _setting(
-        None,
-        f"Holds a text, or messages, of which the assistant's at the end are dropped ({_first(QUESTION_COLUMNS)}).",
+    dataset_config: str | None = setting(None, "Configuration of the hub dataset.")
+    question_column: str | None = _unset(
+        "Column of the question: a text, or messages (the assistant's at the end are dropped).",
+        _first(QUESTION_COLUMNS),
     )
-    answer_column: str | None = _setting(None, f"Holds what evaluate compares with ({_first(ANSWER_COLUMNS)}).")
-    max_prompt_length: int | None = _setting(
-        None, "Leave out problems whose prompts have more tokens; the others are counted without them."
+    answer_column: str | None = _unset("Column of the answer, for evaluate.", _first(ANSWER_COLUMNS))
+    max_prompt_length: int | None = setting(
+        None, "Leave out problems whose prompts have more tokens, before the others are numbered."
     )
-    system_prompt: str | None = _setting(None, "The system's message.")
-    prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
+    system_prompt: str | None = setting(None, "System message.")
+    prompt_suffix: str | None = setting(None, "Text after each question, for example how to state the answer.")
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."},
+        metadata={"help": "Arguments of the chat template, in JSON or YAML: '{\"enable_thinking\": false}'."},
     )
 
     def load(self, dataset_name: str, split: str) -> list[Problem]:
@@ -172,13 +194,15 @@ class PromptArguments:
 class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
     """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
 
-    model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher.")
-    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
-    dataset_split: str = _setting("train", "Of a hub dataset.")
-    output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
-    num_samples: int = _setting(1, "Trajectories a question.")
-    share_teacher: bool = _setting(False, "One teacher for all processes, tensor-parallel; they write together.")
+    model_name_or_path: str = setting("", "The student.")
+    teacher_model_name_or_path: str = setting("", "The teacher.")
+    dataset_name: str = setting("", _DATASET)
+    dataset_split: str = setting("train", "Split of the hub dataset.")
+    output_dir: str = setting("runs/synthesize", "Folder for trajectories.jsonl.")
+    num_samples: int = setting(1, "Trajectories per question.")
+    share_teacher: bool = setting(
+        False, "Split one teacher among all processes (tensor parallel), which then write together."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,12 +214,12 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
 class EvaluateArguments(PromptArguments, GenerationArguments):
     """motab evaluate: accuracy of a model on problems with answers."""
 
-    model_name_or_path: str = _setting("", "The model.")
-    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
-    dataset_split: str = _setting("test", "Of a hub dataset.")
-    num_samples: int = _setting(1, "Answers to each problem.")
-    output_file: str | None = _setting(None, "Write the figures to this JSON file as well.")
-    answers_file: str | None = _setting(None, "Write the answers to this JSONL file.")
+    model_name_or_path: str = setting("", "The model.")
+    dataset_name: str = setting("", _DATASET)
+    dataset_split: str = setting("test", "Split of the hub dataset.")
+    num_samples: int = setting(1, "Answers per problem.")
+    output_file: str | None = setting(None, "JSON file for the results.")
+    answers_file: str | None = setting(None, "JSONL file for the answers.")
 
 
 #: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.
@@ -210,24 +234,34 @@ _ROLLOUT_FLAGS = {
 class TrainArguments(PolicyArguments, PromptArguments):
     """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
 
-    model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
-    train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
-    eval_file: str = _setting("", "Held-out trajectories: their loss at the end, and when --eval_strategy says.")
-    dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
-    dataset_split: str | None = _setting(None, "Of a hub dataset (train).")
-    max_new_tokens: int | None = _setting(None, "Of what is written as it trains: budget after the prompt (1024).")
-    rollout_batch_size: int | None = _setting(None, "The same: trajectories in progress at a time (8).")
-    block_size: int | None = _setting(None, "The same: tokens that the student drafts before the teacher looks (16).")
-    rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
-    top_k: int | None = _setting(None, "The same: among so many likeliest tokens (all).")
-    top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
-    min_p: float | None = _setting(None, "The same: among tokens so many times as likely as the likeliest (0).")
-    rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
-    max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", f"Of the student's weights: {', '.join(DTYPES)}.")
-    teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
-    attn_implementation: str | None = _setting(None, _ATTENTION)
+    model_name_or_path: str = setting("", "The student.")
+    teacher_model_name_or_path: str = setting("", "The teacher, if loss_type is a divergence or the policy needs one.")
+    train_file: str = setting("", "trajectories.jsonl of motab synthesize.")
+    eval_file: str = setting("", "Held-out trajectories; their loss is measured at the end and by --eval_strategy.")
+    dataset_name: str = setting(
+        "", "Instead of train_file: problems on which the student writes at every step. " + _DATASET
+    )
+    dataset_split: str | None = _unset("Split of the hub dataset.", "train")
+    max_new_tokens: int | None = _unset("Rollouts: tokens to write after the prompt, at most.", Rollouts.max_new_tokens)
+    rollout_batch_size: int | None = _unset("Rollouts: trajectories in progress at a time.", Rollouts.batch_size)
+    block_size: int | None = _unset(
+        "Rollouts: tokens that the student drafts before the teacher scores them.", Rollouts.block_size
+    )
+    rollout_temperature: float | None = _unset("Rollouts: sampling temperature; 0 is greedy.", Rollouts.temperature)
+    top_k: int | None = _unset("Rollouts: sample among the k likeliest tokens.", "all")
+    top_p: float | None = _unset(
+        "Rollouts: sample among the fewest likeliest tokens with this total probability.", Rollouts.top_p
+    )
+    min_p: float | None = _unset(
+        "Rollouts: sample among tokens with at least this share of the likeliest one's probability.", 0
+    )
+    rollout_torch_compile: bool | None = _unset("Rollouts: compile the models.", Rollouts.torch_compile)
+    max_cached_tokens: int | None = _unset(
+        "Rollouts: tokens that the key-value cache of each model holds.", "what free memory holds"
+    )
+    dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
+    teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
+    attn_implementation: str | None = setting(None, _ATTENTION)
 
     def __post_init__(self) -> None:
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)

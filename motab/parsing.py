@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import inspect
 import re
-from argparse import Action, ArgumentError, ArgumentTypeError
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -37,6 +39,39 @@ def load_yaml(text: str) -> Any:
     return yaml.load(text, _Loader)
 
 
+def setting(default: Any, text: str) -> Any:
+    """A field of a command's dataclass, with the help of its flag."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+class _Formatter(ArgumentDefaultsHelpFormatter):
+    """Names each flag once, and the defaults that are not empty."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
+
+def _group(parser: HfArgumentParser, kinds: tuple[type, ...]) -> None:
+    """Group the flags: the command's own, those of each dataclass that it inherits, those of transformers."""
+    classes = [each for kind in kinds for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+    groups: dict[str, Any] = {}
+    for each in sorted(classes, key=lambda each: each.__module__.startswith("transformers.")):
+        doc = str(each.__doc__).partition("\n")[0]
+        title = "Settings" if each in kinds or doc.startswith("motab ") else doc.rstrip(".")
+        if each.__module__.startswith("transformers."):
+            title = f"{each.__name__} of transformers"
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        own = [action for action in parser._optionals._group_actions if action.dest in inspect.get_annotations(each)]
+        for action in own:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
+
+
 def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
     """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
 
@@ -46,9 +81,16 @@ def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str)
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     parser = HfArgumentParser(
-        kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False, exit_on_error=False
+        kinds,
+        prog=f"motab {command}",
+        usage=f"motab {command} [--config FILE] [flags]",
+        description=kinds[0].__doc__,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
-    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags override it.")
+    _group(parser, kinds)
     known = [entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init]
     config = _config_file(arguments)
     if config:

@@ -36,22 +36,33 @@ class MotabConfig(TrainingArguments):
             has a budget of its own.
     """
 
-    learning_rate: float = 5e-5
-    lr_scheduler_type: str = "cosine_with_min_lr"
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
+        default=None,
+        metadata={
+            "help": "Arguments of the schedule, in JSON or YAML. (default of cosine_with_min_lr: min_lr 1e-6, or half "
+            "the learning rate if less)"
+        },
     )
-    num_train_epochs: float = 6.0
-    save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the trajectories or prompts."})
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps between checkpoints; below 1, as a share of the run."}
+    )
     eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Of eval_strategy steps; below 1 a share of the run."}
+        default=0.1,
+        metadata={"help": "Steps between evaluations (--eval_strategy steps); below 1, as a share of the run."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
-    ddp_find_unused_parameters: bool | None = False
-    loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
-    beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
-    alpha: float = field(default=0.1, metadata={"help": "Of the skew divergences."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of a divergence."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient (DistributedDataParallel)."}
+    )
+    loss_type: LossType = field(
+        default="cross_entropy", metadata={"help": "Cross-entropy, or a divergence from the teacher."}
+    )
+    beta: float = field(default=0.5, metadata={"help": "jsd: weight of the teacher; 0 is forward_kl, 1 reverse_kl."})
+    alpha: float = field(default=0.1, metadata={"help": "skew_forward_kl, skew_reverse_kl: weight of the mixture."})
+    temperature: float = field(default=1.0, metadata={"help": "Divisor of both models' logits in a divergence."})
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
