@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
-from motab.judgement import agrees, holds_nothing, label
+from motab.judgement import agrees, is_unbounded, label
 from motab.parsing import parse, require, setting
 from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
@@ -273,7 +273,7 @@ def show(arguments: list[str], console: Console) -> None:
     for place, step in enumerate(trajectory.steps):
         where = f"token {step.start}" if trajectory.by_token else f"step {place}"
         told = [f"{where}: {label(trajectory.score)} {digits(step.value)}"]
-        if not (step.accepted and holds_nothing(trajectory.score, step.threshold)):
+        if not (step.accepted and is_unbounded(trajectory.score, step.threshold)):
             told += [f"boundary {digits(step.threshold)}", "accepted" if step.accepted else "breach"]
         if place == trajectory.breach_step and not trajectory.by_token:
             told.append(f"rolled back to step {trajectory.rollback_step}")

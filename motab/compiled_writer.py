@@ -23,7 +23,7 @@ LEAST_SLOTS = 256  # that a pass sees
 
 
 def power_of_two(number: int) -> int:
-    """The least that is no less."""
+    """The smallest power of two >= `number`."""
     return 1 << (number - 1).bit_length()
 
 

@@ -35,6 +35,6 @@ def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:
     return SCORES[score].is_safe(value, threshold) == accepted or (not accepted and value == threshold)
 
 
-def holds_nothing(score: str | None, threshold: float) -> bool:
-    """Whether no number would be beyond the threshold: a step was scored, and held to no boundary."""
+def is_unbounded(score: str | None, threshold: float) -> bool:
+    """Whether the step was scored without a threshold."""
     return score not in ("forward_kl", "reverse_kl", "teacher_rank") and threshold == 0

@@ -22,7 +22,7 @@ class Pages(NamedTuple):
 
 
 def page_size(max_length: int) -> int:
-    """Tokens of a page: many, for a GPU's program reads one, but few beside those of a row."""
+    """Tokens per page: large enough for one GPU program's work, small relative to a row."""
     return 256 if max_length > 4096 else 64
 
 
@@ -38,8 +38,8 @@ def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -
     least = -(-max_length // size) * size
     if max_cached_tokens < least:
         raise ValueError(
-            f"max_cached_tokens: expected at least {least}, for the longest prompt, max_new_tokens and a block make "
-            f"{max_length} tokens in pages of {size}; got {max_cached_tokens}; lower max_new_tokens, drop long prompts "
+            f"max_cached_tokens must be at least {least}, since the longest prompt, max_new_tokens and a block make "
+            f"{max_length} tokens in pages of {size}, got {max_cached_tokens}; lower max_new_tokens, drop long prompts "
             "or free memory"
         )
     return Pages(max_cached_tokens // size, size)
@@ -59,7 +59,7 @@ def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:
 
 @torch.no_grad()
 def bytes_of_a_token(model: PreTrainedModel) -> int:
-    """Of its keys and values, as one forward pass makes them."""
+    """Bytes of keys and values per token, measured by one forward pass."""
     cache = mk.RaggedKVCache(model.config, 1, 1, device=model.device, dtype=model.dtype)
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache.prepare(1))
     return sum(storage.nbytes for layer in cache.layers for storage in (layer.keys, layer.values))

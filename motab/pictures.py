@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from motab.judgement import holds_nothing, label
+from motab.judgement import is_unbounded, label
 from motab.trajectory import Trajectory
 
 _BARS = 60
@@ -35,7 +35,7 @@ def draw_steps(trajectories: Sequence[Trajectory]) -> Any:
 def _draw_judged(axis: Any, trajectory: Trajectory) -> None:
     steps = trajectory.steps
     axis.plot([s.value for s in steps], "o-", color=_BLUE, label=label(trajectory.score))
-    if not all(holds_nothing(trajectory.score, s.threshold) for s in steps):
+    if not all(is_unbounded(trajectory.score, s.threshold) for s in steps):
         axis.step(range(len(steps)), [s.threshold for s in steps], "--", where="mid", color=_YELLOW, label="boundary")
     elif starts := takeovers(trajectory):
         for start in starts:

@@ -220,8 +220,7 @@ class Row:
         )
 
     def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Where the flawed part opens a tag, as <think>, and who writes on from before it opens that again, the target
-        holds the first: the flawed part is thinking then, and what follows goes on with it."""
+        """If the flawed text opened a tag such as `<think>`, drop its later re-openings until it is closed."""
         added = tokenizer.get_added_vocab()
         partner = {token: added.get("</" + text[1:]) for text, token in added.items() if text.startswith("<")}
         closing = {token: closes for token, closes in partner.items() if closes is not None}

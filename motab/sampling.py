@@ -20,14 +20,15 @@ LEAST_TEMPERATURE = 1e-30  # above 0; by less, logits of some hundreds leave the
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. What is left out is left out in this order, as in transformers: each setting
-    takes the probabilities of what the one before has left.
+    """How a token is drawn from logits.
+
+    Filters apply in this order, as in transformers, each to the distribution the previous one left, renormalised.
 
     Args:
         temperature: 0 is greedy, whatever the others say; else at least `LEAST_TEMPERATURE`.
-        top_k: draw from so many likeliest tokens, and those as likely as the last of them; None or 0: from all.
-        top_p: in (0, 1]: from the fewest likeliest that hold at least this probability.
-        min_p: in [0, 1]: from those that are at least so many times as likely as the likeliest; None is 0.
+        top_k: draw from the k likeliest tokens, and those as likely as the last of them; None or 0: from all.
+        top_p: in (0, 1]: draw from the fewest likeliest tokens whose probabilities sum to at least this.
+        min_p: in [0, 1]: draw from tokens with at least this share of the likeliest one's probability; None is 0.
 
     Raises:
         ValueError: a setting out of range.

@@ -56,8 +56,8 @@ def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], vo
 
 
 def _byte_transitions(delimiter: bytes) -> Tensor:
-    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte. What completed one
-    counts for none of the next."""
+    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte.
+    Matches do not overlap."""
     table = torch.zeros(len(delimiter) + 1, 256, dtype=torch.long)
     for matched in range(len(delimiter) + 1):
         for byte in range(256):

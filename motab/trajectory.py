@@ -28,8 +28,8 @@ class Step:
     """One step of the student and the teacher's judgement of it.
 
     Attributes:
-        start, end: the step is ``token_ids[start:end]`` of its trajectory. Of a step that the target leaves
-            out (stitch None) both tell where the target goes on, and `discarded_ids` holds its tokens.
+        start, end: the step is ``token_ids[start:end]`` of its trajectory. For a step not in the target
+            (stitch=None), both are the position where the target continues, and `discarded_ids` holds its tokens.
         value: V, the geometric mean teacher probability of its tokens; or what else the policy's boundary looks at, see
             `Trajectory.score`.
         threshold: the boundary it was held to; 0 where the policy holds V to none.
@@ -109,7 +109,7 @@ class Trajectory:
 
 
 def ignored_authors(authors: str | Sequence[str]) -> list[str]:
-    """Whose tokens are to be left out of a loss, as a list, or of one its name.
+    """Validate `ignore_authors`, a name or a sequence of names, and return a list.
 
     Raises:
         ValueError: no such author, or all of them.

@@ -48,7 +48,7 @@ def logprobs(model, context, vocab_size):
 
 
 def check_by_definition(trajectory, policy, teacher, tokenizer):
-    """Design section 2, recomputed from the finished trajectory alone."""
+    """Values, boundaries, breach and rollback by the definition of MOTAB, from the finished trajectory alone."""
     prompt, steps, size = trajectory.prompt_ids, trajectory.steps, len(tokenizer)
     text = [
         token
@@ -363,11 +363,12 @@ def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts
     """Once a block, and nowhere else in a run; kernels have been compiled before."""
     pair = [copy.deepcopy(model).float().cuda() for model in (student, teacher)]
     expected = run(*pair, tokenizer, prompts, POLICY)
-    to_host = Engine._to_host
+    to_host, waits = Engine._to_host, []
 
     def waiting(engine, *tensors):
         torch.cuda.set_sync_debug_mode("default")
         found = to_host(engine, *tensors)
+        waits.append(engine.waits)
         torch.cuda.set_sync_debug_mode("error")
         return found
 
@@ -378,4 +379,5 @@ def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts
         found = list(trajectories)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waits == [*range(1, len(waits) + 1)]
     assert [t.token_ids for t in found] == [t.token_ids for t in expected]
