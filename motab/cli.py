@@ -16,6 +16,7 @@ from rich.text import Text
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.judgement import agrees, is_unbounded, label
 from motab.parsing import parse, require, setting
+from motab.policies import needs_student, needs_teacher
 from motab.trajectory import AUTHORS, Trajectory
 from motab.trajectory_file import read_trajectories, unfinished
 
@@ -68,13 +69,12 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
-    names = {}
-    if args.policy != "teacher_only":
+    policy, names = args.make_policy(), {}
+    if needs_student(policy):
         names["model_name_or_path"] = args.model_name_or_path
-    if args.policy not in ("on_policy", "truncated") or args.teacher_model_name_or_path:
+    if needs_teacher(policy) or args.teacher_model_name_or_path:
         names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     require(dataset_name=args.dataset_name, **names)
-    policy = args.make_policy()
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())

@@ -20,7 +20,16 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
-from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, check_number, check_policy, token_budget
+from motab.policies import (
+    MotabPolicy,
+    Policy,
+    Rules,
+    check_number,
+    check_policy,
+    needs_student,
+    needs_teacher,
+    token_budget,
+)
 from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.sampling import Sampling, choose, uniform
@@ -331,13 +340,13 @@ def synthesize(
     for name, value in counts.items():
         check_number(name, value, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    rules = None if isinstance(policy, TeacherOnly) else policy.rules
-    if student is None and rules is not None:
+    rules = policy.rules
+    if student is None and needs_student(policy):
         raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
-    if teacher is None and (rules is None or rules.max_interventions != 0):
+    if teacher is None and needs_teacher(policy):
         raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
-    if rules is None and student is not None:
-        check_vocabulary(student, tokenizer)  # that is to be trained on what the teacher writes
+    if student is not None and not needs_student(policy):
+        check_vocabulary(student, tokenizer)  # it is to be trained on what the teacher writes
         student = None
     max_new_tokens = token_budget(policy, max_new_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:

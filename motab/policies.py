@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import motab_kernels as mk
 
@@ -138,6 +138,8 @@ class Truncated:
 class TeacherOnly:
     """The teacher writes all of it: off-policy distillation."""
 
+    rules: ClassVar[None] = None  # no step of the student to ask about
+
 
 @dataclass(frozen=True)
 class StepSKD:
@@ -260,15 +262,25 @@ POLICIES = {
 Policy = MotabPolicy | OnPolicy | TeacherOnly | StepSKD | TokenSKD | AdaSwitch | RelayOPD | Truncated
 
 
+def needs_student(policy: Policy) -> bool:
+    """Whether the student writes under this policy."""
+    return policy.rules is not None
+
+
+def needs_teacher(policy: Policy) -> bool:
+    """Whether the teacher may write under this policy; without a teacher, nothing is scored."""
+    return policy.rules is None or policy.rules.max_interventions != 0
+
+
 def token_budget(policy: Policy, max_new_tokens: int) -> int:
-    """The budget of a run, or the policy's own where that is less."""
-    limit = None if isinstance(policy, TeacherOnly) else policy.rules.max_tokens
+    """The budget of a run, or the policy's own if that is less."""
+    limit = None if policy.rules is None else policy.rules.max_tokens
     return max_new_tokens if limit is None else min(max_new_tokens, limit)
 
 
 def check_policy(policy: object) -> None:
-    """Refuse what is no policy, as the name or the class of one."""
-    if isinstance(policy, TeacherOnly) or isinstance(getattr(policy, "rules", None), Rules):
+    """Refuse anything but an instance of a policy, such as its name or its class."""
+    if not isinstance(policy, type) and isinstance(getattr(policy, "rules", policy), Rules | None):
         return
     kind: object = POLICIES.get(policy) if isinstance(policy, str) else policy
     name = kind.__name__ if isinstance(kind, type) and kind in POLICIES.values() else "MotabPolicy"

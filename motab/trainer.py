@@ -22,7 +22,7 @@ from motab.distillation import (
     loss_from_logits,
 )
 from motab.models import load_model
-from motab.policies import TeacherOnly
+from motab.policies import needs_student
 from motab.prompts import Prompt, end_tokens
 from motab.report import figures
 from motab.rollouts import Rollouts
@@ -131,8 +131,9 @@ class MotabTrainer(Trainer):
         dataset: Rollouts | TrajectoryDataset
         if isinstance(train_dataset, Rollouts):
             dataset = self.rollouts = train_dataset
-            if isinstance(train_dataset.policy, TeacherOnly):
-                raise ValueError("Rollouts are the student's, got policy TeacherOnly; write those once, by synthesize")
+            if not needs_student(train_dataset.policy):
+                name = type(train_dataset.policy).__name__
+                raise ValueError(f"Rollouts are the student's, got policy {name}; write those once, by synthesize")
             if processing_class is None:
                 raise ValueError("Rollouts need the tokenizer; give processing_class")
             if args.max_length is not None:
