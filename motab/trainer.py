@@ -50,6 +50,33 @@ def _looked_at(data: Any) -> Iterator[Trajectory]:
         yield item
 
 
+def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: Any) -> None:
+    """Refuse arguments that do not go together, before a file is read or a model loaded."""
+    if not isinstance(args, MotabConfig):
+        raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
+    has_rollouts = isinstance(train_dataset, Rollouts)
+    by_divergence = args.loss_type != "cross_entropy"
+    if teacher_model is None and by_divergence:
+        raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
+    if teacher_model is not None and not by_divergence and not has_rollouts:
+        raise ValueError(
+            "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
+            "besides; leave it out, or set loss_type to a divergence, as forward_kl"
+        )
+    if not has_rollouts:
+        return
+    if not needs_student(train_dataset.policy):
+        name = type(train_dataset.policy).__name__
+        raise ValueError(f"Rollouts are the student's, got policy {name}; write those once, by synthesize")
+    if processing_class is None:
+        raise ValueError("Rollouts need the tokenizer; give processing_class")
+    if args.max_length is not None:
+        raise ValueError(
+            f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
+            "max_new_tokens"
+        )
+
+
 def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
     name = getattr(model, "name_or_path", "")
     if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
@@ -116,33 +143,13 @@ class MotabTrainer(Trainer):
         **kwargs: Any,
     ):
         args = MotabConfig(output_dir="runs/train") if args is None else args
-        if not isinstance(args, MotabConfig):
-            raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
-        self.rollouts: Rollouts | None = None
+        _check(args, teacher_model, train_dataset, processing_class)
+        self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log
-        by_divergence = args.loss_type != "cross_entropy"
-        if teacher_model is not None and not by_divergence and not isinstance(train_dataset, Rollouts):
-            raise ValueError(
-                "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
-                "besides; leave it out, or set loss_type to a divergence, as forward_kl"
-            )
-        if teacher_model is None and by_divergence:
-            raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
-        dataset: Rollouts | TrajectoryDataset
-        if isinstance(train_dataset, Rollouts):
-            dataset = self.rollouts = train_dataset
-            if not needs_student(train_dataset.policy):
-                name = type(train_dataset.policy).__name__
-                raise ValueError(f"Rollouts are the student's, got policy {name}; write those once, by synthesize")
-            if processing_class is None:
-                raise ValueError("Rollouts need the tokenizer; give processing_class")
-            if args.max_length is not None:
-                raise ValueError(
-                    f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
-                    "max_new_tokens"
-                )
-        else:
-            dataset = _examples(train_dataset, args)
+        self.divergence: Divergence | None = None
+        if args.loss_type != "cross_entropy":
+            self.divergence = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
+        dataset = train_dataset if isinstance(train_dataset, Rollouts) else _examples(train_dataset, args)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         held_out: Any = eval_dataset
@@ -182,15 +189,17 @@ class MotabTrainer(Trainer):
             _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
-        self.from_heads = not is_sharded and has_plain_head(model)
-        if by_divergence:
-            assert teacher_model is not None
-            self.from_heads &= has_plain_head(teacher_model)
-        else:
-            has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
-            self.from_heads &= not has_more
-        if by_divergence or self.from_heads:
-            self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+        self.fuses_head = not is_sharded and self._can_fuse_head(model)
+        if self.divergence is not None or self.fuses_head:
+            self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
+
+    def _can_fuse_head(self, model: PreTrainedModel) -> bool:
+        """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
+        if self.divergence is not None:
+            assert self.teacher_model is not None
+            return has_plain_head(model) and has_plain_head(self.teacher_model)
+        has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
+        return not has_more and has_plain_head(model)
 
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
         """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
@@ -248,32 +257,29 @@ class MotabTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        args = self.args
-        by_divergence = args.loss_type != "cross_entropy"
-        if not by_divergence and not self.from_heads:
+        if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         mask = labels[:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
-        if by_divergence:
+        if self.divergence is not None:
             assert self.teacher_model is not None
             with torch.no_grad(), self.accelerator.autocast():
-                if self.from_heads:
+                if self.fuses_head:
                     teacher = last_hidden_states(self.teacher_model, **inputs)
                 else:
                     teacher = self.teacher_model(**inputs, use_cache=False).logits
-        of_heads: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.from_heads else {}
-        student = model(**inputs, **of_heads)
+        without_logits: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.fuses_head else {}
+        student = model(**inputs, **without_logits)
         bare = self.accelerator.unwrap_model(model)
-        settings = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
         with self.accelerator.autocast():
-            if not by_divergence:
+            if self.divergence is None:
                 loss = cross_entropy_from_head(bare, student.hidden_states[-1], labels, num_items_in_batch)
-            elif self.from_heads:
+            elif self.fuses_head:
                 hidden = student.hidden_states[-1], teacher
-                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, settings, num_items_in_batch)
+                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, self.divergence, num_items_in_batch)
             else:
-                loss = loss_from_logits((student.logits, teacher), mask, settings, num_items_in_batch)
-        if args.average_tokens_across_devices and num_items_in_batch is not None:
+                loss = loss_from_logits((student.logits, teacher), mask, self.divergence, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # over which the gradients are averaged
         return (loss, student) if return_outputs else loss
