@@ -258,7 +258,6 @@ def report(arguments: list[str], console: Console) -> None:
 def show(arguments: list[str], console: Console) -> None:
     """Print one trajectory, coloured by author."""
     from motab.models import load_tokenizer
-    from motab.report import segments
 
     args: ShowArguments = parse(ShowArguments, arguments, "show")
     trajectories = _trajectories(args.file)
@@ -266,7 +265,7 @@ def show(arguments: list[str], console: Console) -> None:
         raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
     trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
     console.print(Text(tokenizer.decode(trajectory.prompt_ids), style="dim"))
-    for author, text in segments(trajectory, tokenizer.decode):
+    for author, text in trajectory.segments(tokenizer.decode):
         console.print(Text(text, style=_STYLES[author]), end="")
     console.print()
     digits = "{:.0f}".format if trajectory.score == "teacher_rank" else _digits

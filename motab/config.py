@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
 from motab.engine import SETTINGS
 from motab.models import DTYPES, dtype_name
-from motab.parsing import load_yaml, require, require_file, setting
+from motab.parsing import require, require_file, setting
 from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
+from motab.yaml_values import load_yaml
 
 #: Settings of policies whose names as flags are others: top_k is of the sampling.
 _FLAG = {"top_k": "teacher_top_k"}

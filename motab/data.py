@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from motab.parsing import load_yaml
+from motab.yaml_values import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "output", "solution")

@@ -20,7 +20,8 @@ from motab.models import load_model, load_tokenizer
 from motab.parsing import setting
 from motab.policies import MotabPolicy, Policy, TeacherOnly
 from motab.progress import watch
-from motab.report import figures, write_report
+from motab.report import write_report
+from motab.summary import figures
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
 from motab.training_config import MotabConfig

@@ -15,28 +15,12 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from motab.yaml_values import load_yaml
+
 T = TypeVar("T")
 #: What null in a file says where None of the API is not "not given", as a flag says it.
 _NULL = {"stitch": ""}
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, which takes 1e-9 for the number that it is; PyYAML asks for a dot."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def load_yaml(text: str) -> Any:
-    """What a text in YAML (or JSON) holds.
-
-    Raises:
-        yaml.YAMLError: it is none.
-    """
-    return yaml.load(text, _Loader)
 
 
 def setting(default: Any, text: str) -> Any:

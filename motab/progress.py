@@ -28,9 +28,9 @@ def watch(
         task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
             done, tokens = done + 1, tokens + len(trajectory.token_ids)
-            if trajectory.breach_step is not None and trajectory.rollback_step is not None:
+            if trajectory.rolled_back is not None:
                 breaches += 1
-                rolled_back += trajectory.breach_step + 1 - trajectory.rollback_step
+                rolled_back += trajectory.rolled_back
             figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
             if breaches:
                 figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"

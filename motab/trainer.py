@@ -24,8 +24,8 @@ from motab.distillation import (
 from motab.models import load_model
 from motab.policies import needs_student
 from motab.prompts import Prompt, end_tokens
-from motab.report import figures
 from motab.rollouts import Rollouts
+from motab.summary import figures
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 
@@ -102,7 +102,7 @@ def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
 
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
-    what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
+    what the student of that step wrote. The log then holds the figures of `motab.summary.figures` too.
 
     No model's logits are held: the loss takes the hidden states and the output embeddings, where these two alone make
     the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an adapter on the

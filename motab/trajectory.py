@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
 from motab.judgement import SCORES
 
 T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]
+Decode = Callable[[list[int]], str]  # token ids to text, such as a tokenizer's `decode`
 AUTHORS: tuple[Author, ...] = get_args(Author)
 STATISTICS = (
     "forward_kl",
@@ -80,6 +82,22 @@ class Trajectory:
     statistics: dict[str, list[float | None]] = field(default_factory=dict)
     score: str | None = None
     by_token: bool = False
+
+    @property
+    def rolled_back(self) -> int | None:
+        """Steps, or tokens if these are judged, that were rolled back at the first breach; None without a breach."""
+        if self.breach_step is None or self.rollback_step is None:
+            return None
+        return self.breach_step + 1 - self.rollback_step
+
+    def runs(self) -> list[tuple[Author, int, int]]:
+        """(author, start, end) of each run ``token_ids[start:end]`` of tokens by one author, in order."""
+        starts = [place for place, author in enumerate(self.author) if place == 0 or author != self.author[place - 1]]
+        return [(self.author[start], start, end) for start, end in pairwise([*starts, len(self.author)])]
+
+    def segments(self, decode: Decode) -> list[tuple[Author, str]]:
+        """(author, text) of each run of tokens by one author, in order."""
+        return [(author, decode(self.token_ids[start:end])) for author, start, end in self.runs()]
 
     def to_json(self) -> str:
         """One line of JSON; a number that is not finite is written as JSON's extension NaN or Infinity."""
