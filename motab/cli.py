@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
@@ -13,52 +12,21 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
-from motab.judgement import agrees, is_unbounded, label
-from motab.parsing import parse, require, setting
+from motab.config import (
+    EvaluateArguments,
+    ExportArguments,
+    FileArguments,
+    ShowArguments,
+    SynthesizeArguments,
+    TrainArguments,
+)
+from motab.judgement import is_unbounded, label
+from motab.parsing import parse, require
 from motab.policies import needs_student, needs_teacher
-from motab.trajectory import AUTHORS, Trajectory
-from motab.trajectory_file import read_trajectories, unfinished
+from motab.trajectory_file import check_trajectories, read_some_trajectories, unfinished
 
 _MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
-
-
-@dataclass
-class FileArguments:
-    """motab verify | report: look at the trajectories of a synthesis."""
-
-    output_dir: str = setting("runs/synthesize", "Folder of the synthesis.")
-
-    @property
-    def file(self) -> Path:
-        """The trajectories.
-
-        Raises:
-            ValueError: there is no such file.
-        """
-        path = Path(self.output_dir) / "trajectories.jsonl"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
-        return path
-
-
-@dataclass
-class ShowArguments(FileArguments):
-    """motab show: print one trajectory of a synthesis."""
-
-    index: int = setting(0, "Index of the trajectory.")
-
-
-@dataclass
-class ExportArguments(FileArguments):
-    """motab export: write the trajectories of a synthesis as token ids and labels, for TRL's SFTTrainer or axolotl."""
-
-    output_file: str = setting("", "File to write; ends in .parquet or .jsonl.")
-    ignore_authors: list[str] = field(
-        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
-    )
-    max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
 
 
 def synthesize(arguments: list[str], console: Console) -> None:
@@ -219,27 +187,7 @@ def export(arguments: list[str], console: Console) -> None:
 def verify(arguments: list[str], console: Console) -> None:
     """Check that a file of trajectories is whole and consistent."""
     args: FileArguments = parse(FileArguments, arguments, "verify")
-    trajectories = _trajectories(args.file)
-    missing = unfinished(args.file)
-    before = -1
-    for place, t in enumerate(trajectories):
-        breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
-        wrong = [
-            at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
-        ]
-        # Of several processes that were interrupted, the file holds those of the main one.
-        problems = [
-            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
-            (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
-            (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
-            (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
-        ]
-        if found := [text for bad, text in problems if bad]:
-            raise ValueError(f"trajectory {place} {' and '.join(found)}")
-        before = t.index
-    if missing:
-        raise ValueError(missing)
-    console.print(f"{len(trajectories)} trajectories, whole and consistent")
+    console.print(f"{check_trajectories(args.file)} trajectories, whole and consistent")
 
 
 def report(arguments: list[str], console: Console) -> None:
@@ -248,7 +196,7 @@ def report(arguments: list[str], console: Console) -> None:
     from motab.report import write_report
 
     args: FileArguments = parse(FileArguments, arguments, "report")
-    trajectories = _trajectories(args.file)
+    trajectories = read_some_trajectories(args.file)
     _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
@@ -260,7 +208,7 @@ def show(arguments: list[str], console: Console) -> None:
     from motab.models import load_tokenizer
 
     args: ShowArguments = parse(ShowArguments, arguments, "show")
-    trajectories = _trajectories(args.file)
+    trajectories = read_some_trajectories(args.file)
     if not 0 <= args.index < len(trajectories):
         raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
     trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
@@ -284,13 +232,6 @@ def show(arguments: list[str], console: Console) -> None:
 def _digits(number: float) -> str:
     """Three places, or three significant digits of what these would hide."""
     return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
-
-
-def _trajectories(path: Path) -> list[Trajectory]:
-    trajectories = read_trajectories(path)
-    if not trajectories:
-        raise ValueError(f"{path} holds no trajectory yet")
-    return trajectories
 
 
 def _warn_of_unfinished(command: str, *paths: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -17,6 +18,7 @@ from motab.parsing import require, require_file, setting
 from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
+from motab.trajectory import AUTHORS
 from motab.yaml_values import load_yaml
 
 #: Settings of policies whose names as flags are others: top_k is of the sampling.
@@ -293,3 +295,40 @@ class TrainArguments(PolicyArguments, PromptArguments):
         """What these settings have the student write on."""
         given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
         return Rollouts(prompts, self.make_policy(), **given)
+
+
+@dataclass
+class FileArguments:
+    """motab verify | report: look at the trajectories of a synthesis."""
+
+    output_dir: str = setting("runs/synthesize", "Folder of the synthesis.")
+
+    @property
+    def file(self) -> Path:
+        """The trajectories.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        path = Path(self.output_dir) / "trajectories.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
+        return path
+
+
+@dataclass
+class ShowArguments(FileArguments):
+    """motab show: print one trajectory of a synthesis."""
+
+    index: int = setting(0, "Index of the trajectory.")
+
+
+@dataclass
+class ExportArguments(FileArguments):
+    """motab export: write the trajectories of a synthesis as token ids and labels, for TRL's SFTTrainer or axolotl."""
+
+    output_file: str = setting("", "File to write; ends in .parquet or .jsonl.")
+    ignore_authors: list[str] = field(
+        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
+    )
+    max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")

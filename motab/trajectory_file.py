@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from motab.judgement import agrees
 from motab.trajectory import Trajectory
 
 
@@ -16,6 +17,45 @@ def read_trajectories(path: str | Path) -> list[Trajectory]:
         ValueError: a line that is no trajectory; names it and the way out.
     """
     return list(trajectories_in(path))
+
+
+def read_some_trajectories(path: str | Path) -> list[Trajectory]:
+    """`read_trajectories` of a file that must hold at least one.
+
+    Raises:
+        ValueError: the file holds none, or what `read_trajectories` refuses.
+    """
+    if trajectories := read_trajectories(path):
+        return trajectories
+    raise ValueError(f"{path} holds no trajectory yet")
+
+
+def check_trajectories(path: str | Path) -> int:
+    """Check that the file is whole and consistent, and return how many trajectories it holds.
+
+    Raises:
+        ValueError: the file is damaged, empty or unfinished; an index is out of order, tokens and authors differ in
+            number, or a step was judged against its value and boundary.
+    """
+    trajectories, missing, before = read_some_trajectories(path), unfinished(path), -1
+    for place, t in enumerate(trajectories):
+        breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
+        wrong = [
+            at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
+        ]
+        # After several processes were interrupted, the file holds the trajectories of the main one.
+        problems = [
+            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
+            (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
+            (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
+            (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
+        ]
+        if found := [text for bad, text in problems if bad]:
+            raise ValueError(f"trajectory {place} {' and '.join(found)}")
+        before = t.index
+    if missing:
+        raise ValueError(missing)
+    return len(trajectories)
 
 
 def trajectories_in(path: str | Path) -> Iterator[Trajectory]:
