@@ -160,33 +160,52 @@ def evaluate(
     if processes.count > 1:  # all have seen that none of the prompts is refused
         share = prompts[first * samples : end * samples]
         texts = synthesize(model, None, tokenizer, share, indices=range(first * samples, end * samples), **options)
-    right, overlong, lines = [0] * len(problems), 0, []
     if watch is not None:
         texts = watch(texts, (end - first) * samples)
-    for trajectory in texts:
-        place, sample = divmod(trajectory.index, samples)
-        text, reason = trajectory.text, trajectory.finish_reason
-        thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
-        correct = is_correct(text, problems[place], finish_reason=reason, thinking=thinking)
-        right[place] += correct
-        overlong += reason == "length"
-        if answers_file is not None:
-            answer = {"index": place, "sample": sample, "text": text, "correct": correct, "finish_reason": reason}
-            lines.append(json.dumps({**answer, "tokens": len(trajectory.token_ids)}, ensure_ascii=False) + "\n")
+    keep_text = answers_file is not None
+    graded = [_graded(trajectory, problems, samples, tokenizer, keep_text) for trajectory in texts]
+    answers = [answer for part in processes.gather(graded) for answer in part]
     if answers_file is not None:
-        text = "".join(line for part in processes.gather(lines) for line in part)
-        processes.from_main(lambda: write_whole(answers_file, text))
-    counted = processes.gather((right[first:end], overlong))
-    right = [count for part, _ in counted for count in part]
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        processes.from_main(lambda: write_whole(answers_file, lines))
+    return _summary(answers, len(problems), samples)
+
+
+def _graded(
+    trajectory: Trajectory,
+    problems: Sequence[Problem],
+    samples: int,
+    tokenizer: PreTrainedTokenizerBase,
+    keep_text: bool,
+) -> dict[str, Any]:
+    """One answer as a line of ``answers_file`` holds it."""
+    index, sample = divmod(trajectory.index, samples)
+    text, reason = trajectory.text, trajectory.finish_reason
+    thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+    correct = is_correct(text, problems[index], finish_reason=reason, thinking=thinking)
+    return {
+        "index": index,
+        "sample": sample,
+        "text": text if keep_text else None,
+        "correct": correct,
+        "finish_reason": reason,
+        "tokens": len(trajectory.token_ids),
+    }
+
+
+def _summary(answers: Sequence[Mapping[str, Any]], problems: int, samples: int) -> Evaluation:
+    right = [0] * problems
+    for answer in answers:
+        right[answer["index"]] += answer["correct"]
     shares = [count / samples for count in right]
-    mean = sum(shares) / len(shares)
-    spread = sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
+    mean = sum(shares) / problems
+    spread = sum((share - mean) ** 2 for share in shares) / max(problems - 1, 1)
     return Evaluation(
         accuracy=mean,
-        standard_error=math.sqrt(spread / len(shares)),
-        overlong=sum(part for _, part in counted) / len(prompts),
-        problems=len(problems),
+        standard_error=math.sqrt(spread / problems),
+        overlong=sum(answer["finish_reason"] == "length" for answer in answers) / len(answers),
+        problems=problems,
         samples=samples,
         correct=tuple(shares),
-        pass_at_k=sum(count > 0 for count in right) / len(right),
+        pass_at_k=sum(count > 0 for count in right) / problems,
     )
