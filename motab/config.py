@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import PreTrainedTokenizerBase
@@ -67,6 +67,9 @@ class GenerationArguments:
 @dataclass
 class PolicyArguments:
     """Policy: who writes and who monitors; "motab:" marks a setting of that policy."""
+
+    #: The flag's value that null in a file stands for, where None means "not given".
+    NULL: ClassVar = {"stitch": ""}
 
     policy: (
         Literal["motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"]

@@ -18,8 +18,6 @@ from transformers import HfArgumentParser
 from motab.yaml_values import load_yaml
 
 T = TypeVar("T")
-#: What null in a file says where None of the API is not "not given", as a flag says it.
-_NULL = {"stitch": ""}
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -81,6 +79,8 @@ def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str)
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         flags = {name: parser._option_string_actions[f"--{name}"] for name in known}
         values = _settings_in(config, known, command)
+        null = {name: value for kind in kinds for name, value in getattr(kind, "NULL", {}).items()}
+        values = {name: null.get(name) if value is None else value for name, value in values.items()}
         parser.set_defaults(**{name: _of_file(config, flags[name], hints[name], values[name]) for name in values})
     try:
         _, rest = parser.parse_known_args(arguments)
@@ -120,7 +120,7 @@ def _of_file(config: str, flag: Action, hint: Any, value: Any) -> Any:
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     several = flag.nargs == "+"
     if value is None and type(None) in kinds:
-        return _NULL.get(flag.dest)
+        return None
     if type(value) in kinds and not several and flag.choices is None:
         return value
     try:
