@@ -25,7 +25,7 @@ from motab.parsing import parse, require
 from motab.policies import needs_student, needs_teacher
 from motab.trajectory_file import check_trajectories, read_some_trajectories, unfinished
 
-_MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
+_MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
 
 
@@ -68,7 +68,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 
 def train(arguments: list[str], console: Console) -> None:
-    """Train on trajectories, written beforehand or as it trains."""
+    """Train on trajectories, written before or during training."""
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
@@ -156,7 +156,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
 
 
 def _state(console: Console) -> PartialState:
-    """accelerate's state of this process; in all but the main one the console falls silent."""
+    """accelerate's state of this process; silences the console in all but the main process."""
     from motab.processes import process_state
 
     state = process_state()
@@ -230,7 +230,7 @@ def show(arguments: list[str], console: Console) -> None:
 
 
 def _digits(number: float) -> str:
-    """Three places, or three significant digits of what these would hide."""
+    """Three decimal places; three significant digits if the number is small."""
     return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
 
 
@@ -241,7 +241,7 @@ def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
 
 
 def demo(arguments: list[str], console: Console) -> None:
-    """The whole method on the tiny pair."""
+    """Run the whole method on the tiny pair."""
     from motab.demo import DemoArguments, run
 
     run(parse(DemoArguments, arguments, "demo"), console)

@@ -21,7 +21,7 @@ from motab.rollouts import Rollouts
 from motab.trajectory import AUTHORS
 from motab.yaml_values import load_yaml
 
-#: Settings of policies whose names as flags are others: top_k is of the sampling.
+#: Settings of policies with another name as a flag: --top_k is a setting of sampling.
 _FLAG = {"top_k": "teacher_top_k"}
 _DATASET = "Hub name, JSONL, JSON or parquet file, or reasoning-gym:TASK?size=N&seed=S."
 _ATTENTION = "Attention of the models: sdpa, flash_attention_2, eager, ... (default: transformers' choice)"
@@ -120,11 +120,10 @@ class PolicyArguments:
         """The policy that these settings describe.
 
         Raises:
-            ValueError: an unknown policy; a setting that it needs is missing, one of another policy's is there, or out
-                of range.
+            ValueError: an unknown policy, a missing setting, a setting of another policy, or one out of range.
         """
         policy = self.policy or "motab"
-        if policy not in list(POLICIES):  # a name that only the command line looks at
+        if policy not in list(POLICIES):  # flags are checked by the parser, other values are not
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         kind = POLICIES[policy]
         own = {_FLAG.get(entry.name, entry.name): entry for entry in dataclasses.fields(kind)}
@@ -166,21 +165,21 @@ class PromptArguments:
     )
 
     def load(self, dataset_name: str, split: str) -> list[Problem]:
-        """The problems of a dataset, long ones too."""
+        """All problems of a dataset, including those with long prompts."""
         columns = {"question_column": self.question_column, "answer_column": self.answer_column}
         return load_problems(dataset_name, split, self.dataset_config, **columns)
 
     def short_enough(self, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-        """Those of the problems that are not left out."""
+        """The problems whose prompts have at most `max_prompt_length` tokens."""
         if self.max_prompt_length is None:
             return problems
         return short_enough(problems, tokenizer, self.prompt_format(), self.max_prompt_length)
 
     def prompt_format(self) -> PromptFormat:
-        """What these settings describe.
+        """The prompt format of these settings.
 
         Raises:
-            ValueError: `chat_template_kwargs` that are no mapping from names.
+            ValueError: `chat_template_kwargs` is not a mapping from names.
         """
         kwargs: Any = self.chat_template_kwargs
         try:
@@ -198,7 +197,7 @@ class PromptArguments:
 
 @dataclass
 class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
-    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
+    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to continue."""
 
     model_name_or_path: str = setting("", "The student.")
     teacher_model_name_or_path: str = setting("", "The teacher.")
@@ -238,7 +237,7 @@ _ROLLOUT_FLAGS = {
 
 @dataclass
 class TrainArguments(PolicyArguments, PromptArguments):
-    """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
+    """motab train: train on the trajectories of a synthesis, or on those that the student writes during training."""
 
     model_name_or_path: str = setting("", "The student.")
     teacher_model_name_or_path: str = setting("", "The teacher, if loss_type is a divergence or the policy needs one.")
@@ -273,10 +272,10 @@ class TrainArguments(PolicyArguments, PromptArguments):
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
-        """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.
+        """Refuse no source or two, a missing file, and settings of generation with --train_file.
 
         Raises:
-            ValueError: names the settings, and the way out.
+            ValueError: names the settings, and what to give instead.
         """
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
@@ -295,7 +294,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
                 require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
-        """What these settings have the student write on."""
+        """The `Rollouts` of these settings."""
         given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
         return Rollouts(prompts, self.make_policy(), **given)
 

@@ -33,8 +33,8 @@ TASK = "chain_sum?min_terms=4&max_terms=6&min_digits=2&max_digits=2"
 # reasoning-gym draws problem i from seed + i: these lie far apart, and far from what trained the pair.
 TRAIN_SEED, TEST_SEED = 10_000_000, 20_000_000
 GENERATION: dict[str, Any] = {"max_new_tokens": 160, "batch_size": 256}
-# By name, whose trajectories a student is trained on, and how: the paper's recipe; the same trajectories, by a
-# divergence from the teacher at every token but the flawed ones and the phrase; and what the teacher alone would write.
+# By name, the trajectories a student is trained on and the settings: the paper's recipe; the same trajectories by a
+# divergence from the teacher at every token except flawed ones and the phrase; trajectories of the teacher alone.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "motab": ("motab", {"loss_type": "cross_entropy"}),
     "motab, jsd": ("motab", {"loss_type": "jsd", "ignore_authors": ["flawed", "stitch"]}),
@@ -102,7 +102,7 @@ def _write(
     console: Console,
 ) -> list[Trajectory]:
     path = folder / "trajectories.jsonl"
-    path.unlink(missing_ok=True)  # a demo runs anew
+    path.unlink(missing_ok=True)  # a demo starts from scratch
     student, teacher = (load_model(str(TINY / name)) for name in ("student", "teacher"))
     prompts = [problem.messages() for problem in problems]
     settings: dict[str, Any] = {**GENERATION, "temperature": 0.6, "seed": args.seed}
@@ -161,7 +161,7 @@ def _table(results: dict[str, Evaluation]) -> Table:
 
 
 def _verdict(name: str, before: Evaluation, after: Evaluation) -> str:
-    """One sentence on what a training did, and whether this many problems can tell."""
+    """One sentence on how a training changed accuracy, and whether the change exceeds the noise."""
     difference = after.accuracy - before.accuracy
     noise = (before.standard_error**2 + after.standard_error**2) ** 0.5
     told = "beyond" if abs(difference) > 2 * noise else "within"

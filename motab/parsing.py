@@ -1,4 +1,4 @@
-"""Settings into dataclasses, from a YAML file and from flags that override it."""
+"""Dataclasses filled from a YAML file and from flags that override it."""
 
 from __future__ import annotations
 
@@ -55,11 +55,10 @@ def _group(parser: HfArgumentParser, kinds: tuple[type, ...]) -> None:
 
 
 def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
-    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
+    """Instances of the dataclasses, from ``--config FILE`` and from flags, which override it.
 
     Raises:
-        ValueError: no such file, or one that is not a mapping of known settings; an unknown flag; a value that is none
-            of the setting's.
+        ValueError: a missing file, or one that is not a mapping of known settings; an unknown flag; an invalid value.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     parser = HfArgumentParser(
@@ -116,7 +115,7 @@ def _settings_in(config: str, known: list[str], command: str) -> dict[str, Any]:
 
 
 def _of_file(config: str, flag: Action, hint: Any, value: Any) -> Any:
-    """A value of the file, as the flag would give it."""
+    """A value of the file, converted as its flag's would be."""
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     several = flag.nargs == "+"
     if value is None and type(None) in kinds:
@@ -164,12 +163,12 @@ def _with_nearest(name: str, known: Iterable[str]) -> str:
 
 
 def require(**settings: str) -> None:
-    """Refuse settings that have no default and were not given."""
+    """Refuse required settings that were not given."""
     if missing := [f"--{name}" for name, value in settings.items() if not value]:
         raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
 
 
 def require_file(path: str, name: str, source: str) -> None:
-    """Refuse a file that is not there, and say where it comes from."""
+    """Refuse a missing file, and say where such a file comes from."""
     if not Path(path).is_file():
         raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

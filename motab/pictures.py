@@ -21,7 +21,7 @@ _BLUE, _RED, _YELLOW, _GREEN = "#1f6feb", "#cf222e", "#d29922", "#2da44e"
 
 
 def draw_steps(trajectories: Sequence[Trajectory]) -> Figure:
-    """Value against boundary along the steps, or along the tokens where these are judged, breaches marked."""
+    """Value and boundary of each step, or of each token if single tokens are judged, with breaches marked."""
     columns = min(len(trajectories), 3)
     lines = -(-len(trajectories) // columns)
     figure, axes = _axes(lines, columns, (4.0 * columns, 2.6 * lines))
@@ -68,8 +68,8 @@ def _draw_tokens(axis: Axes, trajectory: Trajectory) -> None:
 
 
 def draw_breaches(trajectories: Sequence[Trajectory]) -> Figure:
-    """How often the student strays: of the steps at each place that were judged; where tokens are judged or nothing is,
-    how often the teacher takes over, of the tokens along the target."""
+    """Share of the judged steps at each place that breach; if single tokens or none are judged, share of the tokens at
+    each place of the target at which the teacher takes over."""
     figure, (axis,) = _axes(1, 1, (6, 2.6))
     if any(not s.accepted for t in trajectories for s in t.steps) and not any(t.by_token for t in trajectories):
         longest = max(len(t.steps) for t in trajectories)
@@ -88,8 +88,8 @@ def draw_breaches(trajectories: Sequence[Trajectory]) -> Figure:
 
 
 def takeovers(trajectory: Trajectory) -> list[int]:
-    """The tokens of the target at which the teacher takes over from the student; where single tokens are replaced, two
-    may stand side by side."""
+    """The places in the target at which the teacher takes over from the student; if single tokens are replaced, two may
+    be adjacent."""
     if trajectory.by_token:
         return [step.start for step in trajectory.steps]
     return [start for author, start, _ in trajectory.runs() if author == "teacher"]
@@ -118,7 +118,7 @@ def _axes(lines: int, columns: int, size: tuple[float, float]) -> tuple[Figure, 
 
 
 def as_svg(figure: Figure) -> str:
-    """The figure as a part of a page."""
+    """The figure as an SVG element."""
     text = io.StringIO()
     figure.savefig(text, format="svg")
     return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,4 +1,4 @@
-"""A progress bar over trajectories, with what one wants to watch: tokens a second, breach rate, mean rollback."""
+"""A progress bar over trajectories, with tokens per second, breach rate and mean rollback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from motab.trajectory import Trajectory
 def watch(
     trajectories: Iterable[Trajectory], total: int, title: str, console: Console, *, before: int = 0
 ) -> Iterator[Trajectory]:
-    """The trajectories unchanged, with a bar on ``console`` while they come; it begins at ``before`` of ``total``."""
+    """Yield the trajectories unchanged, with a bar on ``console`` that begins at ``before`` of ``total``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),

@@ -32,7 +32,7 @@ def write_report(
         decode: token ids to text, for instance the tokenizer's ``decode``.
         rows: evaluations to show: ``name``, ``accuracy``, ``standard_error``, ``overlong``.
     """
-    # Those where control changed hands and with the longest history tell most.
+    # Trajectories in which control changed hands, with the most steps, show most.
     mixed = [t for t in trajectories if t.breach_step is not None or {"student", "teacher"} <= {*t.author}]
     chosen = sorted(mixed, key=lambda t: -len(t.steps))[:SHOWN] or list(trajectories[:SHOWN])
     judged = [t for t in chosen if t.steps or t.by_token]

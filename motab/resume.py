@@ -1,4 +1,4 @@
-"""A training that is run again: where it goes on, and that it is the same one."""
+"""Resuming a training: from which checkpoint, and only with the same settings."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from motab.rollouts import Rollouts
 from motab.training_config import MotabConfig
 
 FILE = "motab_training.json"
-#: Of the arguments of a training those that decide what it comes to. How many trajectories a step takes, in how many
-#: micro-batches and processes, is one more; logging, saving and speed are none.
+#: Arguments that decide the outcome of a training. The number of trajectories per step is another; logging, saving and
+#: speed are not.
 DECISIVE = (
     *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -28,7 +28,7 @@ DECISIVE = (
 
 
 def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:
-    """What decides the outcome of ``motab train``, as JSON gives it back; of a file its content."""
+    """The settings that decide the outcome of ``motab train``, as JSON returns them; a file counts by its content."""
     found: dict[str, Any] = {
         "model_name_or_path": args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
@@ -51,13 +51,13 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
 
 
 def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str | None, bool]:
-    """The last whole checkpoint of a training with these settings, and whether that training has come to its end.
+    """The last complete checkpoint of a training with these settings, and whether that training has finished.
 
     Raises:
         ValueError: the folder holds checkpoints of a training with other settings.
     """
     folder = Path(folder)
-    # trainer_state.json is written last: a checkpoint without it was cut short.
+    # trainer_state.json is written last: a checkpoint without it is incomplete.
     whole = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
     steps = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
     path = folder / FILE
@@ -74,7 +74,7 @@ def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str |
 
 
 def record(folder: str | Path, settings: dict[str, Any], *, finished: bool) -> None:
-    """Write down what is being trained, or has been."""
+    """Record the settings of a training, and whether it has finished."""
     write_whole(Path(folder) / FILE, json.dumps({"settings": settings, "finished": finished}, indent=1))
 
 

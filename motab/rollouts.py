@@ -1,4 +1,4 @@
-"""Prompts on which the student writes afresh at every step of training."""
+"""Prompts on which the student writes at every step of training."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from motab.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Rollouts(Dataset[Prompt]):
-    """What `MotabTrainer` takes in place of trajectories that are already written.
+    """Prompts that `MotabTrainer` takes instead of trajectories that are already written.
 
     Before each optimizer step the student, as it is then, and the teacher write one trajectory for each of the step's
-    prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation, with `MotabPolicy`
-    the same monitored.
+    prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation; with
+    `MotabPolicy`, the teacher monitors it.
 
     Args:
         prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
         policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
-            max_cached_tokens: as for `synthesize`. ``batch_size`` is of the writing alone; more than a device's prompts
-            of a step are of no use.
+            max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
+            more than the prompts of one device and step has no effect.
     """
 
     prompts: Sequence[Prompt]
@@ -51,10 +51,10 @@ class Rollouts(Dataset[Prompt]):
         return self.prompts[index]
 
     def check_prompts(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Look at all prompts before the first is written on.
+        """Check all prompts before generation begins.
 
         Raises:
-            ValueError: one that `synthesize` would refuse, by its place here.
+            ValueError: a prompt that `synthesize` would refuse, named by its place in `prompts`.
         """
         encode_prompts(self.prompts, tokenizer, models, token_budget(self.policy, self.max_new_tokens))
 
@@ -68,7 +68,7 @@ class Rollouts(Dataset[Prompt]):
         seed: int,
         first_index: int,
     ) -> list[Trajectory]:
-        """One trajectory for each of some prompts; the models are in evaluation mode meanwhile.
+        """One trajectory per prompt, written with the student in evaluation mode.
 
         Raises:
             ValueError: all that `synthesize` refuses.

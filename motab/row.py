@@ -1,4 +1,4 @@
-"""The host's books of one trajectory in progress: what was written, how it was judged, and the target made of it.
+"""The host's record of one trajectory in progress: its tokens, their judgement, and the training target.
 
 A row's text is a sequence of *turns*: the student's are 0, 2, 4 ..., the teacher's 1, 3, 5 ...
 """
@@ -17,7 +17,7 @@ from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
-PADDING, BROKEN = -1, -2  # in place of a token: none was asked for; its logits could not be drawn from
+PADDING, BROKEN = -1, -2  # instead of a token: none was needed; its logits could not be drawn from
 
 
 @dataclass
@@ -25,8 +25,8 @@ class Row:
     """One trajectory in progress.
 
     Attributes:
-        rules: those of the policy; None where the teacher writes alone.
-        turn: whose it is.
+        rules: rules of the policy; None if the teacher writes alone.
+        turn: number of the turn in progress.
         records: what the models see after the prompt; a rollback shortens it.
         turn_start, step_start: where in `records` the turn and the step in progress began.
         steps: of the target; those of the turn in progress, from `first_step_of_turn` on, still count places in
@@ -96,7 +96,7 @@ class Row:
 
     @property
     def turn_limits(self) -> tuple[int | None, int | None]:
-        """Steps and tokens of the teacher's turn in progress; None: no limit."""
+        """The most steps and tokens of the teacher's turn in progress; None: no limit."""
         if self.rules is None or (self.rules.last_to_end and self.turn // 2 + 1 == self.rules.max_interventions):
             return None, None
         return self.rules.teacher_steps, self.rules.teacher_tokens
@@ -124,11 +124,10 @@ class Row:
         self.ended = token in self.end_ids
 
     def judge(self, block: list[list[float]]) -> bool:
-        """Enter one block of the student's, up to where it strays; returns whether it does and the teacher is to take
-        over.
+        """Enter one block by the student, up to where it strays; return whether the teacher takes over.
 
-        A token of the block is its id (PADDING ends the block), whether it ends a step, whether the student strays
-        with it, score, threshold, statistics.
+        Each token of the block is a row: id (PADDING ends the block), whether it ends a step, whether the student
+        strays with it, score, threshold, statistics.
         """
         assert self.rules is not None
         for token, ends_step, strays, score, threshold, *statistics in block:
@@ -136,7 +135,7 @@ class Row:
                 return False
             self.write(int(token), list(statistics))
             if ends_step:
-                # Where each token is a step, those that were accepted tell nothing that their statistics do not.
+                # If every token is a step, accepted ones add nothing to their statistics.
                 if strays or self.rules.delimiter is not None:
                     step = Step(self.step_start, len(self.records), score, threshold, accepted=not strays)
                     self.steps.append(step)
@@ -146,7 +145,7 @@ class Row:
         return False
 
     def take_over(self, rollback_position: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """After the student strayed: roll back and let the teacher write. `rollback_position` counts from the turn's
+        """Roll back after the student strayed, and let the teacher write. `rollback_position` counts from the turn's
         start."""
         assert self.rules is not None
         stitch = self.rules.stitch
@@ -182,7 +181,8 @@ class Row:
         return keep
 
     def _left_out_of_flawed(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-        """An end token amid the target would teach to stop there, and a </think> to think on after it."""
+        """Tokens to drop from flawed text: an end token inside the target would teach to stop there, and a </think> to
+        continue thinking after it."""
         closing = (token for text, token in tokenizer.get_added_vocab().items() if text.startswith("</"))
         return {*self.end_ids, *closing}
 
@@ -191,7 +191,7 @@ class Row:
         _renumber(self.steps[self.first_step_of_turn :], stays, self.turn_start, len(self.target))
 
     def continue_turn(self, completes_step: bool) -> bool:
-        """Whether the teacher goes on after the token just written; if not, the turn is the student's."""
+        """Whether the teacher continues after the token just written; if not, the student's turn begins."""
         self.teacher_steps_written += completes_step
         steps, tokens = self.turn_limits
         is_over = self.teacher_steps_written == steps or len(self.records) - self.turn_start == tokens
