@@ -1,4 +1,4 @@
-"""Which trajectories are in progress: rows are given to those that wait, and taken back where the caches are full."""
+"""Which trajectories are in progress: waiting ones get free rows, and give them back when the caches are full."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ class Admission:
     """The rows of a run, and the trajectories that wait for one, by index.
 
     Args:
-        indices: of the trajectories; they begin in this order.
-        new_row: begins the trajectory of an index.
-        writers: whose caches the rows are kept in.
-        judged: what the device knows of each row's turn in progress, a slot each; goes and comes with its row.
-        block_size: the most that a writer appends to a row in one round.
-        max_length: of a row.
+        indices: indices of the trajectories, which begin in this order.
+        new_row: makes the row of a trajectory from its index.
+        writers: the models whose caches hold the rows.
+        judged: device state of each row's turn in progress, one slot per row; saved and restored with the row.
+        block_size: the most tokens that a writer appends to a row in one round.
+        max_length: the most tokens that a row may hold.
 
     Attributes:
-        rows: one a slot of the caches; None is free.
-        parked: of those that wait, the ones that have been begun, and their part of `judged`.
+        rows: one per slot of the caches; None: free.
+        parked: waiting trajectories that have already begun, with their part of `judged`.
     """
 
     def __init__(
@@ -50,8 +50,7 @@ class Admission:
         return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]
 
     def admit(self) -> list[int]:
-        """Give free rows to the first that wait, as long as there is room in the caches; the slots of those that
-        begin."""
+        """Give free rows to the first waiting trajectories while the caches have room; return the slots of new ones."""
         self._make_room()
         texts: dict[int, list[int]] = {}
         fresh: list[int] = []
@@ -77,14 +76,14 @@ class Admission:
         return fresh
 
     def finished(self) -> list[Row]:
-        """The rows of which nothing more is to be written; their slots are free then."""
+        """Remove and return the finished rows; their slots become free."""
         found = [(slot, row) for slot, row in self.busy() if row.finished]
         for slot, _ in found:
             self.rows[slot] = None
         return [row for _, row in found]
 
     def _make_room(self) -> None:
-        """Where the caches do not hold what the coming round may write, the rows that have least wait, and are read
+        """While the caches cannot hold what the coming round may write, park the row with the fewest tokens; it is read
         again when there is room."""
         while not self._has_room():
             slot, row = min(self.busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
@@ -96,7 +95,7 @@ class Admission:
         return all(writer.has_room(self._room_needed(fresh, spare)) for writer in self.writers)
 
     def _room_needed(self, fresh: dict[int, int] | None = None, spare: int = 0) -> dict[int, int]:
-        """Slots of each row, and of fresh ones of these lengths, for a round in which both models write a block at
-        most, and to spare. One row always has them."""
+        """Cache slots that each row, and fresh ones of these lengths, need for a round in which both models write at
+        most a block, plus `spare`. A single row always fits."""
         lengths = {slot: row.length for slot, row in self.busy()} | (fresh or {})
         return {slot: min(length + 2 * self.block_size + spare, self.max_length) for slot, length in lengths.items()}

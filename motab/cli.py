@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
@@ -13,52 +12,21 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
-from motab.judgement import agrees, holds_nothing, label
+from motab.config import (
+    EvaluateArguments,
+    ExportArguments,
+    FileArguments,
+    ShowArguments,
+    SynthesizeArguments,
+    TrainArguments,
+)
+from motab.judgement import is_unbounded, label
 from motab.parsing import parse, require
-from motab.trajectory import AUTHORS, Trajectory
-from motab.trajectory_file import read_trajectories, unfinished
+from motab.policies import needs_student, needs_teacher
+from motab.trajectory_file import check_trajectories, read_some_trajectories, unfinished
 
-_MANY_OVERLONG = 0.1  # the share of answers out of budget above which an accuracy says little of the model
+_MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
-
-
-@dataclass
-class FileArguments:
-    """motab verify | report: look at the trajectories of a synthesis."""
-
-    output_dir: str = "runs/synthesize"
-
-    @property
-    def file(self) -> Path:
-        """The trajectories.
-
-        Raises:
-            ValueError: there is no such file.
-        """
-        path = Path(self.output_dir) / "trajectories.jsonl"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
-        return path
-
-
-@dataclass
-class ShowArguments(FileArguments):
-    """motab show: print one trajectory of a synthesis."""
-
-    index: int = 0
-
-
-@dataclass
-class ExportArguments(FileArguments):
-    """motab export: the trajectories of a synthesis as token ids and labels, as TRL's SFTTrainer and axolotl read
-    them."""
-
-    output_file: str = field(default="", metadata={"help": "Ends in .parquet or .jsonl."})
-    ignore_authors: list[str] = field(
-        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
-    )
-    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
 
 
 def synthesize(arguments: list[str], console: Console) -> None:
@@ -69,13 +37,12 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
-    names = {}
-    if args.policy != "teacher_only":
+    policy, names = args.make_policy(), {}
+    if needs_student(policy):
         names["model_name_or_path"] = args.model_name_or_path
-    if args.policy not in ("on_policy", "truncated") or args.teacher_model_name_or_path:
+    if needs_teacher(policy) or args.teacher_model_name_or_path:
         names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
     require(dataset_name=args.dataset_name, **names)
-    policy = args.make_policy()
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     tokenizer = load_tokenizer(*names.values())
@@ -101,7 +68,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 
 def train(arguments: list[str], console: Console) -> None:
-    """Train on trajectories, written beforehand or as it trains."""
+    """Train on trajectories, written before or during training."""
     from motab.models import load_model, load_tokenizer
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
@@ -189,7 +156,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
 
 
 def _state(console: Console) -> PartialState:
-    """accelerate's state of this process; in all but the main one the console falls silent."""
+    """accelerate's state of this process; silences the console in all but the main process."""
     from motab.processes import process_state
 
     state = process_state()
@@ -220,27 +187,7 @@ def export(arguments: list[str], console: Console) -> None:
 def verify(arguments: list[str], console: Console) -> None:
     """Check that a file of trajectories is whole and consistent."""
     args: FileArguments = parse(FileArguments, arguments, "verify")
-    trajectories = _trajectories(args.file)
-    missing = unfinished(args.file)
-    before = -1
-    for place, t in enumerate(trajectories):
-        breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
-        wrong = [
-            at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
-        ]
-        # Of several processes that were interrupted, the file holds those of the main one.
-        problems = [
-            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
-            (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
-            (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
-            (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
-        ]
-        if found := [text for bad, text in problems if bad]:
-            raise ValueError(f"trajectory {place} {' and '.join(found)}")
-        before = t.index
-    if missing:
-        raise ValueError(missing)
-    console.print(f"{len(trajectories)} trajectories, whole and consistent")
+    console.print(f"{check_trajectories(args.file)} trajectories, whole and consistent")
 
 
 def report(arguments: list[str], console: Console) -> None:
@@ -249,7 +196,7 @@ def report(arguments: list[str], console: Console) -> None:
     from motab.report import write_report
 
     args: FileArguments = parse(FileArguments, arguments, "report")
-    trajectories = _trajectories(args.file)
+    trajectories = read_some_trajectories(args.file)
     _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
@@ -259,22 +206,21 @@ def report(arguments: list[str], console: Console) -> None:
 def show(arguments: list[str], console: Console) -> None:
     """Print one trajectory, coloured by author."""
     from motab.models import load_tokenizer
-    from motab.report import segments
 
     args: ShowArguments = parse(ShowArguments, arguments, "show")
-    trajectories = _trajectories(args.file)
+    trajectories = read_some_trajectories(args.file)
     if not 0 <= args.index < len(trajectories):
         raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
     trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
     console.print(Text(tokenizer.decode(trajectory.prompt_ids), style="dim"))
-    for author, text in segments(trajectory, tokenizer.decode):
+    for author, text in trajectory.segments(tokenizer.decode):
         console.print(Text(text, style=_STYLES[author]), end="")
     console.print()
     digits = "{:.0f}".format if trajectory.score == "teacher_rank" else _digits
     for place, step in enumerate(trajectory.steps):
         where = f"token {step.start}" if trajectory.by_token else f"step {place}"
         told = [f"{where}: {label(trajectory.score)} {digits(step.value)}"]
-        if not (step.accepted and holds_nothing(trajectory.score, step.threshold)):
+        if not (step.accepted and is_unbounded(trajectory.score, step.threshold)):
             told += [f"boundary {digits(step.threshold)}", "accepted" if step.accepted else "breach"]
         if place == trajectory.breach_step and not trajectory.by_token:
             told.append(f"rolled back to step {trajectory.rollback_step}")
@@ -284,15 +230,8 @@ def show(arguments: list[str], console: Console) -> None:
 
 
 def _digits(number: float) -> str:
-    """Three places, or three significant digits of what these would hide."""
+    """Three decimal places; three significant digits if the number is small."""
     return f"{number:.3f}" if abs(number) >= 0.1 else f"{number:.3g}"
-
-
-def _trajectories(path: Path) -> list[Trajectory]:
-    trajectories = read_trajectories(path)
-    if not trajectories:
-        raise ValueError(f"{path} holds no trajectory yet")
-    return trajectories
 
 
 def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
@@ -302,7 +241,7 @@ def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
 
 
 def demo(arguments: list[str], console: Console) -> None:
-    """The whole method on the tiny pair."""
+    """Run the whole method on the tiny pair."""
     from motab.demo import DemoArguments, run
 
     run(parse(DemoArguments, arguments, "demo"), console)

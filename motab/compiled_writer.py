@@ -1,9 +1,9 @@
-"""A writer whose model is compiled: as on a GPU, where a small model waits for Python between its kernels.
+"""A writer whose model is compiled: without it, a small model on a GPU waits for Python between its kernels.
 
-`torch.compile` with dynamic shapes makes one program for a token a row and one for a block, for any number of rows and
-any length; on a GPU each runs as a CUDA graph, which is recorded anew for other shapes. So that few are needed, a pass
-feeds a power of two of rows, one token or a whole block each, and sees a power of two of slots. What it feeds besides
-lies behind a row's own tokens, and the rollback at the end of the round takes it off.
+`torch.compile` with dynamic shapes makes one program for one token per row and one for a block, for any number of rows
+and any length. On a GPU each runs as a CUDA graph, which is recorded again for each new shape. To need few graphs, a
+pass feeds a power of two of rows, one token or a whole block each, and sees a power of two of slots. The padding lies
+after a row's own tokens, and the rollback at the end of the round removes it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from motab.memory import Pages
 from motab.writer import Writer
 from motab_kernels.model_attention import Step, takes_ragged_attention
 
-LEAST_SLOTS = 256  # that a pass sees
+LEAST_SLOTS = 256  # slots that a pass sees, at least
 
 
 def power_of_two(number: int) -> int:
-    """The least that is no less."""
+    """The smallest power of two >= `number`."""
     return 1 << (number - 1).bit_length()
 
 
@@ -49,7 +49,7 @@ class CompiledWriter(Writer):
                 f'attention "{model.config.get_text_config(decoder=True)._attn_implementation}" in {model.dtype}; load '
                 "it with another attn_implementation or dtype, or leave torch_compile off"
             )
-        # Rows and tokens of which there is one make programs of their own.
+        # A size of one would be compiled as a program of its own.
         super().__init__(model, max(2, batch_size), max_length, vocab_size, pages)
         self.block_size = block_size
         own = model.generation_config.compile_config if model.generation_config is not None else None
@@ -57,7 +57,7 @@ class CompiledWriter(Writer):
         self.all_rows = torch.arange(len(self.lengths), device=self.device)
         self.reserve({0: 1})
         with torch.no_grad():
-            self._feed({0: [0]})  # so that keys and values are there
+            self._feed({0: [0]})  # allocates keys and values
             self.rollback({0: 0})
         _vary(self.cache.lengths, 0)
         for layer in self.cache.layers:
@@ -75,7 +75,7 @@ class CompiledWriter(Writer):
         idle = [row for row in range(len(self.lengths)) if row not in rows]
         padded = token_ids.new_zeros(count, width)
         padded[:b, :q] = token_ids
-        # The books leave idle rows as they are, and a draft lengthens them by up to a block.
+        # self.lengths leaves out what a draft has fed to idle rows, up to a block.
         reach = max(self.lengths) + self.block_size
         visible = min(max(LEAST_SLOTS, power_of_two(reach)), self.cache.max_length)
         logits = self._forward(self._run, [*rows, *idle[: count - b]], padded, visible - width)
@@ -93,7 +93,7 @@ class CompiledWriter(Writer):
 
 
 def _vary(x: Tensor, *dims: int) -> None:
-    """Tell `torch.compile` that these sizes vary, each for itself; it takes equal ones for the same."""
+    """Tell `torch.compile` that these sizes vary independently; it takes equal sizes for one and the same."""
     for dim in dims:
         if x.shape[dim] > 1:
             torch._dynamo.maybe_mark_dynamic(x, dim)

@@ -5,98 +5,125 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import yaml
 from transformers import PreTrainedTokenizerBase
 
 from motab.data import ANSWER_COLUMNS, QUESTION_COLUMNS, Problem, load_problems
+from motab.engine import SETTINGS
 from motab.models import DTYPES, dtype_name
-from motab.parsing import load_yaml, require, require_file
-from motab.policies import POLICIES, Policy
+from motab.parsing import require, require_file, setting
+from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
+from motab.trajectory import AUTHORS
+from motab.yaml_values import load_yaml
 
-#: Settings of policies whose names as flags are others: top_k is of the sampling.
+#: Settings of policies with another name as a flag: --top_k is a setting of sampling.
 _FLAG = {"top_k": "teacher_top_k"}
-_ATTENTION = "Of the models: sdpa, flash_attention_2, eager, ... (what transformers chooses)."
+_DATASET = "Hub name, JSONL, JSON or parquet file, or reasoning-gym:TASK?size=N&seed=S."
+_ATTENTION = "Attention of the models: sdpa, flash_attention_2, eager, ... (default: transformers' choice)"
 
 
-def _setting(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
+def _unset(text: str, default: Any) -> Any:
+    """A setting that is None unless given, so that giving it can be noticed; the help names the default it stands
+    for."""
+    return setting(None, f"{text} (default: {default})")
 
 
 def _first(columns: Sequence[str]) -> str:
-    return "the first there is of " + ", ".join(columns)
+    return "first found of " + ", ".join(columns)
 
 
 @dataclass
 class GenerationArguments:
-    """How models write."""
+    """Generation."""
 
-    max_new_tokens: int = _setting(1024, "Budget in tokens after the prompt.")
-    batch_size: int = _setting(8, "Trajectories in progress at a time.")
-    block_size: int = _setting(16, "Tokens that the student drafts before the teacher looks.")
-    temperature: float = _setting(0.6, "0 is greedy.")
-    top_k: int | None = _setting(None, "Sample among so many likeliest tokens (all).")
-    top_p: float = _setting(1.0, "Sample among the fewest likeliest tokens that hold this probability.")
-    min_p: float | None = _setting(None, "Sample among tokens at least so many times as likely as the likeliest (0).")
-    seed: int = _setting(0, "Of all sampling.")
-    torch_compile: bool = _setting(False, "Write with compiled models: faster, after a minute or more at first.")
-    max_cached_tokens: int | None = _setting(
-        None, "Tokens that the key-value caches hold for all trajectories together (what free memory holds)."
+    max_new_tokens: int = setting(1024, "Tokens to write after the prompt, at most.")
+    batch_size: int = setting(8, "Trajectories in progress at a time.")
+    block_size: int = setting(16, "Tokens that the student drafts before the teacher scores them.")
+    temperature: float = setting(0.6, "Sampling temperature; 0 is greedy.")
+    top_k: int | None = _unset("Sample among the k likeliest tokens.", "all")
+    top_p: float = setting(1.0, "Sample among the fewest likeliest tokens with this total probability.")
+    min_p: float | None = _unset("Sample among tokens with at least this share of the likeliest one's probability.", 0)
+    seed: int = setting(0, "Random seed for sampling.")
+    torch_compile: bool = setting(False, "Compile the models; takes a minute or more at the start.")
+    max_cached_tokens: int | None = _unset(
+        "Tokens that the key-value cache of each model holds for all trajectories together.", "what free memory holds"
     )
-    dtype: str = _setting("auto", f"Of the weights: {', '.join(DTYPES)}.")
-    attn_implementation: str | None = _setting(None, _ATTENTION)
+    dtype: str = setting("auto", f"Weight dtype: {', '.join(DTYPES)}.")
+    attn_implementation: str | None = setting(None, _ATTENTION)
 
     def __post_init__(self) -> None:
         self.dtype = dtype_name(self.dtype)
 
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
-        names = ("max_new_tokens", "batch_size", "block_size", "temperature", "top_k", "top_p", "min_p", "seed")
-        return {name: getattr(self, name) for name in (*names, "torch_compile", "max_cached_tokens")}
+        return {name: getattr(self, name) for name in SETTINGS}
 
 
 @dataclass
 class PolicyArguments:
-    """Who writes and who watches."""
+    """Policy: who writes and who monitors; "motab:" marks a setting of that policy."""
+
+    #: The flag's value that null in a file stands for, where None means "not given".
+    NULL: ClassVar = {"stitch": ""}
 
     policy: (
         Literal["motab", "on_policy", "teacher_only", "step_skd", "token_skd", "adaswitch", "relay_opd", "truncated"]
         | None
-    ) = _setting(None, "Who writes and who watches (motab).")
-    epsilon0: float | None = _setting(None, "Of motab: boundary at zero teacher entropy (0.2).")
-    theta: float | None = _setting(None, "Of motab: how much the teacher's entropy relaxes the boundary (1).")
-    entropy_top_k: int | None = _setting(None, "Of motab: entropy of the renormalised top k; exact when not given.")
-    backtrack: str | None = _setting(None, "Of motab: the teacher starts where td (this), breach or none says.")
-    stitch: str | None = _setting(
-        None,
-        "Of motab: phrase before the teacher's text ('However,'); '' (null in a file) leaves the flawed steps out.",
+    ) = _unset("Policy of generation.", "motab")
+    epsilon0: float | None = _unset("motab: boundary at zero teacher entropy.", MotabPolicy.epsilon0)
+    theta: float | None = _unset("motab: how much the teacher's entropy relaxes the boundary.", MotabPolicy.theta)
+    entropy_top_k: int | None = _unset("motab: take the entropy of the renormalised k likeliest tokens.", "all")
+    backtrack: str | None = _unset(
+        "motab: where the teacher starts after a breach: before the step whose value fell most (td), before the "
+        "breaching step (breach) or after it (none).",
+        MotabPolicy.backtrack,
     )
-    delimiter: str | None = _setting(None, "Ends a step ('.\\n\\n', of relay_opd '\\n\\n').")
-    max_interventions: int | None = _setting(None, "Of motab (1) and relay_opd (2).")
-    gamma: float | None = _setting(None, "Of step_skd: the least ratio of the teacher's value to the student's.")
-    teacher_top_k: int | None = _setting(None, "Of token_skd: a token must be among the teacher's k likeliest (25).")
-    factor: float | None = _setting(None, "Of adaswitch: how much of the recent mean divergence is too much.")
-    window: int | None = _setting(None, "Of adaswitch: tokens of that mean.")
+    stitch: str | None = _unset(
+        "motab: phrase between the flawed steps and the teacher's text; '' (null in a file) leaves these steps out.",
+        repr(MotabPolicy.stitch),
+    )
+    delimiter: str | None = _unset(
+        "Text that ends a step.", f"{MotabPolicy.delimiter!r}, relay_opd: {RelayOPD.delimiter!r}"
+    )
+    max_interventions: int | None = _unset(
+        "motab, relay_opd: how often the teacher may take over.",
+        f"motab: {MotabPolicy.max_interventions}, relay_opd: {RelayOPD.max_interventions}",
+    )
+    gamma: float | None = setting(None, "step_skd: least ratio of the teacher's value to the student's. (required)")
+    teacher_top_k: int | None = _unset("token_skd: accept the teacher's k likeliest tokens.", TokenSKD.top_k)
+    factor: float | None = setting(
+        None, "adaswitch: the teacher takes over above this multiple of the recent mean divergence. (required)"
+    )
+    window: int | None = setting(None, "adaswitch: tokens averaged over. (required)")
     words: list[str] | None = field(
-        default=None, metadata={"help": "Of relay_opd: those that a teacher reflects with."}
+        default=None,
+        metadata={"help": f"relay_opd: words with which a teacher reflects. (default: {' '.join(RelayOPD.words)})"},
     )
-    student_top_k: int | None = _setting(None, "Of relay_opd: the student's likeliest tokens that lack the word (5).")
-    paragraphs: int | None = _setting(None, "Of relay_opd: the most that the teacher writes at a time (3).")
-    relay_tokens: int | None = _setting(None, "Of relay_opd: the same in tokens (256).")
-    n: int | None = _setting(None, "Of truncated: tokens to stop after.")
+    student_top_k: int | None = _unset(
+        "relay_opd: the teacher takes over if the word is not among the student's k likeliest tokens.",
+        RelayOPD.student_top_k,
+    )
+    paragraphs: int | None = _unset(
+        "relay_opd: paragraphs that the teacher writes at a time, at most.", RelayOPD.paragraphs
+    )
+    relay_tokens: int | None = _unset(
+        "relay_opd: tokens that the teacher writes at a time, at most.", RelayOPD.relay_tokens
+    )
+    n: int | None = setting(None, "truncated: stop after this many tokens. (required)")
 
     def make_policy(self) -> Policy:
         """The policy that these settings describe.
 
         Raises:
-            ValueError: an unknown policy; a setting that it needs is missing, one of another policy's is there, or out
-                of range.
+            ValueError: an unknown policy, a missing setting, a setting of another policy, or one out of range.
         """
         policy = self.policy or "motab"
-        if policy not in list(POLICIES):  # a name that only the command line looks at
+        if policy not in list(POLICIES):  # flags are checked by the parser, other values are not
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         kind = POLICIES[policy]
         own = {_FLAG.get(entry.name, entry.name): entry for entry in dataclasses.fields(kind)}
@@ -119,40 +146,40 @@ class PolicyArguments:
 
 @dataclass
 class PromptArguments:
-    """How problems are loaded and put to the models."""
+    """Problems and prompts."""
 
-    dataset_config: str | None = _setting(None, "Of a hub dataset: the name of its configuration.")
-    question_column: str | None = _setting(
-        None,
-        f"Holds a text, or messages, of which the assistant's at the end are dropped ({_first(QUESTION_COLUMNS)}).",
+    dataset_config: str | None = setting(None, "Configuration of the hub dataset.")
+    question_column: str | None = _unset(
+        "Column of the question: a text, or messages (the assistant's at the end are dropped).",
+        _first(QUESTION_COLUMNS),
     )
-    answer_column: str | None = _setting(None, f"Holds what evaluate compares with ({_first(ANSWER_COLUMNS)}).")
-    max_prompt_length: int | None = _setting(
-        None, "Leave out problems whose prompts have more tokens; the others are counted without them."
+    answer_column: str | None = _unset("Column of the answer, for evaluate.", _first(ANSWER_COLUMNS))
+    max_prompt_length: int | None = setting(
+        None, "Leave out problems whose prompts have more tokens, before the others are numbered."
     )
-    system_prompt: str | None = _setting(None, "The system's message.")
-    prompt_suffix: str | None = _setting(None, "What each problem ends with, as how to state the answer.")
+    system_prompt: str | None = setting(None, "System message.")
+    prompt_suffix: str | None = setting(None, "Text after each question, for example how to state the answer.")
     chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "What the chat template is given besides, in JSON or YAML: '{\"enable_thinking\": false}'."},
+        metadata={"help": "Arguments of the chat template, in JSON or YAML: '{\"enable_thinking\": false}'."},
     )
 
     def load(self, dataset_name: str, split: str) -> list[Problem]:
-        """The problems of a dataset, long ones too."""
+        """All problems of a dataset, including those with long prompts."""
         columns = {"question_column": self.question_column, "answer_column": self.answer_column}
         return load_problems(dataset_name, split, self.dataset_config, **columns)
 
     def short_enough(self, problems: list[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
-        """Those of the problems that are not left out."""
+        """The problems whose prompts have at most `max_prompt_length` tokens."""
         if self.max_prompt_length is None:
             return problems
         return short_enough(problems, tokenizer, self.prompt_format(), self.max_prompt_length)
 
     def prompt_format(self) -> PromptFormat:
-        """What these settings describe.
+        """The prompt format of these settings.
 
         Raises:
-            ValueError: `chat_template_kwargs` that are no mapping from names.
+            ValueError: `chat_template_kwargs` is not a mapping from names.
         """
         kwargs: Any = self.chat_template_kwargs
         try:
@@ -170,15 +197,17 @@ class PromptArguments:
 
 @dataclass
 class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
-    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to go on."""
+    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to continue."""
 
-    model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher.")
-    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
-    dataset_split: str = _setting("train", "Of a hub dataset.")
-    output_dir: str = _setting("runs/synthesize", "Where trajectories.jsonl goes.")
-    num_samples: int = _setting(1, "Trajectories a question.")
-    share_teacher: bool = _setting(False, "One teacher for all processes, tensor-parallel; they write together.")
+    model_name_or_path: str = setting("", "The student.")
+    teacher_model_name_or_path: str = setting("", "The teacher.")
+    dataset_name: str = setting("", _DATASET)
+    dataset_split: str = setting("train", "Split of the hub dataset.")
+    output_dir: str = setting("runs/synthesize", "Folder for trajectories.jsonl.")
+    num_samples: int = setting(1, "Trajectories per question.")
+    share_teacher: bool = setting(
+        False, "Split one teacher among all processes (tensor parallel), which then write together."
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -190,66 +219,70 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
 class EvaluateArguments(PromptArguments, GenerationArguments):
     """motab evaluate: accuracy of a model on problems with answers."""
 
-    model_name_or_path: str = _setting("", "The model.")
-    dataset_name: str = _setting("", "Hub name, JSONL or parquet file, or reasoning-gym:TASK?size=N&seed=S.")
-    dataset_split: str = _setting("test", "Of a hub dataset.")
-    num_samples: int = _setting(1, "Answers to each problem.")
-    output_file: str | None = _setting(None, "Write the figures to this JSON file as well.")
-    answers_file: str | None = _setting(None, "Write the answers to this JSONL file.")
+    model_name_or_path: str = setting("", "The model.")
+    dataset_name: str = setting("", _DATASET)
+    dataset_split: str = setting("test", "Split of the hub dataset.")
+    num_samples: int = setting(1, "Answers per problem.")
+    output_file: str | None = setting(None, "JSON file for the results.")
+    answers_file: str | None = setting(None, "JSONL file for the answers.")
 
 
-#: Settings of `motab train`, and what `Rollouts` calls them.
-_OF_ROLLOUTS = {
-    "max_new_tokens": "max_new_tokens",
-    "rollout_batch_size": "batch_size",
-    "block_size": "block_size",
-    "rollout_temperature": "temperature",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "rollout_torch_compile": "torch_compile",  # torch_compile is of the training
-    "max_cached_tokens": "max_cached_tokens",
+#: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.
+_ROLLOUT_FLAGS = {
+    f"rollout_{name}" if name in ("batch_size", "temperature", "torch_compile") else name: name
+    for name in SETTINGS
+    if name != "seed"
 }
 
 
 @dataclass
 class TrainArguments(PolicyArguments, PromptArguments):
-    """motab train: on the trajectories of a synthesis, or on those that the student writes as it trains."""
+    """motab train: train on the trajectories of a synthesis, or on those that the student writes during training."""
 
-    model_name_or_path: str = _setting("", "The student.")
-    teacher_model_name_or_path: str = _setting("", "The teacher, for a divergence and for what the policy needs.")
-    train_file: str = _setting("", "trajectories.jsonl of a synthesis.")
-    eval_file: str = _setting("", "Held-out trajectories: their loss at the end, and when --eval_strategy says.")
-    dataset_name: str = _setting("", "In place of train_file: problems, as of synthesize, to write on at every step.")
-    dataset_split: str | None = _setting(None, "Of a hub dataset (train).")
-    max_new_tokens: int | None = _setting(None, "Of what is written as it trains: budget after the prompt (1024).")
-    rollout_batch_size: int | None = _setting(None, "The same: trajectories in progress at a time (8).")
-    block_size: int | None = _setting(None, "The same: tokens that the student drafts before the teacher looks (16).")
-    rollout_temperature: float | None = _setting(None, "The same: 0 is greedy (0.6).")
-    top_k: int | None = _setting(None, "The same: among so many likeliest tokens (all).")
-    top_p: float | None = _setting(None, "The same: among the fewest likeliest tokens of this probability (1).")
-    min_p: float | None = _setting(None, "The same: among tokens so many times as likely as the likeliest (0).")
-    rollout_torch_compile: bool | None = _setting(None, "The same: with compiled models (False).")
-    max_cached_tokens: int | None = _setting(None, "The same: tokens that the key-value caches hold (what fits).")
-    dtype: str = _setting("float32", f"Of the student's weights: {', '.join(DTYPES)}.")
-    teacher_dtype: str = _setting("auto", "Of the teacher's: auto is as they were saved.")
-    attn_implementation: str | None = _setting(None, _ATTENTION)
+    model_name_or_path: str = setting("", "The student.")
+    teacher_model_name_or_path: str = setting("", "The teacher, if loss_type is a divergence or the policy needs one.")
+    train_file: str = setting("", "trajectories.jsonl of motab synthesize.")
+    eval_file: str = setting("", "Held-out trajectories; their loss is measured at the end and by --eval_strategy.")
+    dataset_name: str = setting(
+        "", "Instead of train_file: problems on which the student writes at every step. " + _DATASET
+    )
+    dataset_split: str | None = _unset("Split of the hub dataset.", "train")
+    max_new_tokens: int | None = _unset("Rollouts: tokens to write after the prompt, at most.", Rollouts.max_new_tokens)
+    rollout_batch_size: int | None = _unset("Rollouts: trajectories in progress at a time.", Rollouts.batch_size)
+    block_size: int | None = _unset(
+        "Rollouts: tokens that the student drafts before the teacher scores them.", Rollouts.block_size
+    )
+    rollout_temperature: float | None = _unset("Rollouts: sampling temperature; 0 is greedy.", Rollouts.temperature)
+    top_k: int | None = _unset("Rollouts: sample among the k likeliest tokens.", "all")
+    top_p: float | None = _unset(
+        "Rollouts: sample among the fewest likeliest tokens with this total probability.", Rollouts.top_p
+    )
+    min_p: float | None = _unset(
+        "Rollouts: sample among tokens with at least this share of the likeliest one's probability.", 0
+    )
+    rollout_torch_compile: bool | None = _unset("Rollouts: compile the models.", Rollouts.torch_compile)
+    max_cached_tokens: int | None = _unset(
+        "Rollouts: tokens that the key-value cache of each model holds.", "what free memory holds"
+    )
+    dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
+    teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
+    attn_implementation: str | None = setting(None, _ATTENTION)
 
     def __post_init__(self) -> None:
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
-        """Refuse none or two of the sources, one that is not there, and settings of the writing where nothing is.
+        """Refuse no source or two, a missing file, and settings of generation with --train_file.
 
         Raises:
-            ValueError: names the settings, and the way out.
+            ValueError: names the settings, and what to give instead.
         """
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
             raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-        writing += ["dataset_split", *_OF_ROLLOUTS]
+        writing += ["dataset_split", *_ROLLOUT_FLAGS]
         given = [f"--{name}" for name in writing if getattr(self, name) is not None]
         if self.train_file and given:
             raise ValueError(
@@ -261,6 +294,43 @@ class TrainArguments(PolicyArguments, PromptArguments):
                 require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
-        """What these settings have the student write on."""
-        given = {name: getattr(self, own) for own, name in _OF_ROLLOUTS.items() if getattr(self, own) is not None}
+        """The `Rollouts` of these settings."""
+        given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
         return Rollouts(prompts, self.make_policy(), **given)
+
+
+@dataclass
+class FileArguments:
+    """motab verify | report: look at the trajectories of a synthesis."""
+
+    output_dir: str = setting("runs/synthesize", "Folder of the synthesis.")
+
+    @property
+    def file(self) -> Path:
+        """The trajectories.
+
+        Raises:
+            ValueError: there is no such file.
+        """
+        path = Path(self.output_dir) / "trajectories.jsonl"
+        if not path.is_file():
+            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
+        return path
+
+
+@dataclass
+class ShowArguments(FileArguments):
+    """motab show: print one trajectory of a synthesis."""
+
+    index: int = setting(0, "Index of the trajectory.")
+
+
+@dataclass
+class ExportArguments(FileArguments):
+    """motab export: write the trajectories of a synthesis as token ids and labels, for TRL's SFTTrainer or axolotl."""
+
+    output_file: str = setting("", "File to write; ends in .parquet or .jsonl.")
+    ignore_authors: list[str] = field(
+        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
+    )
+    max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")

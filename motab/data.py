@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from motab.parsing import load_yaml
+from motab.yaml_values import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "output", "solution")
-#: Who speaks in a conversation of ShareGPT's kind; OpenThoughts-114k names them as messages do.
+#: Roles in ShareGPT conversations; OpenThoughts-114k uses the role names of messages.
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -22,7 +22,7 @@ _SHAREGPT_ROLES = {
     "system": "system",
 }
 _WAY_OUT = "rewrite it, or give another question_column"
-_MOST_SHOWN = 200  # characters of what is refused
+_MOST_SHOWN = 200  # characters of a refused value
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -52,18 +52,17 @@ def load_problems(
     Args:
         dataset_name: ``reasoning-gym:TASK?size=N&seed=S`` (any other setting of the task may follow), the path of a
             JSONL, JSON or parquet file, or the name of a dataset on the hub.
-        split, config: of a hub dataset; the configuration is named where it has several.
-        question_column, answer_column: of a dataset or a file; None: the first there is of `QUESTION_COLUMNS` and of
-            `ANSWER_COLUMNS`, if there is one.
+        split, config: split and configuration of a hub dataset; the latter is needed if there are several.
+        question_column, answer_column: names of columns; None: the first found of `QUESTION_COLUMNS`, and of
+            `ANSWER_COLUMNS` if there is one.
 
     Returns:
         The problems in order. A question is a text or a list of messages, as ``{"role": "user", "content": "a text"}``
-        or, as ShareGPT has them, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end of a
-        conversation are not part of the prompt.
+        or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped.
 
     Raises:
-        ValueError: an unknown task or setting, a file of another kind, no such or no known question column, a row
-            without a question, a configuration of what is not on the hub.
+        ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
+            configuration for something that is not on the hub.
     """
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
@@ -127,15 +126,15 @@ def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[d
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
     try:
         rows = datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
-        return list(rows.column_names), list(rows)  # where bytes that are no text come to light
+        return list(rows.column_names), list(rows)  # reading the rows finds bytes that are not text
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         got = _broken_line(path) if path.suffix == ".jsonl" else None
-        got = got or str(error.__cause__ or error) or "no rows"  # of an empty file datasets says nothing
+        got = got or str(error.__cause__ or error) or "no rows"  # for an empty file datasets gives no message
         raise ValueError(f"{name} must hold rows of one kind, each a problem, got {got}") from error
 
 
 def _broken_line(path: Path) -> str | None:
-    """The first line of a JSONL file that is none."""
+    """What is wrong with the first invalid line of a JSONL file."""
     rows = 0
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
@@ -150,7 +149,7 @@ def _broken_line(path: Path) -> str | None:
 
 
 def _shown(value: Any) -> str:
-    """The beginning of a value as the source has it."""
+    """The beginning of a value, as JSON."""
     text = json.dumps(value, default=str)
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
@@ -173,7 +172,7 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
 
 
 def _renamed(message: Any, where: str) -> Any:
-    """A message of ShareGPT's kind as others are; what is none of these as it is."""
+    """A ShareGPT message with `role` and `content`; any other value unchanged."""
     if not isinstance(message, Mapping) or "role" in message or "from" not in message:
         return message
     role = _SHAREGPT_ROLES.get(message["from"]) if isinstance(message["from"], str) else None
@@ -186,7 +185,7 @@ def _renamed(message: Any, where: str) -> Any:
 
 
 def _message(message: Any, where: str) -> dict[str, str]:
-    """A message whose content is a text; parts of it that are all text are put together."""
+    """A message whose content is a text; a list of text parts is joined."""
     role, content = (message.get(name) if isinstance(message, Mapping) else None for name in ("role", "content"))
     if isinstance(content, list):
         is_text = [isinstance(part, Mapping) and part.get("type") == "text" for part in content]

@@ -1,4 +1,4 @@
-"""Trajectories as the trainer's examples: of each token its id, and whether it is trained on."""
+"""Trajectories as training examples: the id of each token, and whether it is trained on."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ IGNORED = -100
 class TrajectoryDataset(Dataset[dict[str, list[int]]]):
     """Trajectories as ``input_ids`` and ``labels``; the prompt and ignored authors have label -100.
 
-    Five bytes a token are kept, where a `Trajectory` with its statistics takes some 400: a file is read line by line.
+    Holds five bytes per token, where a `Trajectory` with its statistics takes about 400; reads a file line by line.
 
     Args:
-        trajectories: the trajectories, or the file that `synthesize_to_file` wrote; a last line cut short is left out.
+        trajectories: the trajectories, or the file that `synthesize_to_file` wrote; an incomplete last line is
+            left out.
         ignore_authors: whose tokens are not trained on ("student", "flawed", "stitch", "teacher").
-        max_length: leave out, with one warning, the trajectories of more tokens, prompt and target together.
+        max_length: leave out, with one warning, trajectories of more tokens, prompt and target together.
 
     Attributes:
-        end_tokens: those that trajectories end with; none of one that ran out of budget.
+        end_tokens: the end tokens of the trajectories that did not run out of budget.
 
     Raises:
-        ValueError: an author that there is not, or all of them; a line that is no trajectory; a trajectory whose
-            tokens and authors differ in number; none that is short enough.
+        ValueError: an unknown author, or all authors; a line that is not a trajectory; a trajectory whose tokens and
+            authors differ in number; no trajectory within ``max_length``.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         ignored, longer = frozenset(ignored_authors(ignore_authors)), 0
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
-        self.trained: list[np.ndarray] = []  # bool, of the target alone
+        self.trained: list[np.ndarray] = []  # bool, target only
         for t in trajectories_in(trajectories) if isinstance(trajectories, str | Path) else trajectories:
             if len(t.author) != len(t.token_ids):
                 raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
@@ -72,7 +73,7 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         return {"input_ids": self.ids[index].tolist(), "labels": self.labels(index).tolist()}
 
     def labels(self, index: int) -> np.ndarray:
-        """Those of one example, int32."""
+        """The labels of one example, int32."""
         ids, trained = self.ids[index], self.trained[index]
         labels = np.full_like(ids, IGNORED)
         np.copyto(labels[len(ids) - len(trained) :], ids[len(ids) - len(trained) :], where=trained)

@@ -17,9 +17,11 @@ from motab.data import Problem, load_problems
 from motab.evaluation import Evaluation, evaluate
 from motab.files import write_whole
 from motab.models import load_model, load_tokenizer
+from motab.parsing import setting
 from motab.policies import MotabPolicy, Policy, TeacherOnly
 from motab.progress import watch
-from motab.report import figures, write_report
+from motab.report import write_report
+from motab.summary import figures
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
 from motab.training_config import MotabConfig
@@ -31,8 +33,8 @@ TASK = "chain_sum?min_terms=4&max_terms=6&min_digits=2&max_digits=2"
 # reasoning-gym draws problem i from seed + i: these lie far apart, and far from what trained the pair.
 TRAIN_SEED, TEST_SEED = 10_000_000, 20_000_000
 GENERATION: dict[str, Any] = {"max_new_tokens": 160, "batch_size": 256}
-# By name, whose trajectories a student is trained on, and how: the paper's recipe; the same trajectories, by a
-# divergence from the teacher at every token but the flawed ones and the phrase; and what the teacher alone would write.
+# By name, the trajectories a student is trained on and the settings: the paper's recipe; the same trajectories by a
+# divergence from the teacher at every token except flawed ones and the phrase; trajectories of the teacher alone.
 TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
     "motab": ("motab", {"loss_type": "cross_entropy"}),
     "motab, jsd": ("motab", {"loss_type": "jsd", "ignore_authors": ["flawed", "stitch"]}),
@@ -42,23 +44,14 @@ TRAININGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class DemoArguments:
-    """motab demo: three to four minutes on one thread.
+    """motab demo: the whole method on the tiny pair, in 3 to 6 minutes on a CPU."""
 
-    Attributes:
-        output_dir: the run folder.
-        num_prompts: fresh problems to write on; each is trained on once.
-        num_problems: held-out problems for the evaluation.
-        learning_rate: for both trainings.
-        epsilon0: the boundary at zero entropy; at 0.2 about a fifth of this student's trajectories breach.
-        seed: of sampling and of the order of training.
-    """
-
-    output_dir: str = "runs/demo"
-    num_prompts: int = 3000
-    num_problems: int = 500
-    learning_rate: float = 1e-3
-    epsilon0: float = 0.2
-    seed: int = 0
+    output_dir: str = setting("runs/demo", "Run folder.")
+    num_prompts: int = setting(3000, "Fresh problems to write on; each is trained on once.")
+    num_problems: int = setting(500, "Held-out problems for the evaluation.")
+    learning_rate: float = setting(1e-3, "Peak learning rate of each training.")
+    epsilon0: float = setting(0.2, "Boundary at zero teacher entropy; at 0.2 about a fifth of the trajectories breach.")
+    seed: int = setting(0, "Random seed for sampling and for the order of training.")
 
 
 def run(args: DemoArguments, console: Console) -> dict[str, Evaluation]:
@@ -109,7 +102,7 @@ def _write(
     console: Console,
 ) -> list[Trajectory]:
     path = folder / "trajectories.jsonl"
-    path.unlink(missing_ok=True)  # a demo runs anew
+    path.unlink(missing_ok=True)  # a demo starts from scratch
     student, teacher = (load_model(str(TINY / name)) for name in ("student", "teacher"))
     prompts = [problem.messages() for problem in problems]
     settings: dict[str, Any] = {**GENERATION, "temperature": 0.6, "seed": args.seed}
@@ -153,7 +146,7 @@ def _evaluate(
     name: str, path: str, tokenizer: PreTrainedTokenizerBase, problems: Sequence[Problem], console: Console
 ) -> Evaluation:
     with console.status(f"evaluate ({name}) on {len(problems)} held-out problems"):
-        result = evaluate(load_model(path), tokenizer, problems, **GENERATION)
+        result = evaluate(load_model(path), tokenizer, problems, temperature=0.0, **GENERATION)
     console.print(f"evaluate ({name}): accuracy {result}")
     return result
 
@@ -168,7 +161,7 @@ def _table(results: dict[str, Evaluation]) -> Table:
 
 
 def _verdict(name: str, before: Evaluation, after: Evaluation) -> str:
-    """One sentence on what a training did, and whether this many problems can tell."""
+    """One sentence on how a training changed accuracy, and whether the change exceeds the noise."""
     difference = after.accuracy - before.accuracy
     noise = (before.standard_error**2 + after.standard_error**2) ** 0.5
     told = "beyond" if abs(difference) > 2 * noise else "within"

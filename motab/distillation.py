@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 import motab_kernels as mk
 from motab.dataset import IGNORED
 
-BUDGET = 1 << 30  # bytes of logits that exist at a time, with what cross-entropy makes of them
+BUDGET = 1 << 30  # bytes of logits, float32 copies and gradients held at a time
 
 
 class Divergence(NamedTuple):
-    """What `motab_kernels.divergence_loss` calls a divergence, with its settings."""
+    """A divergence and its settings, as `motab_kernels.divergence_loss` names them."""
 
     divergence: str
     beta: float
@@ -29,10 +29,12 @@ class Divergence(NamedTuple):
 
 
 def has_plain_head(model: PreTrainedModel) -> bool:
-    """Whether the model's logits are its last hidden states, as both ways to these give them, times its output
-    embeddings, and nothing more: asked of the model itself, by two tokens."""
+    """Whether the model's logits are exactly its last hidden states times its output embeddings, tested on two tokens.
+
+    `last_hidden_states` and ``output_hidden_states=True`` must give the same states.
+    """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:  # an adapter's is more than its weight
+    if type(head) is not torch.nn.Linear:  # an adapter's head is more than its weight
         return False
     was_training = model.training
     with torch.no_grad():
@@ -40,24 +42,24 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         outputs = model.eval()(token_ids, output_hidden_states=True)
         hidden = last_hidden_states(model, input_ids=token_ids)
         model.train(was_training)
-        # To the last bit: of small logits a softcap takes next to nothing.
+        # Exactly: a softcap changes small logits very little.
         return torch.equal(hidden, outputs.hidden_states[-1]) and torch.equal(
             head(hidden).float(), outputs.logits.float()
         )
 
 
 def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """(B, T, H), and nothing else that a forward pass would keep: no layer's states, no keys and values."""
+    """(B, T, H), without keeping the states of other layers, keys or values."""
     if isinstance(model, PreTrainedModel):
         return getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
-    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # one with adapters
+    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # a model with adapters
 
 
 def cross_entropy_from_head(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None
 ) -> Tensor:
-    """Of (B, T) labels, each predicted by the (B, T, H) hidden states before it; the sum over ``num_items``, or the
-    mean. Logits exist for some positions at a time, and are computed again for the gradient."""
+    """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
+    ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
     head = model.get_output_embeddings()
     hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
 
@@ -79,7 +81,7 @@ def loss_from_heads(
     settings: Divergence,
     num_items: int | Tensor | None,
 ) -> Tensor:
-    """From (B, T, H) hidden states and output embeddings: logits exist for some positions at a time."""
+    """The divergence from (B, T, H) hidden states and output embeddings; logits exist for some positions at a time."""
     heads = [model.get_output_embeddings() for model in models]
     student, teacher = (x[:, :-1] for x in hidden)
     return mk.fused_linear_divergence(
@@ -98,7 +100,7 @@ def loss_from_heads(
 def loss_from_logits(
     logits: tuple[Tensor, Tensor], mask: Tensor, settings: Divergence, num_items: int | Tensor | None
 ) -> Tensor:
-    """Whatever the heads do. Nobody reads the logits again: the gradient goes over them."""
+    """The divergence from (B, T, V) logits, for any head; the gradient overwrites the logits."""
     student, teacher = (x[:, :-1] for x in logits)
     return mk.divergence_loss(
         student, teacher, mask=mask, num_items=num_items, inplace_backward=True, **settings._asdict()

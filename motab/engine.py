@@ -1,15 +1,16 @@
 """Monitored generation: the student drafts a block, the teacher scores it, rows that stray roll back to the teacher.
 
 Every row is one trajectory. Each round advances all of them by up to ``block_size`` tokens: a few forward passes,
-one fused call that judges the block, and one transfer that tells the host what happened; the host keeps the books.
+one fused call that judges the block, and one transfer that tells the host what happened; the host keeps the record.
 Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,16 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
-from motab.policies import MotabPolicy, Policy, Rules, TeacherOnly, check_policy, token_budget
+from motab.policies import (
+    MotabPolicy,
+    Policy,
+    Rules,
+    check_number,
+    check_policy,
+    needs_student,
+    needs_teacher,
+    token_budget,
+)
 from motab.prompts import Prompt, check_vocabulary, encode_prompts, end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.sampling import Sampling, choose, uniform
@@ -34,7 +44,7 @@ class Draft(NamedTuple):
 
     pending: Tensor  # (b,) the token before the block
     tokens: Tensor  # (b, T)
-    entries: Tensor  # (b, T) the same for the books: PADDING where not valid, BROKEN where logits are no numbers
+    entries: Tensor  # (b, T) as `Row` takes them: PADDING if not valid, BROKEN if the logits cannot be drawn from
     logits: Tensor  # (b, T, V)
     valid: Tensor  # (b, T) bool: within budget and text
     last: Tensor  # (b, T) bool: ends the text
@@ -68,7 +78,7 @@ class Engine:
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
         self.device = models[0].device
-        self.vocab_size = vocabulary_size(tokenizer)  # columns beyond are padding, which nobody writes or scores
+        self.vocab_size = vocabulary_size(tokenizer)  # columns beyond it are padding, neither written nor scored
         self.end_ids = end_tokens(models, tokenizer)
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
@@ -126,14 +136,14 @@ class Engine:
         return self.state.counters, self.state.scores, self.state.history
 
     def _begin_turns(self, slots: list[int]) -> None:
-        """Judge rows anew: another writes now."""
+        """Reset the judgement of rows whose next turn begins."""
         if self.rules is not None and slots:
             index = on_device(slots, self.device)
             self.state.reset_(index)
             self.automaton_state.index_fill_(0, index, 0)  # which, unlike an assignment, does not make the host wait
 
     def _steps_ended(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """Which of (b, T) tokens of the rows `index` complete a step."""
+        """(b, T) bool: which tokens of the rows `index` complete a step."""
         if self.automaton is None:
             return torch.ones_like(tokens, dtype=torch.bool)
         states, completes = self.automaton.scan(self.automaton_state[index], tokens)
@@ -165,7 +175,7 @@ class Engine:
         return Draft(pending, tokens, entries, logits, valid, valid & (ended | (left == 1)))
 
     def _monitored_round(self) -> None:
-        """One block of the student's, judged by the teacher where there is one."""
+        """One block by the student, judged by the teacher if there is one."""
         slots, rows = self._active(STUDENT)
         if not rows:
             return
@@ -193,7 +203,8 @@ class Engine:
     def _judged(
         self, index: Tensor, rows: list[Row], draft: Draft, teacher_logits: Tensor, step_ends: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """For each of (b, T) tokens what `Row.judge` takes, and for each row how much of its turn a rollback keeps."""
+        """The columns that `Row.judge` takes for each of (b, T) tokens, and per row how much of its turn a rollback
+        keeps."""
         assert self.rules is not None
         tokens = torch.where(draft.valid, draft.tokens, PADDING)
         state = mk.BoundaryState.of(*(x[index] for x in self._boundary_state()))
@@ -211,21 +222,21 @@ class Engine:
         return torch.stack([column.double() for column in columns], -1), state.rollback_position
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
-        """Where the teacher's likeliest token is one to reflect with that the student would not write."""
+        """(b, T) bool: the teacher's likeliest token is a reflection word, and not among the student's likeliest."""
         assert self.rules is not None
-        # The op's rank is the teacher's: with the sides exchanged, the student's.
+        # The op ranks by its second logits: with the sides swapped, by the student's.
         rank = mk.fused_kl_boundary(teacher_logits, logits, argmax).teacher_rank
         watched = on_device([row.watched for row in rows], self.device)[:, None] != 0
         return watched & self.is_reflection[argmax] & (rank >= self.rules.student_top_k)
 
     def _teacher_round(self) -> None:
-        """One block of the teacher's own, for the rows that it writes."""
+        """One block by the teacher, for the rows that it writes."""
         slots, rows = self._active(TEACHER)
         if not rows:
             return
         assert self.teacher is not None
         draft = self._draft(self.teacher, slots, rows)
-        own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # for the teacher's numbers alone
+        own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # only for the teacher's statistics
         completes = torch.zeros_like(draft.valid)
         if self.rules is not None:
             completes = self._steps_ended(on_device(slots, self.device), draft.tokens)
@@ -249,13 +260,13 @@ class Engine:
             self._begin_turns(list(returned))
 
     def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
-        """Bring the caches back to what the books say: all of a row's tokens but the pending one."""
+        """Cut the caches back to all of a row's tokens but the pending one."""
         for writer in writers:
             if writer is not None:
                 writer.rollback({slot: row.length - 1 for slot, row in zip(slots, rows, strict=True)})
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
-        """The one place where the host waits for the device: one transfer for all that a round has to tell."""
+        """The only place where the host waits for the device: one transfer per round and model that writes."""
         self.waits += 1
         flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
         parts = flat.split([tensor.numel() for tensor in tensors])
@@ -281,66 +292,61 @@ def synthesize(
     torch_compile: bool = False,
     max_cached_tokens: int | None = None,
 ) -> Iterator[Trajectory]:
-    """Write one trajectory a prompt, the student monitored by the teacher as the policy says.
+    """Write one trajectory per prompt, the student monitored by the teacher as the policy says.
 
     A trajectory depends on its prompt, its place among the prompts and the settings, not on ``batch_size`` or
-    ``block_size`` (but for what rounding does to a model's own logits in another batch).
+    ``block_size``, except through rounding of a model's logits in another batch.
 
     Args:
         student, teacher: causal language models on one device that share a tokenizer; their vocabulary sizes may
-            differ by padding, which has no part in any probability. `TeacherOnly` needs no student; `OnPolicy` and
+            differ by padding, which gets no probability. `TeacherOnly` needs no student; `OnPolicy` and
             `Truncated` need no teacher (None: nothing is scored).
         tokenizer: a fast tokenizer.
         prompts: strings, message lists (rendered with the tokenizer's chat template), or token ids: lists, or tensors
             and arrays of integers with one dimension.
         policy: `MotabPolicy` (default), `OnPolicy`, `TeacherOnly`, `StepSKD`, `TokenSKD`, `AdaSwitch`, `RelayOPD` or
             `Truncated`.
-        max_new_tokens: budget in tokens of what the models write after the prompt; the flawed steps and the
-            phrase that a stitched target holds besides do not count.
+        max_new_tokens: budget in tokens for what the models write after the prompt; the flawed steps and the phrase of
+            a stitched target do not count.
         batch_size: trajectories in progress at a time.
-        block_size: tokens that the student drafts before the teacher looks.
+        block_size: tokens that the student drafts before the teacher scores them.
         temperature: 0 is greedy, else at least 1e-30.
-        top_k, top_p, min_p: as in transformers, for both models: sample among the k likeliest tokens, of these among
-            the fewest likeliest that hold this probability, of these among those at least so many times as likely as
-            the likeliest.
-        seed: of all sampling.
-        indices: the place of each prompt among all, ascending, where these are a part of them.
-        torch_compile: draft and score with compiled models (`torch.compile`, on a GPU with CUDA graphs): pays where a
-            forward pass waits for Python, as those of one token do, and costs a minute or more at the first ones.
-            `model.generation_config.compile_config` where that is set. Compiled models round in another way, so that
-            trajectories may differ.
-        max_cached_tokens: tokens whose keys and values each model holds for all rows together, at least a prompt's,
-            ``max_new_tokens`` and a block; what is more than ``batch_size`` such rows need is not taken. Rows then
-            share pages, so that memory goes to what is written; where it runs out, the trajectories that have written
-            least wait, and are read again. None: on a GPU what its free memory holds, elsewhere no limit.
+        top_k, top_p, min_p: as in transformers, for both models, see `motab.sampling.Sampling`: sample among the k
+            likeliest tokens, then among the fewest likeliest with this total probability, then among those with at
+            least this share of the likeliest one's probability.
+        seed: random seed for sampling.
+        indices: the place of each prompt among all, ascending, if these are only a part.
+        torch_compile: draft and score with compiled models (`torch.compile`, with CUDA graphs on a GPU; by
+            `model.generation_config.compile_config` if set). Faster if forward passes wait for Python, as those of one
+            token do; compiling takes a minute or more. Compiled models round differently, so trajectories may differ.
+        max_cached_tokens: tokens whose keys and values each model holds for all rows together: at least a prompt,
+            ``max_new_tokens`` and a block; never more than ``batch_size`` such rows need. Rows then share pages; if
+            these run out, the trajectories that have written least wait and are read again. None: what the free memory
+            of a GPU holds, elsewhere no limit.
 
     Returns:
         An iterator of `Trajectory`, in the order of the prompts.
 
     Raises:
-        ValueError: at once, before anything is generated: what is no prompt or an empty one, a prompt and budget longer
+        ValueError: at once, before anything is generated: an invalid or empty prompt, a prompt and budget longer
             than a model's context, a tokenizer larger than a model's vocabulary, a setting out of range, a delimiter
             that no token sequence spells, a model whose cache cannot be rolled back exactly or, with
-            ``torch_compile``, does not run on `motab_kernels.ragged_attention`. While it is generated: logits that are
-            NaN or infinite.
+            ``torch_compile``, does not run on `motab_kernels.ragged_attention`. During generation: logits that are NaN
+            or infinite.
     """
     policy = MotabPolicy() if policy is None else policy
     check_policy(policy)
-    for name, value, least in (
-        ("max_new_tokens", max_new_tokens, 1),
-        ("batch_size", batch_size, 1),
-        ("block_size", block_size, 1),
-    ):
-        if not value >= least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
+    counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "block_size": block_size}
+    for name, value in counts.items():
+        check_number(name, value, 1)
     sampling = Sampling(temperature, top_k, top_p, min_p)
-    rules = None if isinstance(policy, TeacherOnly) else policy.rules
-    if student is None and rules is not None:
+    rules = policy.rules
+    if student is None and needs_student(policy):
         raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
-    if teacher is None and (rules is None or rules.max_interventions != 0):
+    if teacher is None and needs_teacher(policy):
         raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
-    if rules is None and student is not None:
-        check_vocabulary(student, tokenizer)  # that is to be trained on what the teacher writes
+    if student is not None and not needs_student(policy):
+        check_vocabulary(student, tokenizer)  # it is to be trained on what the teacher writes
         student = None
     max_new_tokens = token_budget(policy, max_new_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:
@@ -370,10 +376,20 @@ def synthesize(
     return _without_gradients(engine)
 
 
+#: The generation settings of `synthesize` and their defaults.
+SETTINGS: dict[str, Any] = {
+    name: parameter.default
+    for name, parameter in inspect.signature(synthesize).parameters.items()
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("policy", "indices")
+}
+#: Those that change the pace, and no trajectory but for rounding.
+PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
+
+
 def _without_gradients(engine: Engine) -> Iterator[Trajectory]:
     trajectories = engine.run()
     while True:
-        # Entered anew for each trajectory: a generator must not leave its caller in no-grad mode between two.
+        # Entered for each trajectory: a suspended generator must not leave its caller in no-grad mode.
         with torch.no_grad():
             trajectory = next(trajectories, None)
         if trajectory is None:

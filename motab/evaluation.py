@@ -20,7 +20,7 @@ from motab.processes import Processes
 from motab.prompts import PromptFormat
 from motab.trajectory import Trajectory
 
-# The places where a text states its answer, best first; in each the last one counts.
+# Where a text states its answer, best first; the last match of each counts.
 _STATED = (
     re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
@@ -38,7 +38,8 @@ class Evaluation:
         overlong: share of answers that ran out of budget.
         problems, samples: how many problems, and how many answers to each.
         correct: for each problem its share of right answers.
-        pass_at_k: share of problems with at least one right answer among their k = `samples`; `accuracy` of one sample.
+        pass_at_k: share of problems with at least one right answer among their k = `samples`; equal to `accuracy` for
+            one sample.
     """
 
     accuracy: float
@@ -54,7 +55,8 @@ class Evaluation:
 
 
 def stated_answer(text: str) -> str | None:
-    """The answer that a text states: its last ``\\boxed{}``, else ``<answer>``, else "answer is ..."; None without."""
+    """The answer that a text states: its last ``\\boxed{}``, else ``<answer>``, else "answer is ..."; None if there is
+    none."""
     for place in _STATED:
         if found := place.findall(text):
             return str(found[-1]).strip()
@@ -62,7 +64,7 @@ def stated_answer(text: str) -> str | None:
 
 
 def after_thinking(text: str) -> str | None:
-    """What follows the last ``</think>``, the whole text without one; None where a ``<think>`` was not closed."""
+    """The text after the last ``</think>``, or all of it without one; None if a ``<think>`` was not closed."""
     rest = text.rpartition("</think>")[2]
     return None if "<think>" in rest else rest
 
@@ -84,12 +86,12 @@ def check_answers(problems: Sequence[Problem]) -> None:
 def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
 
-    Only what follows the thinking counts; where the thinking was not ended, nothing does.
+    Only text after the thinking counts; if the thinking was not closed, nothing does.
 
     Args:
-        finish_reason: of ``"length"``, a text that ran out of budget, only what it states as its answer counts
-            (`stated_answer`): the last number of a text that was cut off is no answer.
-        thinking: the prompt ended with ``<think>``, so that the text begins within the thinking.
+        finish_reason: for ``"length"``, a text that ran out of budget, only a stated answer counts (`stated_answer`):
+            the last number of a truncated text is no answer.
+        thinking: the prompt ended with ``<think>``, so the text begins inside the thinking.
 
     Raises:
         ValueError: the problem has no answer to compare with.
@@ -122,7 +124,7 @@ def evaluate(
     problems: Sequence[Problem],
     *,
     samples: int = 1,
-    temperature: float = 0.0,
+    temperature: float = 0.6,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 (it is frozen)
     answers_file: str | Path | None = None,
     watch: Callable[[Iterable[Trajectory], int], Iterable[Trajectory]] | None = None,
@@ -130,21 +132,22 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer problems and verify the answers.
 
-    Of several processes (`accelerate launch`, torchrun) each calls this, with the model on its own device, answers its
-    share of the problems and returns the result of all.
+    With several processes (`accelerate launch`, torchrun), each calls this with the model on its own device, answers
+    its share of the problems and returns the result for all.
 
     Args:
         samples: answers to each problem.
+        temperature: 0 is greedy.
         prompt_format: how the problems are put to the model.
-        answers_file: where the main process writes every answer when all are there, a line of JSON each, in order:
-            ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (how many).
+        answers_file: JSONL file to which the main process writes every answer at the end, in order:
+            ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (their number).
         watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
             `motab.progress.watch` does.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
-        ValueError: no problems, problems without answers, several samples of greedy (identical) answers; before
-            anything is generated.
+        ValueError: no problems, problems without answers, several samples at temperature 0 (identical answers); all
+            before generation.
     """
     if not problems:
         raise ValueError("evaluate needs at least one problem, got none")
@@ -156,36 +159,55 @@ def evaluate(
     texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
     processes = Processes()
     first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
-    if processes.count > 1:  # all have seen that none of the prompts is refused
+    if processes.count > 1:  # every process has checked all prompts
         share = prompts[first * samples : end * samples]
         texts = synthesize(model, None, tokenizer, share, indices=range(first * samples, end * samples), **options)
-    right, overlong, lines = [0] * len(problems), 0, []
     if watch is not None:
         texts = watch(texts, (end - first) * samples)
-    for trajectory in texts:
-        place, sample = divmod(trajectory.index, samples)
-        text, reason = trajectory.text, trajectory.finish_reason
-        thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
-        correct = is_correct(text, problems[place], finish_reason=reason, thinking=thinking)
-        right[place] += correct
-        overlong += reason == "length"
-        if answers_file is not None:
-            answer = {"index": place, "sample": sample, "text": text, "correct": correct, "finish_reason": reason}
-            lines.append(json.dumps({**answer, "tokens": len(trajectory.token_ids)}, ensure_ascii=False) + "\n")
+    keep_text = answers_file is not None
+    graded = [_graded(trajectory, problems, samples, tokenizer, keep_text) for trajectory in texts]
+    answers = [answer for part in processes.gather(graded) for answer in part]
     if answers_file is not None:
-        text = "".join(line for part in processes.gather(lines) for line in part)
-        processes.from_main(lambda: write_whole(answers_file, text))
-    counted = processes.gather((right[first:end], overlong))
-    right = [count for part, _ in counted for count in part]
+        lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
+        processes.from_main(lambda: write_whole(answers_file, lines))
+    return _summary(answers, len(problems), samples)
+
+
+def _graded(
+    trajectory: Trajectory,
+    problems: Sequence[Problem],
+    samples: int,
+    tokenizer: PreTrainedTokenizerBase,
+    keep_text: bool,
+) -> dict[str, Any]:
+    """One answer as a line of ``answers_file`` holds it."""
+    index, sample = divmod(trajectory.index, samples)
+    text, reason = trajectory.text, trajectory.finish_reason
+    thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+    correct = is_correct(text, problems[index], finish_reason=reason, thinking=thinking)
+    return {
+        "index": index,
+        "sample": sample,
+        "text": text if keep_text else None,
+        "correct": correct,
+        "finish_reason": reason,
+        "tokens": len(trajectory.token_ids),
+    }
+
+
+def _summary(answers: Sequence[Mapping[str, Any]], problems: int, samples: int) -> Evaluation:
+    right = [0] * problems
+    for answer in answers:
+        right[answer["index"]] += answer["correct"]
     shares = [count / samples for count in right]
-    mean = sum(shares) / len(shares)
-    spread = sum((share - mean) ** 2 for share in shares) / max(len(shares) - 1, 1)
+    mean = sum(shares) / problems
+    spread = sum((share - mean) ** 2 for share in shares) / max(problems - 1, 1)
     return Evaluation(
         accuracy=mean,
-        standard_error=math.sqrt(spread / len(shares)),
-        overlong=sum(part for _, part in counted) / len(prompts),
-        problems=len(problems),
+        standard_error=math.sqrt(spread / problems),
+        overlong=sum(answer["finish_reason"] == "length" for answer in answers) / len(answers),
+        problems=problems,
         samples=samples,
         correct=tuple(shares),
-        pass_at_k=sum(count > 0 for count in right) / len(right),
+        pass_at_k=sum(count > 0 for count in right) / problems,
     )

@@ -1,4 +1,4 @@
-"""Trajectories in a file that other people's trainers read."""
+"""Trajectories in a file for other trainers."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from motab.dataset import TrajectoryDataset
 from motab.files import whole_path
 
 _ENDS = (".parquet", ".jsonl")
-_ROWS = 1000  # of a table in Arrow, which counts its tokens in 32 bits
+_ROWS = 1000  # per Arrow table, whose token offsets have 32 bits
 
 
 def export_dataset(dataset: TrajectoryDataset, output_file: str | Path) -> int:
-    """Write what is trained on as a table for other people's trainers: the tokens as they were written, never text.
+    """Write trajectories as a table for other trainers: token ids as they were generated, no text.
 
     Its columns are ``input_ids``, the prompt and the target; ``labels``, the same with -100 at the prompt and at the
-    tokens of ignored authors; and ``attention_mask``, ones. So TRL's ``SFTTrainer`` takes it as it is, and axolotl as a
-    pre-tokenised dataset, which asks for these three and no other. Labels and no mask, for TRL uses labels as they are,
-    and looks at ``completion_mask`` only with ``completion_only_loss=True``. TRL cuts examples at its ``max_length`` of
-    1024 tokens where no other is given. There is no text: it would be tokenised anew, perhaps into other tokens, under
-    a chat template that the prompt already went through, and it cannot say which tokens are not trained on.
+    tokens of ignored authors; and ``attention_mask``, ones. TRL's ``SFTTrainer`` takes the table as it is, axolotl as a
+    pre-tokenised dataset, which must have exactly these columns. It has labels and no ``completion_mask``, since TRL
+    uses labels as they are and the mask only with ``completion_only_loss=True``. TRL truncates examples at its
+    ``max_length``, by default 1024 tokens. Text would be tokenised again, perhaps differently and with the chat
+    template applied twice, and could not mark the tokens that are not trained on.
 
     Args:
         dataset: the trajectories, with the authors that are ignored.
         output_file: ends in ``.parquet`` or ``.jsonl``.
 
     Returns:
-        How many rows it has. Trajectories without a token to train on are left out, with one warning: of a batch of
-        these alone PyTorch's mean cross-entropy is NaN.
+        The number of rows. Trajectories without a token to train on are left out, with one warning: PyTorch's mean
+        cross-entropy over only such trajectories is NaN.
 
     Raises:
-        ValueError: a file of another kind; no trajectory with a token to train on.
+        ValueError: another file type; no trajectory with a token to train on.
     """
     import datasets
     import pyarrow as pa
@@ -58,7 +58,7 @@ def export_dataset(dataset: TrajectoryDataset, output_file: str | Path) -> int:
 
 
 def _part(dataset: TrajectoryDataset, rows: Sequence[int]) -> Any:
-    """The table of some rows, straight from their arrays: of lists, datasets would take 170 bytes a token."""
+    """The table of some rows, built from arrays: from lists, datasets would take 170 bytes per token."""
     import pyarrow as pa
 
     ids = [dataset.ids[row] for row in rows]
@@ -72,6 +72,6 @@ def _part(dataset: TrajectoryDataset, rows: Sequence[int]) -> Any:
 
 
 def check_output_file(output_file: str | Path) -> None:
-    """Refuse a kind of file that is not written."""
+    """Refuse a file type that `export_dataset` does not write."""
     if Path(output_file).suffix not in _ENDS:
         raise ValueError(f"output_file must end in {' or '.join(_ENDS)}, got {str(output_file)!r}")

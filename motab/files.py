@@ -10,7 +10,7 @@ from typing import TextIO
 
 @contextmanager
 def whole_path(path: str | Path) -> Iterator[Path]:
-    """Another name to write under, of what has its own once the block is left without an error: nobody finds half."""
+    """Yield a temporary path, renamed to `path` on success, so readers never see a partial file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
@@ -20,12 +20,12 @@ def whole_path(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[TextIO]:
-    """The same as a file of text, open."""
+    """Yield a text file open for writing, renamed to `path` on success."""
     with whole_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         yield file
 
 
 def write_whole(path: str | Path, text: str) -> None:
-    """Write beside the file under another name, then rename."""
+    """Write a text to `path`; readers never see a part of it."""
     with whole_file(path) as file:
         file.write(text)

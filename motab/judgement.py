@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 
 class Score(NamedTuple):
-    """A score of `motab_kernels`' boundaries: what people call it, and when a step is accepted by it."""
+    """A score of `motab_kernels`' boundaries: its name in words, and when it accepts a step."""
 
     label: str
     is_safe: Callable[[float, float], bool]  # of value and threshold
 
 
-#: By their names there.
+#: By name in `motab_kernels`.
 SCORES = {
     "teacher_value": Score("value", operator.ge),
     "value_ratio": Score("value ratio (teacher : student)", operator.ge),
@@ -25,16 +25,16 @@ SCORES = {
 
 
 def label(score: str | None) -> str:
-    """What the value of a step is called."""
+    """The name in words of a step's value."""
     return SCORES["teacher_value" if score is None else score].label
 
 
 def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:
-    """Whether a verdict is that of its value and threshold. These were rounded after it, so that a value beyond the
-    threshold may have become the same number."""
+    """Whether a verdict follows from its value and threshold. Both were rounded after the verdict, so a value beyond
+    the threshold may have become equal to it."""
     return SCORES[score].is_safe(value, threshold) == accepted or (not accepted and value == threshold)
 
 
-def holds_nothing(score: str | None, threshold: float) -> bool:
-    """Whether no number would be beyond the threshold: a step was scored, and held to no boundary."""
+def is_unbounded(score: str | None, threshold: float) -> bool:
+    """Whether the step was scored without a threshold."""
     return score not in ("forward_kl", "reverse_kl", "teacher_rank") and threshold == 0

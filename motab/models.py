@@ -14,7 +14,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def dtype_name(name: str) -> str:
-    """The full name of a dtype, of which bf16, fp16 and fp32 are short for some.
+    """The full name of a dtype, which may be given as bf16, fp16 or fp32.
 
     Raises:
         ValueError: none of `DTYPES`.
@@ -28,11 +28,11 @@ def dtype_name(name: str) -> str:
 def load_model(
     name_or_path: str, dtype: str = "auto", *, shared: bool = False, attn_implementation: str | None = None
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the accelerator where there is one; of several
-    processes each takes its own, or all share one, tensor-parallel.
+    """A causal language model in evaluation mode, on the accelerator if there is one; each process has its own, or all
+    share one (tensor parallelism).
 
     Raises:
-        ValueError: what is named is not a model, or not one to be shared, or not one with that attention; no dtype.
+        ValueError: not a model, one that cannot be shared or has no such attention; an unknown dtype.
     """
     dtype = dtype_name(dtype)
     device = process_state().device
@@ -48,7 +48,7 @@ def load_model(
             f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
             f"folder with config.json and weights): {error}"
         ) from error
-    is_split = (model.tp_size or 1) > 1  # and lies where it should
+    is_split = (model.tp_size or 1) > 1  # and already on its devices
     return model.eval() if is_split else model.to(device).eval()
 
 
@@ -56,7 +56,7 @@ def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the first model, after a check that the others' are the same.
 
     Raises:
-        ValueError: there is none, or the vocabularies differ.
+        ValueError: there is no tokenizer, or the vocabularies differ.
     """
     try:
         tokenizers = [AutoTokenizer.from_pretrained(name) for name in names_or_paths]

@@ -1,11 +1,13 @@
-"""Settings into dataclasses, from a YAML file and from flags that override it."""
+"""Dataclasses filled from a YAML file and from flags that override it."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
+import inspect
 import re
-from argparse import Action, ArgumentError, ArgumentTypeError
+from argparse import Action, ArgumentDefaultsHelpFormatter, ArgumentError, ArgumentTypeError
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -13,48 +15,71 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 from transformers import HfArgumentParser
 
+from motab.yaml_values import load_yaml
+
 T = TypeVar("T")
-#: What null in a file says where None of the API is not "not given", as a flag says it.
-_NULL = {"stitch": ""}
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, which takes 1e-9 for the number that it is; PyYAML asks for a dot."""
+def setting(default: Any, text: str) -> Any:
+    """A field of a command's dataclass, with the help of its flag."""
+    return dataclasses.field(default=default, metadata={"help": text})
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
+class _Formatter(ArgumentDefaultsHelpFormatter):
+    """Names each flag once, and the defaults that are not empty."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        action = copy.copy(action)
+        action.option_strings = [flag for flag in action.option_strings if "-" not in flag.lstrip("-")]
+        return super()._format_action_invocation(action)
+
+    def _get_help_string(self, action: Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
 
 
-def load_yaml(text: str) -> Any:
-    """What a text in YAML (or JSON) holds.
-
-    Raises:
-        yaml.YAMLError: it is none.
-    """
-    return yaml.load(text, _Loader)
+def _group(parser: HfArgumentParser, kinds: tuple[type, ...]) -> None:
+    """Group the flags: the command's own, those of each dataclass that it inherits, those of transformers."""
+    classes = [each for kind in kinds for each in kind.__mro__ if dataclasses.is_dataclass(each)]
+    groups: dict[str, Any] = {}
+    for each in sorted(classes, key=lambda each: each.__module__.startswith("transformers.")):
+        doc = str(each.__doc__).partition("\n")[0]
+        title = "Settings" if each in kinds or doc.startswith("motab ") else doc.rstrip(".")
+        if each.__module__.startswith("transformers."):
+            title = f"{each.__name__} of transformers"
+        group = groups[title] = groups.get(title) or parser.add_argument_group(title)
+        own = [action for action in parser._optionals._group_actions if action.dest in inspect.get_annotations(each)]
+        for action in own:
+            parser._optionals._group_actions.remove(action)
+            group._group_actions.append(action)
 
 
 def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str) -> Any:
-    """Instances of the dataclasses, from ``--config FILE`` and the flags behind it; flags win.
+    """Instances of the dataclasses, from ``--config FILE`` and from flags, which override it.
 
     Raises:
-        ValueError: no such file, or one that is not a mapping of known settings; an unknown flag; a value that is none
-            of the setting's.
+        ValueError: a missing file, or one that is not a mapping of known settings; an unknown flag; an invalid value.
     """
     kinds = kinds if isinstance(kinds, tuple) else (kinds,)
     parser = HfArgumentParser(
-        kinds, prog=f"motab {command}", description=kinds[0].__doc__, allow_abbrev=False, exit_on_error=False
+        kinds,
+        prog=f"motab {command}",
+        usage=f"motab {command} [--config FILE] [flags]",
+        description=kinds[0].__doc__,
+        formatter_class=_Formatter,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
-    parser.add_argument("--config", help="A YAML file of these settings; flags override it.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags override it.")
+    _group(parser, kinds)
     known = [entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init]
     config = _config_file(arguments)
     if config:
         hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
         flags = {name: parser._option_string_actions[f"--{name}"] for name in known}
         values = _settings_in(config, known, command)
+        null = {name: value for kind in kinds for name, value in getattr(kind, "NULL", {}).items()}
+        values = {name: null.get(name) if value is None else value for name, value in values.items()}
         parser.set_defaults(**{name: _of_file(config, flags[name], hints[name], values[name]) for name in values})
     try:
         _, rest = parser.parse_known_args(arguments)
@@ -90,11 +115,11 @@ def _settings_in(config: str, known: list[str], command: str) -> dict[str, Any]:
 
 
 def _of_file(config: str, flag: Action, hint: Any, value: Any) -> Any:
-    """A value of the file, as the flag would give it."""
+    """A value of the file, converted as its flag's would be."""
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     several = flag.nargs == "+"
     if value is None and type(None) in kinds:
-        return _NULL.get(flag.dest)
+        return None
     if type(value) in kinds and not several and flag.choices is None:
         return value
     try:
@@ -138,12 +163,12 @@ def _with_nearest(name: str, known: Iterable[str]) -> str:
 
 
 def require(**settings: str) -> None:
-    """Refuse settings that have no default and were not given."""
+    """Refuse required settings that were not given."""
     if missing := [f"--{name}" for name, value in settings.items() if not value]:
         raise ValueError(f"give {' and '.join(missing)}, as a flag or in the file of --config")
 
 
 def require_file(path: str, name: str, source: str) -> None:
-    """Refuse a file that is not there, and say where it comes from."""
+    """Refuse a missing file, and say where such a file comes from."""
     if not Path(path).is_file():
         raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")

@@ -5,26 +5,29 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from motab.judgement import holds_nothing, label
+from motab.judgement import is_unbounded, label
 from motab.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _BARS = 60
 _BLUE, _RED, _YELLOW, _GREEN = "#1f6feb", "#cf222e", "#d29922", "#2da44e"
 
 
-def draw_steps(trajectories: Sequence[Trajectory]) -> Any:
-    """Value against boundary along the steps, or along the tokens where these are judged, breaches marked."""
+def draw_steps(trajectories: Sequence[Trajectory]) -> Figure:
+    """Value and boundary of each step, or of each token if single tokens are judged, with breaches marked."""
     columns = min(len(trajectories), 3)
     lines = -(-len(trajectories) // columns)
     figure, axes = _axes(lines, columns, (4.0 * columns, 2.6 * lines))
     for axis, trajectory in zip(axes, trajectories, strict=False):
         (_draw_tokens if trajectory.by_token else _draw_judged)(axis, trajectory)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.locator_params(axis="x", integer=True)
     for axis in axes[len(trajectories) :]:
         axis.set_visible(False)
     shown = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
@@ -32,10 +35,10 @@ def draw_steps(trajectories: Sequence[Trajectory]) -> Any:
     return figure
 
 
-def _draw_judged(axis: Any, trajectory: Trajectory) -> None:
+def _draw_judged(axis: Axes, trajectory: Trajectory) -> None:
     steps = trajectory.steps
     axis.plot([s.value for s in steps], "o-", color=_BLUE, label=label(trajectory.score))
-    if not all(holds_nothing(trajectory.score, s.threshold) for s in steps):
+    if not all(is_unbounded(trajectory.score, s.threshold) for s in steps):
         axis.step(range(len(steps)), [s.threshold for s in steps], "--", where="mid", color=_YELLOW, label="boundary")
     elif starts := takeovers(trajectory):
         for start in starts:
@@ -51,7 +54,7 @@ def _draw_judged(axis: Any, trajectory: Trajectory) -> None:
         axis.set_ylim(-0.05, 1.08)
 
 
-def _draw_tokens(axis: Any, trajectory: Trajectory) -> None:
+def _draw_tokens(axis: Axes, trajectory: Trajectory) -> None:
     column = trajectory.statistics.get(str(trajectory.score), [])
     kept = [math.nan if value is None else value for value in column]  # a teacher's token has none
     places = [s.start for s in trajectory.steps]
@@ -64,9 +67,9 @@ def _draw_tokens(axis: Any, trajectory: Trajectory) -> None:
     axis.set_yscale("symlog", linthresh=1 if trajectory.score == "teacher_rank" else 1e-4)
 
 
-def draw_breaches(trajectories: Sequence[Trajectory]) -> Any:
-    """How often the student strays: of the steps at each place that were judged; where tokens are judged or nothing is,
-    how often the teacher takes over, of the tokens along the target."""
+def draw_breaches(trajectories: Sequence[Trajectory]) -> Figure:
+    """Share of the judged steps at each place that breach; if single tokens or none are judged, share of the tokens at
+    each place of the target at which the teacher takes over."""
     figure, (axis,) = _axes(1, 1, (6, 2.6))
     if any(not s.accepted for t in trajectories for s in t.steps) and not any(t.by_token for t in trajectories):
         longest = max(len(t.steps) for t in trajectories)
@@ -85,16 +88,14 @@ def draw_breaches(trajectories: Sequence[Trajectory]) -> Any:
 
 
 def takeovers(trajectory: Trajectory) -> list[int]:
-    """The tokens of the target at which the teacher takes over from the student; where single tokens are replaced, two
-    may stand side by side."""
+    """The places in the target at which the teacher takes over from the student; if single tokens are replaced, two may
+    be adjacent."""
     if trajectory.by_token:
         return [step.start for step in trajectory.steps]
-    runs = [(author, len(list(run))) for author, run in groupby(trajectory.author)]
-    starts = [sum(length for _, length in runs[:at]) for at in range(len(runs))]
-    return [start for start, (author, _) in zip(starts, runs, strict=True) if author == "teacher"]
+    return [start for author, start, _ in trajectory.runs() if author == "teacher"]
 
 
-def draw_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
+def draw_accuracy(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Accuracy of each row with its standard error."""
     figure, (axis,) = _axes(1, 1, (6, 0.6 + 0.5 * len(rows)))
     names = [row["name"] for row in rows][::-1]
@@ -109,15 +110,15 @@ def draw_accuracy(rows: Sequence[Mapping[str, Any]]) -> Any:
     return figure
 
 
-def _axes(lines: int, columns: int, size: tuple[float, float]) -> tuple[Any, list[Any]]:
+def _axes(lines: int, columns: int, size: tuple[float, float]) -> tuple[Figure, list[Axes]]:
     from matplotlib.figure import Figure  # a figure of its own: no global state, no window
 
     figure = Figure(figsize=size, layout="constrained")
     return figure, list(figure.subplots(lines, columns, squeeze=False).flat)
 
 
-def as_svg(figure: Any) -> str:
-    """The figure as a part of a page."""
+def as_svg(figure: Figure) -> str:
+    """The figure as an SVG element."""
     text = io.StringIO()
     figure.savefig(text, format="svg")
     return text.getvalue()[text.getvalue().index("<svg") :]

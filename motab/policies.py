@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import motab_kernels as mk
 
@@ -18,16 +18,16 @@ class Rules:
 
     Attributes:
         boundary: what each step of the student is held to.
-        delimiter: the text that ends a step; None: every token is one.
+        delimiter: the text that ends a step; None: every token is a step.
         backtrack: where the teacher starts after a breach, see `MotabPolicy`.
         stitch: the phrase after rolled back steps, which stay in the target; None leaves them out.
-        max_interventions: how often the teacher may take over; None: without limit, 0: never.
-        teacher_steps, teacher_tokens: the student goes on after so many steps or tokens of the teacher's, whatever
-            comes first; both None: the teacher writes to the end.
-        last_to_end: the teacher's last turn is to the end, whatever its length.
-        reflection: the teacher takes over where its likeliest token is one of these words and not among the student's
-            `student_top_k`, whatever the boundary says; nothing is rolled back.
-        max_tokens: the budget, where it is less than that of the run.
+        max_interventions: how often the teacher may take over; None: no limit, 0: never.
+        teacher_steps, teacher_tokens: the teacher hands back after this many steps or tokens, whichever comes first;
+            both None: it writes to the end.
+        last_to_end: the teacher's last turn has no such limit.
+        reflection: the teacher takes over if its likeliest token is one of these words and not among the student's
+            `student_top_k` likeliest, whatever the boundary says; nothing is rolled back.
+        max_tokens: the policy's own budget, if less than that of the run.
     """
 
     boundary: mk.EntropyBoundary | mk.FixedBoundary | mk.MovingAverageBoundary
@@ -43,11 +43,12 @@ class Rules:
     max_tokens: int | None = None
 
 
-#: A boundary that nothing but a NaN lies below: steps are scored, and none strays.
+#: A boundary that only NaN fails: steps are scored, and none strays.
 SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
 
 
-def _check(name: str, value: float, least: float, kind: str = "an integer") -> None:
+def check_number(name: str, value: float, least: float, kind: str = "an integer") -> None:
+    """Refuse a setting that is not a finite number (``kind`` "an integer": a whole one) of at least ``least``."""
     is_number = isinstance(value, int if kind == "an integer" else (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
@@ -69,8 +70,8 @@ class MotabPolicy:
         stitch: the phrase between the student's flawed steps and the teacher's text in the training target;
             None leaves the flawed steps out instead.
         delimiter: the text that ends a step.
-        max_interventions: how often the teacher may take over, >= 1. The last time it writes to the end; before, one
-            step, after which the student goes on, judged by its steps from there. The paper's is 1.
+        max_interventions: how often the teacher may take over, >= 1. The last time it writes to the end; before that,
+            it writes one step and the student continues, judged from there on. The paper uses 1.
     """
 
     epsilon0: float = 0.2
@@ -86,7 +87,7 @@ class MotabPolicy:
             raise ValueError(f'backtrack must be "td", "breach" or "none", got {self.backtrack!r}')
         if self.stitch is not None and not self.stitch.strip():
             raise ValueError(f"stitch must hold text, got {self.stitch!r}; None leaves the flawed steps out")
-        _check("max_interventions", self.max_interventions, 1)
+        check_number("max_interventions", self.max_interventions, 1)
         _ = self.rules  # refuses an epsilon0 or theta out of range
 
     @property
@@ -104,7 +105,7 @@ class MotabPolicy:
 
 @dataclass(frozen=True)
 class OnPolicy:
-    """The student writes all of it; a teacher, where one is given, scores its steps and never intervenes."""
+    """The student writes everything; a teacher, if given, scores its steps and never intervenes."""
 
     delimiter: str = DELIMITER
 
@@ -118,7 +119,7 @@ class Truncated:
     """`OnPolicy` that stops after ``n`` tokens: the start of a text, where the teacher's guidance is worth most.
 
     Args:
-        n: tokens that a trajectory may hold, >= 1; `synthesize`'s ``max_new_tokens`` where that is less.
+        n: tokens that a trajectory may hold, >= 1; `synthesize`'s ``max_new_tokens`` if that is less.
         delimiter: the text that ends a step.
     """
 
@@ -126,7 +127,7 @@ class Truncated:
     delimiter: str = DELIMITER
 
     def __post_init__(self) -> None:
-        _check("n", self.n, 1)
+        check_number("n", self.n, 1)
 
     @property
     def rules(self) -> Rules:
@@ -135,18 +136,21 @@ class Truncated:
 
 @dataclass(frozen=True)
 class TeacherOnly:
-    """The teacher writes all of it: off-policy distillation."""
+    """The teacher writes everything: off-policy distillation."""
+
+    rules: ClassVar[None] = None  # the student writes no step
 
 
 @dataclass(frozen=True)
 class StepSKD:
     """Speculative knowledge distillation by steps: a step that the teacher finds much less likely than the student does
-    is left out, the teacher writes it anew, and the student goes on.
+    is left out, the teacher rewrites it, and the student continues.
 
     A step is accepted while ``V_teacher >= gamma * V_student``, the geometric means of its tokens' probabilities.
 
     Args:
-        gamma: >= 0; 0 accepts every step that is not NaN, 1 asks that the teacher find it at least as likely.
+        gamma: >= 0; 0 accepts every step that is not NaN, 1 one that the teacher finds at least as likely as the
+            student.
         delimiter: the text that ends a step.
     """
 
@@ -154,7 +158,7 @@ class StepSKD:
     delimiter: str = DELIMITER
 
     def __post_init__(self) -> None:
-        _check("gamma", self.gamma, 0, "a finite number")
+        check_number("gamma", self.gamma, 0, "a finite number")
 
     @property
     def rules(self) -> Rules:
@@ -164,16 +168,16 @@ class StepSKD:
 @dataclass(frozen=True)
 class TokenSKD:
     """Speculative knowledge distillation by tokens: one that is not among the teacher's ``top_k`` likeliest is left
-    out, the teacher writes one in its place, and the student goes on. Source: SKD, arXiv 2410.11325.
+    out, the teacher writes one in its place, and the student continues. Source: SKD, arXiv 2410.11325.
 
     Args:
-        top_k: >= 1; the paper takes 25.
+        top_k: >= 1; the paper uses 25.
     """
 
     top_k: int = 25
 
     def __post_init__(self) -> None:
-        _check("top_k", self.top_k, 1)
+        check_number("top_k", self.top_k, 1)
 
     @property
     def rules(self) -> Rules:
@@ -184,8 +188,8 @@ class TokenSKD:
 class AdaSwitch:
     """The student writes until its distribution strays from the teacher's; the teacher finishes from that token on.
 
-    It strays where ``KL(teacher || student)`` at a token exceeds ``factor`` times its mean at the ``window`` tokens
-    before, of which there must be that many. Source: AdaSwitch, arXiv 2510.07842.
+    It strays where ``KL(teacher || student)`` at a token exceeds ``factor`` times its mean over the ``window`` tokens
+    before it, if there are that many. Source: AdaSwitch, arXiv 2510.07842.
 
     Args:
         factor: >= 0.
@@ -196,8 +200,8 @@ class AdaSwitch:
     window: int
 
     def __post_init__(self) -> None:
-        _check("factor", self.factor, 0, "a finite number")
-        _check("window", self.window, 1)
+        check_number("factor", self.factor, 0, "a finite number")
+        check_number("window", self.window, 1)
 
     @property
     def rules(self) -> Rules:
@@ -206,16 +210,16 @@ class AdaSwitch:
 
 @dataclass(frozen=True)
 class RelayOPD:
-    """The teacher relays the student where it would reflect and the student would not: where its likeliest token is one
-    of ``words`` and not among the student's ``student_top_k``. It writes some paragraphs, and the student goes on.
-    Nothing is rolled back.
+    """The teacher takes over where it would reflect and the student would not: where its likeliest token is one of
+    ``words`` and not among the student's ``student_top_k`` likeliest. It writes some paragraphs, and the student
+    continues. Nothing is rolled back.
 
     Args:
-        words: whole tokens, whatever their case and the space around them; what the tokenizer splits does not count.
-            The default is a list of this library's.
+        words: matched as whole tokens, ignoring case and surrounding space; a word that the tokenizer splits is never
+            found. The default is this library's own list.
         student_top_k: >= 1.
-        paragraphs, relay_tokens: of the teacher's, whatever comes first; >= 1.
-        max_interventions: >= 1; after that the student is scored alone.
+        paragraphs, relay_tokens: the most that the teacher writes at a time, whichever comes first; >= 1.
+        max_interventions: how often the teacher takes over, >= 1; after that the student is only scored.
         delimiter: the text that ends a paragraph.
     """
 
@@ -230,7 +234,7 @@ class RelayOPD:
         if isinstance(self.words, str) or not self.words or not all(word.strip() for word in self.words):
             raise ValueError(f"words must be a tuple of at least one word, got {self.words!r}")
         for name in ("student_top_k", "paragraphs", "relay_tokens", "max_interventions"):
-            _check(name, getattr(self, name), 1)
+            check_number(name, getattr(self, name), 1)
 
     @property
     def rules(self) -> Rules:
@@ -245,7 +249,7 @@ class RelayOPD:
         )
 
 
-#: By name on the command line.
+#: Policies by name on the command line.
 POLICIES = {
     "motab": MotabPolicy,
     "on_policy": OnPolicy,
@@ -259,15 +263,25 @@ POLICIES = {
 Policy = MotabPolicy | OnPolicy | TeacherOnly | StepSKD | TokenSKD | AdaSwitch | RelayOPD | Truncated
 
 
+def needs_student(policy: Policy) -> bool:
+    """Whether the student writes under this policy."""
+    return policy.rules is not None
+
+
+def needs_teacher(policy: Policy) -> bool:
+    """Whether the teacher may write under this policy; without a teacher, nothing is scored."""
+    return policy.rules is None or policy.rules.max_interventions != 0
+
+
 def token_budget(policy: Policy, max_new_tokens: int) -> int:
-    """The budget of a run, or the policy's own where that is less."""
-    limit = None if isinstance(policy, TeacherOnly) else policy.rules.max_tokens
+    """The budget of a run, or the policy's own if that is less."""
+    limit = None if policy.rules is None else policy.rules.max_tokens
     return max_new_tokens if limit is None else min(max_new_tokens, limit)
 
 
 def check_policy(policy: object) -> None:
-    """Refuse what is no policy, as the name or the class of one."""
-    if isinstance(policy, TeacherOnly) or isinstance(getattr(policy, "rules", None), Rules):
+    """Refuse anything but an instance of a policy, such as its name or its class."""
+    if not isinstance(policy, type) and isinstance(getattr(policy, "rules", policy), Rules | None):
         return
     kind: object = POLICIES.get(policy) if isinstance(policy, str) else policy
     name = kind.__name__ if isinstance(kind, type) and kind in POLICIES.values() else "MotabPolicy"

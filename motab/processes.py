@@ -1,4 +1,4 @@
-"""The processes that `accelerate launch` or torchrun started, or the one that there is."""
+"""The processes that `accelerate launch` or torchrun started, or a single one."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 def process_state() -> PartialState:
     """accelerate's state of this process: its index, its device."""
-    # Unless told that it computes on a CPU, accelerate takes each of several processes there for the only one.
+    # Without cpu=True, accelerate takes each of several processes on a CPU for the only one.
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 class Processes:
-    """What the processes do together: all of them make one, and call its methods in the same order.
+    """Collective operations: every process makes one instance and calls its methods in the same order.
 
-    They wait for each other for as long as it takes. Where one of them ends before, the others raise.
+    The processes wait for each other without a limit. If one ends early, the others raise.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Processes:
         self.group = _waiting_group(torch.distributed.group.WORLD) if self.count > 1 else None
 
     def from_main(self, call: Callable[[], T]) -> T:
-        """What ``call`` returns or raises in the main process, in every process."""
+        """Call in the main process; return its result, or raise its exception, in every process."""
         if self.count == 1:
             return call()
         outcome: list[Any] = [None]
@@ -55,12 +55,12 @@ class Processes:
         return values
 
     def wait(self) -> None:
-        """Until every process has come here."""
+        """Wait until every process has called this."""
         if self.count > 1:
             torch.distributed.barrier(self.group)
 
 
 @cache
 def _waiting_group(world: Any) -> Any:
-    """All processes, through gloo: NCCL gives up after ten minutes, where a process may write for hours."""
+    """A gloo group of all processes: NCCL times out after ten minutes, and a process may write for hours."""
     return torch.distributed.new_group(backend="gloo", timeout=timedelta(days=30))

@@ -1,4 +1,4 @@
-"""A progress bar over trajectories, with what one wants to watch: tokens a second, breach rate, mean rollback."""
+"""A progress bar over trajectories, with tokens per second, breach rate and mean rollback."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from motab.trajectory import Trajectory
 def watch(
     trajectories: Iterable[Trajectory], total: int, title: str, console: Console, *, before: int = 0
 ) -> Iterator[Trajectory]:
-    """The trajectories unchanged, with a bar on ``console`` while they come; it begins at ``before`` of ``total``."""
+    """Yield the trajectories unchanged, with a bar on ``console`` that begins at ``before`` of ``total``."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -28,9 +28,9 @@ def watch(
         task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
             done, tokens = done + 1, tokens + len(trajectory.token_ids)
-            if trajectory.breach_step is not None and trajectory.rollback_step is not None:
+            if trajectory.rolled_back is not None:
                 breaches += 1
-                rolled_back += trajectory.breach_step + 1 - trajectory.rollback_step
+                rolled_back += trajectory.rolled_back
             figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
             if breaches:
                 figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"

@@ -1,4 +1,4 @@
-"""Problems as prompts, and what is asked of prompts and models before anything is generated."""
+"""Problems as prompts, and the checks of prompts and models before generation."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab.data import Problem
 from motab.processes import process_state
 
-# Arguments of apply_chat_template that are ours to give, for a prompt is a list of token ids that an answer follows.
+# Arguments of apply_chat_template that this module sets: a prompt is a list of token ids that an answer follows.
 _OURS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors")
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray
@@ -28,12 +28,12 @@ def encode_prompts(
     models: Sequence[PreTrainedModel],
     max_new_tokens: int,
 ) -> list[list[int]]:
-    """The token ids of each prompt, which every model can read and write on.
+    """The token ids of each prompt, checked against every model's vocabulary and context.
 
     Raises:
-        ValueError: a string or a mapping in place of prompts, one that is empty or no prompt, token ids that the
-            tokenizer does not have, a prompt and budget longer than a model's context, or a tokenizer larger than a
-            model's vocabulary.
+        ValueError: a string or a mapping instead of a list, an empty or invalid prompt, token ids that the tokenizer
+            does not have, a prompt and budget longer than a model's context, or a tokenizer larger than a model's
+            vocabulary.
     """
     if isinstance(prompts, str | Mapping):
         raise ValueError(f"prompts must be a list of prompts, got {_short(prompts)} alone; put it into a list")
@@ -47,12 +47,12 @@ def encode_prompts(
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a problem is put to the models: as messages where the tokenizer has a chat template, else as bare text.
+    """How a problem is put to the models: as messages if the tokenizer has a chat template, else as plain text.
 
     Attributes:
         system_prompt: the system's message, in place of the problem's own if it has one.
-        suffix: what the user's last message ends with, as an instruction of how to state the answer.
-        template_kwargs: what the chat template is given besides, as ``{"enable_thinking": False}``.
+        suffix: text after the user's last message, such as how to state the answer.
+        template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
     """
 
     system_prompt: str | None = None
@@ -60,11 +60,11 @@ class PromptFormat:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Prompt:
-        """The prompt as `synthesize` wants it.
+        """The prompt as `synthesize` takes it.
 
         Raises:
             ValueError: a system prompt or settings of a template for a tokenizer without one; settings that the
-                template refuses or that are not its own; a suffix where the user says nothing.
+                template refuses or that are not its own; a suffix without a message of the user.
         """
         messages = list(problem.messages())
         if self.suffix:
@@ -98,10 +98,10 @@ def short_enough(
     prompt_format: PromptFormat,
     max_prompt_length: int,
 ) -> list[Problem]:
-    """The problems whose prompts have at most so many tokens; one warning counts the others.
+    """The problems whose prompts have at most `max_prompt_length` tokens; one warning counts the others.
 
     Raises:
-        ValueError: none is left.
+        ValueError: no problem is left.
     """
     prompts = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer, [], 0)
     kept = [problem for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= max_prompt_length]
@@ -121,7 +121,7 @@ def short_enough(
 
 
 def end_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end a text, by the tokenizer or by any of the models."""
+    """The tokens that end a text according to the tokenizer or any of the models."""
     ids = {tokenizer.eos_token_id}
     for model in models:
         own = model.generation_config.eos_token_id if model.generation_config is not None else None
@@ -130,7 +130,7 @@ def end_tokens(models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizer
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """One more than the largest of its token ids, between which some may be missing."""
+    """One more than the largest token id; smaller ids may be unused."""
     return max(tokenizer.get_vocab().values()) + 1
 
 
@@ -159,7 +159,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, size: int, prompt: Prompt, index
 
 
 def _short(value: object) -> str:
-    """What was given, with its type, in few words."""
+    """A value's type and the beginning of its repr."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 

@@ -1,23 +1,22 @@
-"""A training that is run again: where it goes on, and that it is the same one."""
+"""Resuming a training: from which checkpoint, and only with the same settings."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from motab.config import TrainArguments
+from motab.engine import PACE, SETTINGS
 from motab.files import write_whole
-from motab.prompts import Prompt
+from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.rollouts import Rollouts
 from motab.training_config import MotabConfig
 
 FILE = "motab_training.json"
-#: Of the arguments of a training those that decide what it comes to. How many trajectories a step takes, in how many
-#: micro-batches and processes, is one more; logging, saving and speed are none.
+#: Arguments that decide the outcome of a training. The number of trajectories per step is another; logging, saving and
+#: speed are not.
 DECISIVE = (
     *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
@@ -26,12 +25,10 @@ DECISIVE = (
     *("bf16", "fp16", "seed", "data_seed", "train_sampling_strategy", "dataloader_drop_last"),
     *("load_best_model_at_end", "metric_for_best_model", "greater_is_better"),
 )
-#: Of what is written as it trains; batches, blocks, pages and compilation leave it as it is.
-_OF_ROLLOUTS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p")
 
 
 def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:
-    """What decides the outcome of ``motab train``, as JSON gives it back; of a file its content."""
+    """The settings that decide the outcome of ``motab train``, as JSON returns them; a file counts by its content."""
     found: dict[str, Any] = {
         "model_name_or_path": args.model_name_or_path,
         "teacher_model_name_or_path": args.teacher_model_name_or_path,
@@ -43,9 +40,8 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
     if args.teacher_model_name_or_path:
         found["teacher_dtype"] = args.teacher_dtype
     if isinstance(data, Rollouts):
-        found |= {"prompts": _hash_of_prompts(data.prompts), "policy": type(data.policy).__name__}
-        found |= {f"policy {name}": value for name, value in asdict(data.policy).items()}
-        found |= {f"rollout {name}": getattr(data, name) for name in _OF_ROLLOUTS}
+        found |= {"prompts": hash_of_prompts(data.prompts), **policy_settings(data.policy)}
+        found |= {f"rollout {name}": getattr(data, name) for name in SETTINGS if name not in (*PACE, "seed")}
     else:
         found["content of train_file"] = _hash_of_file(data)
     if config.load_best_model_at_end and args.eval_file:
@@ -55,31 +51,30 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
 
 
 def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str | None, bool]:
-    """The last whole checkpoint of a training with these settings, and whether that training has come to its end.
+    """The last complete checkpoint of a training with these settings, and whether that training has finished.
 
     Raises:
         ValueError: the folder holds checkpoints of a training with other settings.
     """
     folder = Path(folder)
-    # trainer_state.json is written last: a checkpoint without it was cut short.
+    # trainer_state.json is written last: a checkpoint without it is incomplete.
     whole = (path.parent for path in folder.glob("checkpoint-*/trainer_state.json"))
     steps = {int(step): path for path in whole if (step := path.name.removeprefix("checkpoint-")).isdigit()}
     path = folder / FILE
     before: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     known = before.get("settings", {})
-    other = [name for name in sorted({*known, *settings}) if known.get(name) != settings.get(name)]
-    if steps and other:
-        different = ", ".join(f"{name}: {known.get(name)!r} there, {settings.get(name)!r} now" for name in other)
+    different = differences(known, settings)
+    if steps and different:
         raise ValueError(
             f"{folder} holds checkpoints of a training with other settings "
             f"({different if known else f'unknown: there is no {FILE}'}); give another --output_dir, remove it to "
             "start anew, or name the checkpoint to go on from, by --resume_from_checkpoint"
         )
-    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not other
+    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not different
 
 
 def record(folder: str | Path, settings: dict[str, Any], *, finished: bool) -> None:
-    """Write down what is being trained, or has been."""
+    """Record the settings of a training, and whether it has finished."""
     write_whole(Path(folder) / FILE, json.dumps({"settings": settings, "finished": finished}, indent=1))
 
 
@@ -89,7 +84,3 @@ def _hash_of_file(path: str) -> str:
         for line in lines:
             found.update(line)
     return found.hexdigest()
-
-
-def _hash_of_prompts(prompts: Sequence[Prompt]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

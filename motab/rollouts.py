@@ -1,15 +1,14 @@
-"""Prompts on which the student writes afresh at every step of training."""
+"""Prompts on which the student writes at every step of training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import synthesize
+from motab.engine import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
@@ -17,17 +16,17 @@ from motab.trajectory import Trajectory
 
 @dataclass(frozen=True)
 class Rollouts(Dataset[Prompt]):
-    """What `MotabTrainer` takes in place of trajectories that are already written.
+    """Prompts that `MotabTrainer` takes instead of trajectories that are already written.
 
     Before each optimizer step the student, as it is then, and the teacher write one trajectory for each of the step's
-    prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation, with `MotabPolicy`
-    the same monitored.
+    prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation; with
+    `MotabPolicy`, the teacher monitors it.
 
     Args:
         prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
         policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
-            max_cached_tokens: as for `synthesize`. ``batch_size`` is of the writing alone; more than a device's prompts
-            of a step are of no use.
+            max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
+            more than the prompts of one device and step has no effect.
     """
 
     prompts: Sequence[Prompt]
@@ -36,11 +35,11 @@ class Rollouts(Dataset[Prompt]):
     batch_size: int = 8
     block_size: int = 16
     temperature: float = 0.6
+    top_k: int | None = None
     top_p: float = 1.0
+    min_p: float | None = None
     torch_compile: bool = False
     max_cached_tokens: int | None = None
-    top_k: int | None = None
-    min_p: float | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -52,10 +51,10 @@ class Rollouts(Dataset[Prompt]):
         return self.prompts[index]
 
     def check_prompts(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
-        """Look at all prompts before the first is written on.
+        """Check all prompts before generation begins.
 
         Raises:
-            ValueError: one that `synthesize` would refuse, by its place here.
+            ValueError: a prompt that `synthesize` would refuse, named by its place in `prompts`.
         """
         encode_prompts(self.prompts, tokenizer, models, token_budget(self.policy, self.max_new_tokens))
 
@@ -69,30 +68,16 @@ class Rollouts(Dataset[Prompt]):
         seed: int,
         first_index: int,
     ) -> list[Trajectory]:
-        """One trajectory for each of some prompts; the models are in evaluation mode meanwhile.
+        """One trajectory per prompt, written with the student in evaluation mode.
 
         Raises:
             ValueError: all that `synthesize` refuses.
         """
-        settings: dict[str, Any] = {name: getattr(self, name) for name in _SETTINGS}
+        settings = {name: getattr(self, name) for name in SETTINGS if name != "seed"}
+        settings |= {"seed": seed, "indices": range(first_index, first_index + len(prompts))}
         was_training = student.training
         student.eval()
         try:
-            indices = range(first_index, first_index + len(prompts))
-            return list(synthesize(student, teacher, tokenizer, prompts, **settings, seed=seed, indices=indices))
+            return list(synthesize(student, teacher, tokenizer, prompts, policy=self.policy, **settings))
         finally:
             student.train(was_training)
-
-
-_SETTINGS = (
-    "policy",
-    "max_new_tokens",
-    "batch_size",
-    "block_size",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "torch_compile",
-    "max_cached_tokens",
-)

@@ -1,11 +1,11 @@
-"""The host's books of one trajectory in progress: what was written, how it was judged, and the target made of it.
+"""The host's record of one trajectory in progress: its tokens, their judgement, and the training target.
 
 A row's text is a sequence of *turns*: the student's are 0, 2, 4 ..., the teacher's 1, 3, 5 ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,7 +17,7 @@ from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
-PADDING, BROKEN = -1, -2  # in place of a token: none was asked for; its logits could not be drawn from
+PADDING, BROKEN = -1, -2  # instead of a token: none was needed; its logits could not be drawn from
 
 
 @dataclass
@@ -25,12 +25,13 @@ class Row:
     """One trajectory in progress.
 
     Attributes:
-        rules: those of the policy; None where the teacher writes alone.
-        turn: whose it is.
+        rules: rules of the policy; None if the teacher writes alone.
+        turn: number of the turn in progress.
         records: what the models see after the prompt; a rollback shortens it.
         turn_start, step_start: where in `records` the turn and the step in progress began.
-        steps: of the target; those of the turn in progress, from `turn_step` on, count places in `records` still.
-        turn_steps: of the teacher, in this turn.
+        steps: of the target; those of the turn in progress, from `first_step_of_turn` on, still count places in
+            `records`.
+        teacher_steps_written: in this turn.
         target: the training target of the turns before this one.
     """
 
@@ -45,8 +46,8 @@ class Row:
     turn_start: int = 0
     step_start: int = 0
     steps: list[Step] = field(default_factory=list)
-    turn_step: int = 0
-    turn_steps: int = 0
+    first_step_of_turn: int = 0
+    teacher_steps_written: int = 0
     target: list[tuple[Author, Record]] = field(default_factory=list)
     breach_step: int | None = None
     rollback_step: int | None = None
@@ -95,7 +96,7 @@ class Row:
 
     @property
     def turn_limits(self) -> tuple[int | None, int | None]:
-        """Steps and tokens of the teacher's turn in progress; None: no limit."""
+        """The most steps and tokens of the teacher's turn in progress; None: no limit."""
         if self.rules is None or (self.rules.last_to_end and self.turn // 2 + 1 == self.rules.max_interventions):
             return None, None
         return self.rules.teacher_steps, self.rules.teacher_tokens
@@ -123,11 +124,10 @@ class Row:
         self.ended = token in self.end_ids
 
     def judge(self, block: list[list[float]]) -> bool:
-        """Enter one block of the student's, up to where it strays; returns whether it does and the teacher is to take
-        over.
+        """Enter one block by the student, up to where it strays; return whether the teacher takes over.
 
-        A token of the block is its id (PADDING ends the block), whether it ends a step, whether the student strays
-        with it, score, threshold, statistics.
+        Each token of the block is a row: id (PADDING ends the block), whether it ends a step, whether the student
+        strays with it, score, threshold, statistics.
         """
         assert self.rules is not None
         for token, ends_step, strays, score, threshold, *statistics in block:
@@ -135,7 +135,7 @@ class Row:
                 return False
             self.write(int(token), list(statistics))
             if ends_step:
-                # Where each token is a step, those that were accepted tell nothing that their statistics do not.
+                # If every token is a step, accepted ones add nothing to their statistics.
                 if strays or self.rules.delimiter is not None:
                     step = Step(self.step_start, len(self.records), score, threshold, accepted=not strays)
                     self.steps.append(step)
@@ -145,45 +145,56 @@ class Row:
         return False
 
     def take_over(self, rollback_position: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        """After the student strayed: roll back and let the teacher write. `rollback_position` counts from the turn's
+        """Roll back after the student strayed, and let the teacher write. `rollback_position` counts from the turn's
         start."""
         assert self.rules is not None
-        rules = self.rules
-        if rules.reflection:
-            keep = len(self.records) - 1  # the token at which the teacher would reflect
-        else:
-            breaching = self.steps[-1]
-            end = breaching.end - self.ended  # nobody writes on behind an end token
-            keep = {"td": self.turn_start + rollback_position, "breach": breaching.start, "none": end}[rules.backtrack]
-            if self.breach_step is None:
-                self.breach_step = len(self.steps) - 1
-                starts = [step.start for step in self.steps]
-                self.rollback_step = starts.index(keep) if keep in starts else len(starts)
+        stitch = self.rules.stitch
+        keep = self._rollback_place(rollback_position)
         rolled_back = self.records[keep:]
+        left_out = self._left_out_of_flawed(tokenizer)
+        stays = [stitch is not None and token not in left_out for token, _ in rolled_back]
+        if stitch is None:
+            for step in self.steps[self.first_step_of_turn :]:
+                if step.start >= keep:
+                    step.discarded_ids = [token for token, _ in self.records[step.start : step.end]]
+        self._renumber_turn([True] * (keep - self.turn_start) + stays)
         del self.records[keep:]
-        # An end token amid the target would teach to stop there, and a </think> to think on behind it.
-        left_out = {*self.end_ids, *(n for text, n in tokenizer.get_added_vocab().items() if text.startswith("</"))}
-        stays = [rules.stitch is not None and token not in left_out for token, _ in rolled_back]
-        flawed = [record for record, it_stays in zip(rolled_back, stays, strict=True) if it_stays]
-        behind = [*accumulate(stays, initial=0)]  # of the flawed tokens, those before each place
-        kept = len(self.target) + keep - self.turn_start
-        for step in self.steps[self.turn_step :]:
-            if rules.stitch is None and step.start >= keep:
-                step.discarded_ids = [token for token, _ in rolled_back[step.start - keep : step.end - keep]]
-            step.start, step.end = (
-                kept + (place - keep if place < keep else behind[place - keep]) for place in (step.start, step.end)
-            )
         self._close_turn("student")
-        self.target += [("flawed", record) for record in flawed]
-        if rules.stitch is not None:
-            self.target += [("stitch", record) for record in self._phrase(tokenizer, rules.stitch)]
+        self.target += [("flawed", record) for record, it_stays in zip(rolled_back, stays, strict=True) if it_stays]
+        if stitch is not None:
+            self.target += [("stitch", record) for record in self._phrase(tokenizer, stitch)]
         self.ended = False
 
+    def _rollback_place(self, rollback_position: int) -> int:
+        """How many of `records` the teacher sees; enters breach and rollback step at the first breach."""
+        assert self.rules is not None
+        if self.rules.reflection:
+            return len(self.records) - 1  # before the token at which the teacher would reflect
+        breaching = self.steps[-1]
+        end = breaching.end - self.ended  # nothing follows an end token
+        places = {"td": self.turn_start + rollback_position, "breach": breaching.start, "none": end}
+        keep = places[self.rules.backtrack]
+        if self.breach_step is None:
+            self.breach_step = len(self.steps) - 1
+            starts = [step.start for step in self.steps]
+            self.rollback_step = starts.index(keep) if keep in starts else len(starts)
+        return keep
+
+    def _left_out_of_flawed(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """Tokens to drop from flawed text: an end token inside the target would teach to stop there, and a </think> to
+        continue thinking after it."""
+        closing = (token for text, token in tokenizer.get_added_vocab().items() if text.startswith("</"))
+        return {*self.end_ids, *closing}
+
+    def _renumber_turn(self, stays: Sequence[bool]) -> None:
+        """Let the steps of this turn count places in the target, given which of its records go there."""
+        _renumber(self.steps[self.first_step_of_turn :], stays, self.turn_start, len(self.target))
+
     def continue_turn(self, completes_step: bool) -> bool:
-        """Whether the teacher goes on after the token just written; if not, the turn is the student's."""
-        self.turn_steps += completes_step
+        """Whether the teacher continues after the token just written; if not, the student's turn begins."""
+        self.teacher_steps_written += completes_step
         steps, tokens = self.turn_limits
-        is_over = self.turn_steps == steps or len(self.records) - self.turn_start == tokens
+        is_over = self.teacher_steps_written == steps or len(self.records) - self.turn_start == tokens
         if is_over and not self.finished:
             self._close_turn("teacher")
         return not is_over
@@ -192,13 +203,11 @@ class Row:
         self.target += [(author, record) for record in self.records[self.turn_start :]]
         self.turn += 1
         self.turn_start = self.step_start = len(self.records)
-        self.turn_step, self.turn_steps = len(self.steps), 0
+        self.first_step_of_turn, self.teacher_steps_written = len(self.steps), 0
 
     def trajectory(self, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
         """The finished trajectory."""
-        shift = len(self.target) - self.turn_start
-        for step in self.steps[self.turn_step :]:
-            step.start, step.end = step.start + shift, step.end + shift
+        self._renumber_turn([True] * (len(self.records) - self.turn_start))
         self._close_turn("student" if self.author == STUDENT else "teacher")
         if any(author == "flawed" for author, _ in self.target):
             self._open_once(tokenizer)
@@ -220,8 +229,7 @@ class Row:
         )
 
     def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Where the flawed part opens a tag, as <think>, and who writes on from before it opens that again, the target
-        holds the first: the flawed part is thinking then, and what follows goes on with it."""
+        """If the flawed text opened a tag such as `<think>`, drop its later re-openings until it is closed."""
         added = tokenizer.get_added_vocab()
         partner = {token: added.get("</" + text[1:]) for text, token in added.items() if text.startswith("<")}
         closing = {token: closes for token, closes in partner.items() if closes is not None}
@@ -232,9 +240,7 @@ class Row:
             if author == "flawed" and token in closing:
                 opened.add(token)
             opened -= {opening for opening in opened if closing[opening] == token}
-        behind = [*accumulate(stays, initial=0)]
-        for step in self.steps:
-            step.start, step.end = behind[step.start], behind[step.end]
+        _renumber(self.steps, stays)
         self.target = [entry for entry, it_stays in zip(self.target, stays, strict=True) if it_stays]
 
     def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str) -> list[Record]:
@@ -244,3 +250,13 @@ class Row:
         blank = "\n" * max(2 - breaks, 0) if before else ""
         ids = tokenizer.encode(f"{blank}{stitch}\n\n", add_special_tokens=False)
         return [(token, [None] * len(STATISTICS)) for token in ids]
+
+
+def _renumber(steps: Sequence[Step], stays: Sequence[bool], old_start: int = 0, new_start: int = 0) -> None:
+    """Let steps count their places after entries were dropped.
+
+    `stays` says which of the entries from place ``old_start`` on stay; the first of these gets place ``new_start``.
+    """
+    new_index = [*accumulate(stays, initial=new_start)]
+    for step in steps:
+        step.start, step.end = new_index[step.start - old_start], new_index[step.end - old_start]

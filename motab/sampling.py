@@ -15,19 +15,20 @@ from torch import Tensor
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers of its finaliser.
 _INCREMENT, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
-LEAST_TEMPERATURE = 1e-30  # above 0; by less, logits of some hundreds leave the range of float32
+LEAST_TEMPERATURE = 1e-30  # except 0; below this, logits of a few hundred overflow float32
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a token is drawn from logits. What is left out is left out in this order, as in transformers: each setting
-    takes the probabilities of what the one before has left.
+    """How a token is drawn from logits.
+
+    Filters apply in this order, as in transformers, each to the distribution the previous one left, renormalised.
 
     Args:
-        temperature: 0 is greedy, whatever the others say; else at least `LEAST_TEMPERATURE`.
-        top_k: draw from so many likeliest tokens, and those as likely as the last of them; None or 0: from all.
-        top_p: in (0, 1]: from the fewest likeliest that hold at least this probability.
-        min_p: in [0, 1]: from those that are at least so many times as likely as the likeliest; None is 0.
+        temperature: 0 is greedy, and the filters have no effect; else at least `LEAST_TEMPERATURE`.
+        top_k: draw from the k likeliest tokens, and those as likely as the last of them; None or 0: from all.
+        top_p: in (0, 1]: draw from the fewest likeliest tokens whose probabilities sum to at least this.
+        min_p: in [0, 1]: draw from tokens with at least this share of the likeliest one's probability; None is 0.
 
     Raises:
         ValueError: a setting out of range.
@@ -83,16 +84,16 @@ def uniform(keys: Tensor, positions: Tensor) -> Tensor:
 
 
 def choose(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor]:
-    """A token a row of (B, V) logits.
+    """Draw one token per row of (B, V) logits.
 
     Args:
         logits: (B, V), any floating dtype.
-        numbers: (B,) float64 in [0, 1), see `uniform`; greedy looks at none.
+        numbers: (B,) float64 in [0, 1), see `uniform`; unused if greedy.
         sampling: the settings.
 
     Returns:
-        (B,) int64, and (B,) bool: whether the logits can be drawn from. Of NaN, infinity or nothing but -inf they
-        cannot, and the token means nothing.
+        (B,) int64 tokens, and (B,) bool: whether the logits can be drawn from. If they hold NaN or infinity, or only
+        -inf, they cannot, and the token is meaningless.
     """
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)

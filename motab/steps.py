@@ -1,7 +1,7 @@
 """Reasoning steps: an automaton over each token's bytes that finds the delimiter on the device.
 
 A delimiter may be one token, spread over several, or buried inside one; a table of delimiter states by vocabulary
-entries finds it in every case with one gather a token, with no decoding and no wait for the device.
+entries finds it in every case with one gather per token, without decoding and without waiting for the device.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
 
 
 def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], vocab_size: int) -> list[int]:
-    """The ids of all tokens that are one of the words, whatever their case and the space around them.
+    """The ids of all tokens that are one of the words, ignoring case and surrounding space.
 
     Raises:
-        ValueError: none is.
+        ValueError: no word is a token.
     """
     wanted = {word.strip().casefold() for word in words}
     texts = (text.decode(errors="replace").strip().casefold() for text in token_bytes(tokenizer, vocab_size))
@@ -56,8 +56,8 @@ def tokens_of_words(tokenizer: PreTrainedTokenizerBase, words: Sequence[str], vo
 
 
 def _byte_transitions(delimiter: bytes) -> Tensor:
-    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte. What completed one
-    counts for none of the next."""
+    """(len(delimiter) + 1, 256): how many bytes of the delimiter are matched after one more byte.
+    Matches do not overlap."""
     table = torch.zeros(len(delimiter) + 1, 256, dtype=torch.long)
     for matched in range(len(delimiter) + 1):
         for byte in range(256):
@@ -121,5 +121,5 @@ class DelimiterAutomaton:
         return torch.stack(states, 1), torch.stack(ends, 1)
 
 
-#: The same for the same arguments: a trainer asks at every step, and a large vocabulary takes a second.
+#: Cached: a trainer asks at every step, and building it takes a second for a large vocabulary.
 delimiter_automaton = functools.lru_cache(maxsize=4)(DelimiterAutomaton)

@@ -1,29 +1,25 @@
-"""`synthesize` into a JSONL file, by one process or several: an interrupted run goes on where it stopped."""
+"""`synthesize` into a JSONL file, by one process or several; an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import synthesize
+from motab.engine import PACE, SETTINGS, synthesize
 from motab.files import write_whole
+from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Trajectory
 from motab.trajectory_file import settings_file, whole_index
-
-#: What changes the pace alone: a run may go on with others.
-PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
 
 
 def synthesize_to_file(
@@ -38,28 +34,27 @@ def synthesize_to_file(
 ) -> Iterator[Trajectory]:
     """Write each trajectory of `synthesize` as a line of ``path`` and yield it.
 
-    A run that finds the file of an interrupted one keeps its whole lines, writes the trajectories that are missing or
-    damaged and yields these. They are those that the other run would have written, but for what rounding does to a
-    model's logits in another batch. So a file goes on with more prompts behind those it was begun with.
+    If ``path`` is the file of an interrupted run, its whole lines are kept; missing and damaged trajectories are
+    written and yielded. They are the ones that the other run would have written, except through rounding of a model's
+    logits in another batch. So a file can also be continued with more prompts after those it was begun with.
 
-    Of several processes (`accelerate launch`, torchrun) each calls this, with models on its own device, takes every
-    so-manieth trajectory, writes it to a file of its own in ``path.parts`` (the main process to ``path``), and yields
-    it; when all have finished, the main process brings ``path`` in order. So every process must exhaust its iterator:
-    the others wait for it at the end. The run can be gone on with by another number of processes.
+    With several processes (`accelerate launch`, torchrun), each calls this with models on its own device. Of n
+    processes, each writes every n-th trajectory to its own file in ``path.parts`` (the main process to ``path``) and
+    yields it. When all have finished, the main process merges the files into ``path``, in order. Every process must
+    exhaust its iterator: the others wait for it at the end. Another number of processes can continue the run.
 
-    A model that the processes share (tensor parallelism: `DistributedConfig(tp_plan="auto")` of transformers) runs when
-    all of them call it. They then write every trajectory together, on GPUs of one kind, so that each samples the same
-    token; the main process keeps the file and yields all, the others nothing.
+    A model that the processes share (tensor parallelism: `DistributedConfig(tp_plan="auto")` of transformers) runs only
+    when all of them call it. They then write every trajectory together, on GPUs of one kind, so that all sample the
+    same tokens; the main process writes the file and yields every trajectory, the others yield nothing.
 
     Args:
-        path: the file, where every process sees it; ``path.settings.json`` beside it holds the settings it was begun
-            with.
+        path: the file, visible to every process; ``path.settings.json`` beside it holds the settings it was begun with.
         settings: as for `synthesize`.
 
     Raises:
-        ValueError: all that `synthesize` refuses, and a file that was begun with other prompts, models or settings,
-            but for those of the pace (``batch_size``, ``block_size``, ``torch_compile``, ``max_cached_tokens``);
-            nothing is written then.
+        ValueError: whatever `synthesize` refuses, and a file that was begun with other prompts, models or settings;
+            ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may change. Nothing is written
+            then.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
@@ -68,18 +63,12 @@ def synthesize_to_file(
     models = {"student": student, "teacher": teacher}
     encoded = encode_prompts(prompts, tokenizer, [], 0)
     begun = {
-        "policy": type(policy).__name__,
-        **asdict(policy),
+        **policy_settings(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
-        "prompts' hash": _hash(encoded),
-        # TokenSKD has a top_k of its own.
-        **{
-            "top_k of sampling" if name == "top_k" else name: value
-            for name, value in settings.items()
-            if name not in PACE
-        },
+        "prompts' hash": hash_of_prompts(encoded),
+        **{name: value for name, value in {**SETTINGS, **settings}.items() if name not in PACE},
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
@@ -88,10 +77,6 @@ def synthesize_to_file(
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
     return _write(path, here, processes, shared)
-
-
-def _hash(prompts: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16]
 
 
 def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared: bool) -> Iterator[Trajectory]:
@@ -113,26 +98,23 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
 
 
 def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[int]:
-    """Begin a file, or refuse to go on with it; which trajectories are missing."""
+    """Begin a file or continue it; return the indices of the missing trajectories."""
     beside = settings_file(path)
     begun = json.loads(json.dumps(begun))
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         there = before.get("prompts", 0)
-        grown = there < len(prompts) and before.get("prompts' hash") == _hash(prompts[:there])
-        if grown:  # a trajectory depends on its place, not on what comes behind it
+        grown = there < len(prompts) and before.get("prompts' hash") == hash_of_prompts(prompts[:there])
+        if grown:  # a trajectory depends on its place, not on the prompts after it
             before |= {name: begun[name] for name in ("prompts", "prompts' hash")}
-        other = [name for name in sorted({*before, *begun}) if before.get(name) != begun.get(name)]
-        if other:
+        if different := differences(before, begun):
             raise ValueError(
-                f"{path} was begun with other settings ("
-                + ", ".join(f"{name}: {before.get(name)!r} there, {begun.get(name)!r} now" for name in other)
-                + "); give another path, or remove it to start anew"
+                f"{path} was begun with other settings ({different}); give another path, or remove it to start anew"
             )
         if grown:
             write_whole(beside, json.dumps(begun, indent=1))
     else:
-        shutil.rmtree(_parts(path), ignore_errors=True)  # of a file that was removed to start anew
+        shutil.rmtree(_parts(path), ignore_errors=True)  # left by a file that was removed to start again
         write_whole(beside, json.dumps(begun, indent=1))
         path.touch()
     written = _bring_in_order(path)
@@ -146,7 +128,7 @@ class _Line(NamedTuple):
 
 
 def _bring_in_order(path: Path) -> set[int]:
-    """Put the whole lines of the file and of its parts into the file, by index; which there are."""
+    """Merge the whole lines of the file and of its parts into the file, by index; return their indices."""
     lines: dict[int, _Line] = {}
     damaged: list[str] = []
     files = [path, *sorted(_parts(path).glob("*.jsonl"))]

@@ -1,5 +1,5 @@
 """Training on trajectories through transformers' Trainer: by cross-entropy, the paper's recipe, or by a divergence from
-the teacher at every token; on trajectories that are written, or that the student writes as it trains."""
+the teacher at every token; on finished trajectories, or on those that the student writes during training."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from motab.distillation import (
     loss_from_logits,
 )
 from motab.models import load_model
-from motab.policies import TeacherOnly
+from motab.policies import needs_student
 from motab.prompts import Prompt, end_tokens
-from motab.report import figures
 from motab.rollouts import Rollouts
+from motab.summary import figures
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 
@@ -33,7 +33,7 @@ Trajectories = Sequence[Trajectory] | str | Path
 
 
 def _examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
-    """The trajectories as the trainer takes them; what holds none is refused."""
+    """The trajectories as the trainer takes them; anything else is refused."""
     source = data if isinstance(data, str | Path) else _looked_at(data)
     return TrajectoryDataset(source, args.ignore_authors, args.max_length)
 
@@ -50,6 +50,33 @@ def _looked_at(data: Any) -> Iterator[Trajectory]:
         yield item
 
 
+def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: Any) -> None:
+    """Refuse arguments that do not go together, before a file is read or a model loaded."""
+    if not isinstance(args, MotabConfig):
+        raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
+    has_rollouts = isinstance(train_dataset, Rollouts)
+    by_divergence = args.loss_type != "cross_entropy"
+    if teacher_model is None and by_divergence:
+        raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
+    if teacher_model is not None and not by_divergence and not has_rollouts:
+        raise ValueError(
+            "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
+            "besides; leave it out, or set loss_type to a divergence, as forward_kl"
+        )
+    if not has_rollouts:
+        return
+    if not needs_student(train_dataset.policy):
+        name = type(train_dataset.policy).__name__
+        raise ValueError(f"Rollouts are the student's, got policy {name}; write those once, by synthesize")
+    if processing_class is None:
+        raise ValueError("Rollouts need the tokenizer; give processing_class")
+    if args.max_length is not None:
+        raise ValueError(
+            f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
+            "max_new_tokens"
+        )
+
+
 def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
     name = getattr(model, "name_or_path", "")
     if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
@@ -60,12 +87,12 @@ def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
-    """A batch of trajectories; prompts as they are."""
+    """A padded batch of trajectories, or a list of prompts."""
     return collate(examples) if isinstance(examples[0], dict) else examples
 
 
 def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
-    """Have the model's generation end with these tokens too: a student learns to write those of its teacher."""
+    """Let the model's generation end with these tokens too: a student learns its teacher's end tokens."""
     if model.generation_config is not None:
         known = model.generation_config.eos_token_id
         ids = [*known] if isinstance(known, list) else [] if known is None else [known]
@@ -74,34 +101,33 @@ def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
 
 
 class MotabTrainer(Trainer):
-    """Trains a student on trajectories, or on those that it writes as it trains (`Rollouts`): each optimizer step on
-    what the student of that step wrote. The log then holds the figures of `motab.report.figures` too.
+    """Trains a student on trajectories, or on those that it writes during training (`Rollouts`): each optimizer step
+    then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures`.
 
-    No model's logits are held: the loss takes the hidden states and the output embeddings, where these two alone make
-    the logits, which is tried on two tokens at the start. For other models (a softcap, a scale, an adapter on the
-    head), and for sharded ones (FSDP, DeepSpeed), it takes the logits; so does cross-entropy with label smoothing or a
-    router's loss. It is the mean over the tokens of a step, however that is cut into micro-batches and among processes.
+    No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
+    which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
+    on the head), for sharded ones (FSDP, DeepSpeed), and for cross-entropy with label smoothing or a router's loss. It
+    is the mean over all tokens of a step, however these are split into micro-batches and among processes.
 
-    The student learns the end tokens that its trajectories end with: its ``generation_config``, saved with it, then
-    names them beside its own; with `Rollouts` those of both models.
+    The end tokens of the trajectories (with `Rollouts`, of both models) are added to the student's
+    ``generation_config``, which is saved with it.
 
     Args:
-        model: the student; of a name or path it is loaded, in float32.
-        teacher_model: for a divergence, and for what a policy of `Rollouts` has it write or score, with the student's
-            tokenizer; put on the student's device and in evaluation mode; of a name or path it is loaded, in the dtype
-            that it was saved in. By cross-entropy on trajectories that are written it is not needed, and refused.
+        model: the student; a name or path is loaded in float32.
+        teacher_model: needed for a divergence and for `Rollouts` that it writes or scores; it has the student's
+            tokenizer, and is moved to the student's device and put into evaluation mode. A name or path is loaded in
+            the dtype it was saved in. Refused for cross-entropy on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
-        eval_dataset: held-out trajectories, their file, or several such by name. Their loss is logged when
-            ``eval_strategy`` says, and returned by `evaluate`: the mean over batches of the mean over their tokens.
-        processing_class: the tokenizer, saved with the model; `Rollouts` need it.
+        eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over batches
+            of the mean over their tokens, is logged as ``eval_strategy`` says and returned by `evaluate`.
+        processing_class: the tokenizer, saved with the model; needed for `Rollouts`.
 
     Raises:
-        ValueError: ``args`` or a dataset of another kind; an ``output_dir`` that a model was loaded from; no
-            trajectories or prompts, a teacher or a tokenizer that is missing, a teacher that is not needed;
-            `Rollouts` of a policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed);
-            several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; in training, what else it
-            refuses.
+        ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; no
+            trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
+            policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); several GPUs in one
+            process (DataParallel); a prompt that `synthesize` refuses; during training, anything else it refuses.
     """
 
     def __init__(
@@ -116,32 +142,13 @@ class MotabTrainer(Trainer):
         **kwargs: Any,
     ):
         args = MotabConfig(output_dir="runs/train") if args is None else args
-        if not isinstance(args, MotabConfig):
-            raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
-        self.rollouts: Rollouts | None = None
+        _check(args, teacher_model, train_dataset, processing_class)
+        self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log
-        by_divergence = args.loss_type != "cross_entropy"
-        if teacher_model is not None and not by_divergence and not isinstance(train_dataset, Rollouts):
-            raise ValueError(
-                "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
-                "besides; leave it out, or set loss_type to a divergence, as forward_kl"
-            )
-        if teacher_model is None and by_divergence:
-            raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
-        dataset: Rollouts | TrajectoryDataset
-        if isinstance(train_dataset, Rollouts):
-            dataset = self.rollouts = train_dataset
-            if isinstance(train_dataset.policy, TeacherOnly):
-                raise ValueError("Rollouts are the student's, got policy TeacherOnly; write those once, by synthesize")
-            if processing_class is None:
-                raise ValueError("Rollouts need the tokenizer; give processing_class")
-            if args.max_length is not None:
-                raise ValueError(
-                    f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
-                    "max_new_tokens"
-                )
-        else:
-            dataset = _examples(train_dataset, args)
+        self.divergence: Divergence | None = None
+        if args.loss_type != "cross_entropy":
+            self.divergence = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
+        dataset = train_dataset if isinstance(train_dataset, Rollouts) else _examples(train_dataset, args)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         held_out: Any = eval_dataset
@@ -181,31 +188,33 @@ class MotabTrainer(Trainer):
             _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
             teacher_model.to(self.args.device).eval()
-        self.from_heads = not is_sharded and has_plain_head(model)
-        if by_divergence:
-            assert teacher_model is not None
-            self.from_heads &= has_plain_head(teacher_model)
-        else:
-            has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
-            self.from_heads &= not has_more
-        if by_divergence or self.from_heads:
-            self.model_accepts_loss_kwargs = True  # the loss is divided by all tokens of a step, here
+        self.fuses_head = not is_sharded and self._can_fuse_head(model)
+        if self.divergence is not None or self.fuses_head:
+            self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
+
+    def _can_fuse_head(self, model: PreTrainedModel) -> bool:
+        """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
+        if self.divergence is not None:
+            assert self.teacher_model is not None
+            return has_plain_head(model) and has_plain_head(self.teacher_model)
+        has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
+        return not has_more and has_plain_head(model)
 
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
-        """Trainer's, of trajectories or a `Path` too; a string is the name of one of several sets."""
+        """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
             eval_dataset = _examples(eval_dataset, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
     def predict(self, *arguments: Any, **settings: Any) -> Any:
-        """Refused: what Trainer's returns, logits of every token, is never held."""
+        """Refused: Trainer's method returns the logits of every token, which are never held."""
         raise ValueError(
             "MotabTrainer gives no predictions: evaluate(dataset) measures the loss on trajectories, motab.synthesize "
             "lets the model write, motab.evaluation.evaluate grades its answers"
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The micro-batches of one optimizer step; from prompts, those that the student of this step makes of them."""
+        """The micro-batches of one optimizer step; for prompts, of the trajectories that the student writes now."""
         if self.rollouts is not None:  # a prompt that accelerate repeats gets a trajectory of its own
             epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
         else:
@@ -213,7 +222,7 @@ class MotabTrainer(Trainer):
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of an epoch's last batch, ignore the rows that accelerate repeats so that every process has as many."""
+        """Ignore the rows that accelerate repeats in an epoch's last batch to give every process equally many."""
         state = self.accelerator.gradient_state
         if state.end_of_dataloader and state.remainder > 0:
             rows = len(batch["labels"])
@@ -223,7 +232,7 @@ class MotabTrainer(Trainer):
     def _write(self, batches: Sequence[list[Prompt]]) -> Iterator[dict[str, Tensor]]:
         assert self.rollouts is not None
         prompts = [prompt for batch in batches for prompt in batch]
-        # No place is written twice in a run, or by two processes: each trajectory has random numbers of its own.
+        # No index is used twice, by any process: each trajectory has its own random numbers.
         step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
         writers = (self.model, self.teacher_model, self.processing_class)
@@ -234,7 +243,7 @@ class MotabTrainer(Trainer):
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's, with the figures of what was written since the last entry."""
+        """Trainer's method, with the figures of the trajectories written since the last entry."""
         if self.written and "loss" in logs:
             logs |= {name: value for name, value in figures(self.written).items() if value is not None}
             self.written = []
@@ -247,32 +256,29 @@ class MotabTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
-        args = self.args
-        by_divergence = args.loss_type != "cross_entropy"
-        if not by_divergence and not self.from_heads:
+        if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         mask = labels[:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
-        if by_divergence:
+        if self.divergence is not None:
             assert self.teacher_model is not None
             with torch.no_grad(), self.accelerator.autocast():
-                if self.from_heads:
+                if self.fuses_head:
                     teacher = last_hidden_states(self.teacher_model, **inputs)
                 else:
                     teacher = self.teacher_model(**inputs, use_cache=False).logits
-        of_heads: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.from_heads else {}
-        student = model(**inputs, **of_heads)
+        without_logits: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.fuses_head else {}
+        student = model(**inputs, **without_logits)
         bare = self.accelerator.unwrap_model(model)
-        settings = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
         with self.accelerator.autocast():
-            if not by_divergence:
+            if self.divergence is None:
                 loss = cross_entropy_from_head(bare, student.hidden_states[-1], labels, num_items_in_batch)
-            elif self.from_heads:
+            elif self.fuses_head:
                 hidden = student.hidden_states[-1], teacher
-                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, settings, num_items_in_batch)
+                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, self.divergence, num_items_in_batch)
             else:
-                loss = loss_from_logits((student.logits, teacher), mask, settings, num_items_in_batch)
-        if args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # over which the gradients are averaged
+                loss = loss_from_logits((student.logits, teacher), mask, self.divergence, num_items_in_batch)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # since gradients are averaged over the processes
         return (loss, student) if return_outputs else loss

@@ -17,52 +17,63 @@ LOSS_TYPES = get_args(LossType)
 
 @dataclass
 class MotabConfig(TrainingArguments):
-    """TrainingArguments with the paper's defaults and some settings more.
+    """TrainingArguments with the paper's defaults and settings of the loss.
 
     Attributes:
         lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
-            learning rate where that is less. Other schedules have no such default.
-        save_steps, save_total_limit, eval_steps: ten checkpoints a run, of which the last is kept; by ``eval_strategy``
-            "steps" as many evaluations.
-        ddp_find_unused_parameters: False, since a causal language model uses all, and the search for them copies every
-            output of the model: logits, hidden states.
+            learning rate if that is less. Other schedules have no such default.
+        save_steps, save_total_limit, eval_steps: ten checkpoints per run, of which the last is kept, and with
+            ``eval_strategy`` "steps" as many evaluations.
+        ddp_find_unused_parameters: False, since a causal language model uses all of its parameters, and the search for
+            unused ones copies every output of the model: logits, hidden states.
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
             each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
             `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
-        beta, alpha, temperature: of the divergence; see `motab_kernels.divergence_loss`.
+        beta, alpha, temperature: settings of the divergence, see `motab_kernels.divergence_loss`.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
-        max_length: leave out trajectories of more tokens, prompt and target together; None: none. What `Rollouts` write
-            has a budget of its own.
+        max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
+            ``max_new_tokens`` instead.
     """
 
-    learning_rate: float = 5e-5
-    lr_scheduler_type: str = "cosine_with_min_lr"
+    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Of cosine_with_min_lr: min_lr 1e-6, or half the learning rate if less."}
+        default=None,
+        metadata={
+            "help": "Arguments of the schedule, in JSON or YAML. (default of cosine_with_min_lr: min_lr 1e-6, or half "
+            "the learning rate if less)"
+        },
     )
-    num_train_epochs: float = 6.0
-    save_steps: float = field(default=0.1, metadata={"help": "Below 1 a share of the run: ten checkpoints."})
+    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the trajectories or prompts."})
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Steps between checkpoints; below 1, as a share of the run."}
+    )
     eval_steps: float | None = field(
-        default=0.1, metadata={"help": "Of eval_strategy steps; below 1 a share of the run."}
+        default=0.1,
+        metadata={"help": "Steps between evaluations (--eval_strategy steps); below 1, as a share of the run."},
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
-    ddp_find_unused_parameters: bool | None = False
-    loss_type: LossType = field(default="cross_entropy", metadata={"help": "A divergence needs a teacher."})
-    beta: float = field(default=0.5, metadata={"help": "Of jsd: 0 is forward_kl, 1 reverse_kl."})
-    alpha: float = field(default=0.1, metadata={"help": "Of the skew divergences."})
-    temperature: float = field(default=1.0, metadata={"help": "Divides the logits of a divergence."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Search for parameters without a gradient (DistributedDataParallel)."}
+    )
+    loss_type: LossType = field(
+        default="cross_entropy", metadata={"help": "Cross-entropy, or a divergence from the teacher."}
+    )
+    beta: float = field(default=0.5, metadata={"help": "jsd: weight of the teacher; 0 is forward_kl, 1 reverse_kl."})
+    alpha: float = field(default=0.1, metadata={"help": "skew_forward_kl, skew_reverse_kl: weight of the mixture."})
+    temperature: float = field(default=1.0, metadata={"help": "Divisor of both models' logits in a divergence."})
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
 
     def __post_init__(self) -> None:
-        # Unless told so, each of several processes on a CPU takes itself for the only one.
+        # Without this, each of several processes on a CPU takes itself for the only one.
         self.use_cpu |= not torch.accelerator.is_available()
         super().__post_init__()
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # where there is none, torch only warns
-        self.remove_unused_columns = False  # the dataset holds what the model takes, and nothing else
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, pinning only warns
+        self.remove_unused_columns = False  # the dataset holds only the model's inputs
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
         least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
@@ -71,7 +82,7 @@ class MotabConfig(TrainingArguments):
                 f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
                 "the schedule would rise; lower it, or leave it out"
             )
-        if self.loss_type not in LOSS_TYPES:  # a type that only the command line looks at
+        if self.loss_type not in LOSS_TYPES:  # flags are checked by the parser, other values are not
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta must lie in 0 to 1, of which 0 is forward_kl and 1 reverse_kl, got {self.beta}")

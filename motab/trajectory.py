@@ -1,16 +1,18 @@
-"""What one generation wrote: the training target, who wrote each token, and how each step was judged."""
+"""The result of one generation: the training target, who wrote each token, and how each step was judged."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
 from motab.judgement import SCORES
 
 T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]
+Decode = Callable[[list[int]], str]  # token ids to text, such as a tokenizer's `decode`
 AUTHORS: tuple[Author, ...] = get_args(Author)
 STATISTICS = (
     "forward_kl",
@@ -28,11 +30,11 @@ class Step:
     """One step of the student and the teacher's judgement of it.
 
     Attributes:
-        start, end: the step is ``token_ids[start:end]`` of its trajectory. Of a step that the target leaves
-            out (stitch None) both tell where the target goes on, and `discarded_ids` holds its tokens.
-        value: V, the geometric mean teacher probability of its tokens; or what else the policy's boundary looks at, see
+        start, end: the step is ``token_ids[start:end]`` of its trajectory. For a step not in the target
+            (stitch=None), both are the position where the target continues, and `discarded_ids` holds its tokens.
+        value: V, the geometric mean teacher probability of its tokens, or another score of the policy's boundary, see
             `Trajectory.score`.
-        threshold: the boundary it was held to; 0 where the policy holds V to none.
+        threshold: the boundary it was held to; 0 if the policy has none for V.
         accepted: whether the value is on the safe side of it (V: ``value >= threshold``).
     """
 
@@ -55,17 +57,17 @@ class Trajectory:
         author: for each token ``"student"`` (kept), ``"flawed"`` (kept in the target though rolled back),
             ``"stitch"`` (the revise phrase) or ``"teacher"``.
         text: the target decoded, without special tokens.
-        steps: the student's steps in order, flawed ones included; of a policy that judges single tokens, those alone
-            that were not accepted.
+        steps: the student's steps in order, flawed ones included; if single tokens are judged, only those that were not
+            accepted.
         breach_step: t, the index of the first step that was not accepted; None without a breach.
-        rollback_step: t*, the first step that was rolled back then (t + 1 where none was); None without a breach.
+        rollback_step: t*, the first step that was rolled back then (t + 1 if none was); None without a breach.
         finish_reason: ``"eos"`` or ``"length"``.
-        statistics: for each name in `STATISTICS` a number a token in nats (rank: a count), None where it
-            does not exist: a teacher's token has `teacher_logprob` and `teacher_entropy` alone.
-        score: what the value of a step is, by its name in `motab_kernels.FixedBoundary`, and so on which side of the
-            threshold it is safe: ``"teacher_value"`` (V) or ``"value_ratio"``, safe when high, ``"forward_kl"`` or
-            ``"teacher_rank"``, safe when low. None where nothing was judged, or in a file that does not tell.
-        by_token: whether single tokens were judged in place of steps.
+        statistics: for each name in `STATISTICS` one number per token, in nats (rank: a count); None where it does not
+            exist: a teacher's token has only `teacher_logprob` and `teacher_entropy`.
+        score: which score the values of steps are, as `motab_kernels.FixedBoundary` names it: ``"teacher_value"`` (V)
+            or ``"value_ratio"``, safe when high, ``"forward_kl"`` or ``"teacher_rank"``, safe when low. None if nothing
+            was judged or the file does not name it.
+        by_token: whether single tokens were judged instead of steps.
     """
 
     index: int
@@ -81,6 +83,22 @@ class Trajectory:
     score: str | None = None
     by_token: bool = False
 
+    @property
+    def rolled_back(self) -> int | None:
+        """Steps, or tokens if these are judged, that were rolled back at the first breach; None without a breach."""
+        if self.breach_step is None or self.rollback_step is None:
+            return None
+        return self.breach_step + 1 - self.rollback_step
+
+    def runs(self) -> list[tuple[Author, int, int]]:
+        """(author, start, end) of each run ``token_ids[start:end]`` of tokens by one author, in order."""
+        starts = [place for place, author in enumerate(self.author) if place == 0 or author != self.author[place - 1]]
+        return [(self.author[start], start, end) for start, end in pairwise([*starts, len(self.author)])]
+
+    def segments(self, decode: Decode) -> list[tuple[Author, str]]:
+        """(author, text) of each run of tokens by one author, in order."""
+        return [(author, decode(self.token_ids[start:end])) for author, start, end in self.runs()]
+
     def to_json(self) -> str:
         """One line of JSON; a number that is not finite is written as JSON's extension NaN or Infinity."""
         return json.dumps(asdict(self), ensure_ascii=False)
@@ -90,7 +108,7 @@ class Trajectory:
         """The trajectory of one line that `to_json` wrote.
 
         Raises:
-            ValueError: a line that `to_json` did not write; says what it is.
+            ValueError: a line that `to_json` did not write; says what is wrong.
         """
         try:
             record = json.loads(line)
@@ -109,10 +127,10 @@ class Trajectory:
 
 
 def ignored_authors(authors: str | Sequence[str]) -> list[str]:
-    """Whose tokens are to be left out of a loss, as a list, or of one its name.
+    """Validate `ignore_authors`, a name or a sequence of names, and return a list.
 
     Raises:
-        ValueError: no such author, or all of them.
+        ValueError: an unknown author, or all authors.
     """
     ignored = [authors] if isinstance(authors, str) else list(authors)
     if unknown := sorted(set(ignored) - set(AUTHORS)):
@@ -123,7 +141,7 @@ def ignored_authors(authors: str | Sequence[str]) -> list[str]:
 
 
 def _filled(kind: type[T], record: Any) -> T:
-    """The instance of a dataclass whose JSON this is."""
+    """The instance of a dataclass from its JSON."""
     if not isinstance(record, dict):
         raise ValueError(f"{type(record).__name__} in place of a {kind.__name__.lower()}")
     names = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The file of a synthesis, read line by line: what is whole, what is damaged, what is still to come."""
+"""The file of a synthesis, read line by line: its whole, damaged and missing trajectories."""
 
 from __future__ import annotations
 
@@ -6,20 +6,60 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from motab.judgement import agrees
 from motab.trajectory import Trajectory
 
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:
-    """The trajectories of a finished or interrupted file; a last line cut short is left out.
+    """The trajectories of a finished or interrupted file; an incomplete last line is left out.
 
     Raises:
-        ValueError: a line that is no trajectory; names it and the way out.
+        ValueError: a line that is not a trajectory; names it and what to do.
     """
     return list(trajectories_in(path))
 
 
+def read_some_trajectories(path: str | Path) -> list[Trajectory]:
+    """`read_trajectories` of a file that must hold at least one.
+
+    Raises:
+        ValueError: the file holds none, or what `read_trajectories` refuses.
+    """
+    if trajectories := read_trajectories(path):
+        return trajectories
+    raise ValueError(f"{path} holds no trajectory yet")
+
+
+def check_trajectories(path: str | Path) -> int:
+    """Check that the file is whole and consistent, and return how many trajectories it holds.
+
+    Raises:
+        ValueError: the file is damaged, empty or unfinished; an index is out of order, tokens and authors differ in
+            number, or a step was judged against its value and boundary.
+    """
+    trajectories, missing, before = read_some_trajectories(path), unfinished(path), -1
+    for place, t in enumerate(trajectories):
+        breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
+        wrong = [
+            at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
+        ]
+        # After several processes were interrupted, the file holds the trajectories of the main one.
+        problems = [
+            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
+            (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
+            (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
+            (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
+        ]
+        if found := [text for bad, text in problems if bad]:
+            raise ValueError(f"trajectory {place} {' and '.join(found)}")
+        before = t.index
+    if missing:
+        raise ValueError(missing)
+    return len(trajectories)
+
+
 def trajectories_in(path: str | Path) -> Iterator[Trajectory]:
-    """The same one by one, so that no more than one is in memory."""
+    """Yield the trajectories of a file one by one, without holding them all in memory."""
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith(b"\n"):
@@ -35,12 +75,13 @@ def trajectories_in(path: str | Path) -> Iterator[Trajectory]:
 
 
 def settings_file(path: str | Path) -> Path:
-    """Beside the file of a synthesis: the settings that it was begun with, and how many prompts there are."""
+    """The file beside that of a synthesis, with the settings it was begun with and the number of prompts."""
     return Path(path).with_name(Path(path).name + ".settings.json")
 
 
 def unfinished(path: str | Path) -> str | None:
-    """What is still to come of a file, and the way on; None where it is finished, or nothing beside it tells."""
+    """How many trajectories of a file are missing, and how to write them; None if it is finished, or its settings are
+    not known."""
     written, cut = 0, False
     with Path(path).open("rb") as lines:
         for line in lines:
@@ -55,7 +96,7 @@ def unfinished(path: str | Path) -> str | None:
 
 
 def whole_index(line: bytes) -> int | None:
-    """The index of the trajectory that a line holds; None of one that is damaged or cut short."""
+    """The index of the trajectory on a line; None if the line is damaged or incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:

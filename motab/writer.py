@@ -1,4 +1,4 @@
-"""A model with its key-value cache: it appends, drafts, scores and forgets, for any of its rows.
+"""A model with its key-value cache: it appends, drafts, scores and rolls back, for any of its rows.
 
 Invariant between calls: the cache of a row holds all of its tokens but the last, which is pending.
 """
@@ -22,7 +22,7 @@ Choose = Callable[[Tensor, int], Tensor]
 Model = Callable[..., Any]  # as a model is called
 
 
-PREFILL = 4096  # tokens of prompts that are read at a time: enough for a GPU, and their activations stay small
+PREFILL = 4096  # prompt tokens read at a time: enough to fill a GPU, and activations stay small
 
 
 class Writer:
@@ -37,7 +37,7 @@ class Writer:
         pages: memory.Pages | None = None,
     ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
-        self.width = -(-vocab_size // 64) * 64  # each token's logits begin where a GPU reads 16 bytes at a time
+        self.width = -(-vocab_size // 64) * 64  # so that each token's logits are aligned for 16-byte reads
         kind = model.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self.cache = mk.RaggedKVCache(
@@ -54,27 +54,27 @@ class Writer:
         self.attention = on_ragged_attention if takes_ragged_attention(model) else nullcontext
 
     def _numbers(self, rows: Sequence[int]) -> Tensor | None:
-        """The rows on the device, None for all in order; kept, since a block is drafted a token at a time."""
+        """The rows on the device, None for all in order; cached, since a block is drafted token by token."""
         if list(rows) != self.rows:
             self.rows = list(rows)
             self.row_numbers = None if self.rows == list(range(len(self.lengths))) else on_device(rows, self.device)
         return self.row_numbers
 
     def _forward(self, call: Model, rows: Sequence[int], token_ids: Tensor, longest: int, **options: int) -> Tensor:
-        """Feed (b, q) tokens to the given rows, none longer than `longest`; (b, q, V) logits over the shared
+        """Feed (b, q) tokens to the given rows, none longer than `longest`; return (b, q, V) logits over the shared
         vocabulary."""
         inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
         logits: Tensor = call(input_ids=token_ids, **options, **inputs).logits
         return logits[..., : self.vocab_size]
 
     def _append(self, rows: Sequence[int], token_ids: Tensor, **options: int) -> Tensor:
-        """The same with the model as it is; the books follow."""
+        """`_forward` with the uncompiled model; updates `lengths`."""
         logits = self._forward(self.model, rows, token_ids, max(self.lengths[row] for row in rows), **options)
         self._lengthen(rows, token_ids.shape[1])
         return logits
 
     def _advance(self, rows: Sequence[int], token_ids: Tensor) -> Tensor:
-        """`_append` for what is written: one token a row or a block."""
+        """`_append` for drafts and scores: one token or a block per row."""
         return self._append(rows, token_ids)
 
     def _lengthen(self, rows: Sequence[int], count: int) -> None:
@@ -86,7 +86,7 @@ class Writer:
         return self.cache.can_reserve(self._of_all(lengths))
 
     def reserve(self, lengths: dict[int, int]) -> None:
-        """Have room for so many tokens in the rows named, and for none in the others."""
+        """Reserve room for this many tokens in the rows named, and for none in the others."""
         self.cache.reserve_(self._of_all(lengths))
 
     def _of_all(self, lengths: dict[int, int]) -> list[int]:
@@ -100,15 +100,17 @@ class Writer:
         mk.truncate_kv_cache_(self.cache, new_lengths, tail="keep", max_length=max(self.lengths))
 
     def start(self, texts: dict[int, list[int]]) -> None:
-        """Let rows begin with new texts: cached but for their last token."""
+        """Begin rows with new texts, and cache all but their last token."""
         self.rollback(dict.fromkeys(texts, 0))
         self.catch_up(texts, PREFILL)
 
     def catch_up(self, texts: dict[int, list[int]], width: int) -> None:
-        """Read on where another wrote: texts of rows, cached but for their last token; at most `width` tokens of each
-        at a time, for padding needs room in the cache, and `PREFILL` of all."""
+        """Read what another model wrote: cache all but the last token of the rows' texts.
+
+        A pass reads at most `width` tokens of each row, since padding needs room in the cache, and `PREFILL` of all.
+        """
         unread = {row: ids[self.lengths[row] : -1] for row, ids in texts.items() if len(ids) > self.lengths[row] + 1}
-        rows = sorted(unread, key=lambda row: -len(unread[row]))  # those of like length together: less padding
+        rows = sorted(unread, key=lambda row: -len(unread[row]))  # similar lengths together: less padding
         while rows:
             longest = len(unread[rows[0]])
             count = max(1, PREFILL // min(longest, width))
@@ -118,17 +120,18 @@ class Writer:
             rows = rows[count:]
 
     def _feed(self, texts: dict[int, list[int]]) -> None:
-        """Append tokens to rows, a text of its own length each, in one forward pass."""
+        """Append tokens to rows, texts of different lengths, in one forward pass."""
         longest = max(map(len, texts.values()))
         padded = [ids + [0] * (longest - len(ids)) for ids in texts.values()]
         lengths = {row: self.lengths[row] + len(ids) for row, ids in texts.items()}
-        # Padding lies behind a row's own tokens, where a causal mask lets none of them look.
+        # Padding lies after a row's own tokens, where the causal mask hides it.
         with self.attention(self.model):
             self._append(list(texts), on_device(padded, self.device), logits_to_keep=1)
         self.rollback(lengths)
 
     def draft(self, rows: Sequence[int], pending: Tensor, count: int, choose: Choose) -> tuple[Tensor, Tensor]:
-        """Write ``count`` tokens a row after the (b,) pending ones; (b, count) ids and their (b, count, V) logits."""
+        """Write ``count`` tokens per row after the (b,) pending ones; return (b, count) ids and (b, count, V)
+        logits."""
         tokens = pending.new_empty(len(rows), count)
         logits: Tensor | None = None
         with self.attention(self.model):
@@ -136,7 +139,7 @@ class Writer:
                 step = self._advance(rows, pending[:, None])[:, 0]
                 if logits is None:
                     logits = step.new_empty(len(rows), count, self.width)[..., : self.vocab_size]
-                # Copied at once: what a compiled model returns lasts until it is called again.
+                # Copied at once: a compiled model overwrites its output at the next call.
                 logits[:, offset] = step
                 tokens[:, offset] = pending = choose(step, offset)
         assert logits is not None

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import motab
-from motab.cli import main
+from motab.cli import COMMANDS, main
 from motab.data import Problem, load_problems
 from motab.models import load_model
 from motab.prompts import PromptFormat, encode_prompts
@@ -308,6 +308,25 @@ def test_a_tokenizer_without_a_model(config, tmp_path, capsys):
     flags = ["--model_name_or_path", str(tmp_path / "bare"), "--output_dir", str(tmp_path / "run")]
     assert main(["synthesize", "--config", config, *flags]) == 2
     assert "bare' is not a causal language model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command, capsys, monkeypatch):
+    """Each flag has a text, and a default that says something; our own come before those of transformers."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    ours, title, others = capsys.readouterr().out.partition("TrainingArguments of transformers:")
+    assert "(default: None)" not in ours + others
+    assert "(default: )" not in ours + others
+    pairs = itertools.pairwise([*ours.splitlines(), ""])
+    flags = [(line, after) for line, after in pairs if line.startswith("  --")]
+    assert [line for line, after in flags if "  " not in line.strip() and not after.startswith(" " * 20)] == []
+    assert bool(title) == (command == "train")
+    if command == "train":
+        assert "--loss_type" in ours
+        assert "Rollouts: tokens to write after the prompt, at most. (default: 1024)" in ours
+        assert "--adam_beta1" in others
 
 
 def test_unknown_settings_and_commands(config, tmp_path, capsys):

@@ -111,7 +111,7 @@ def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
         (["--dtype", "bfloat16"], "dtype: 'float32' there, 'bfloat16' now"),
         (
             ["--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")],
-            "loss_type: 'cross_entropy' there, 'jsd' now, teacher_dtype: None there, 'auto' now",
+            "loss_type: 'cross_entropy' there, 'jsd' now, teacher_dtype: not set there, 'auto' now",
         ),
         (["--model_name_or_path", str(TINY / "teacher")], "tiny/student' there, "),
         ([], "content of train_file: "),

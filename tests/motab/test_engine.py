@@ -48,7 +48,7 @@ def logprobs(model, context, vocab_size):
 
 
 def check_by_definition(trajectory, policy, teacher, tokenizer):
-    """Design section 2, recomputed from the finished trajectory alone."""
+    """Values, boundaries, breach and rollback by the definition of MOTAB, from the finished trajectory alone."""
     prompt, steps, size = trajectory.prompt_ids, trajectory.steps, len(tokenizer)
     text = [
         token
@@ -288,9 +288,9 @@ def test_no_prompts(student, teacher, tokenizer):
     [
         ({"prompts": [[1], []]}, "prompt 1 is empty"),
         ({"prompts": [[1] * 250]}, "prompt 0 has 250 tokens and max_new_tokens is 40.* at most 256"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"block_size": 0}, "block_size must be at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        ({"block_size": 0}, "block_size must be an integer of at least 1, got 0"),
+        ({"max_new_tokens": True}, "max_new_tokens must be an integer of at least 1, got True"),
         ({"temperature": -1.0}, "temperature must be a finite number of at least 1e-30, or 0 for greedy, got -1.0"),
         ({"top_k": -1}, "top_k must be an integer of at least 1, or None for all tokens, got -1"),
         ({"top_k": 2.5}, "top_k must be an integer of at least 1, or None for all tokens, got 2.5"),
@@ -364,11 +364,12 @@ def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts
     """Once a block, and nowhere else in a run; kernels have been compiled before."""
     pair = [copy.deepcopy(model).float().cuda() for model in (student, teacher)]
     expected = run(*pair, tokenizer, prompts, POLICY)
-    to_host = Engine._to_host
+    to_host, waits = Engine._to_host, []
 
     def waiting(engine, *tensors):
         torch.cuda.set_sync_debug_mode("default")
         found = to_host(engine, *tensors)
+        waits.append(engine.waits)
         torch.cuda.set_sync_debug_mode("error")
         return found
 
@@ -379,4 +380,5 @@ def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts
         found = list(trajectories)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waits == [*range(1, len(waits) + 1)]
     assert [t.token_ids for t in found] == [t.token_ids for t in expected]

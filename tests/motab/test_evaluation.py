@@ -132,9 +132,14 @@ def test_what_the_grading_is_told(monkeypatch, student, prompt, reason, accuracy
 def test_problems_are_put_as_asked(student, tokenizer, monkeypatch):
     asked = []
     write = evaluation.synthesize
-    monkeypatch.setattr(evaluation, "synthesize", lambda *x, **kw: asked.append(x[3]) or write(*x, **kw))
+
+    def spy(model, teacher, tokenizer, prompts, **settings):
+        asked.append((prompts, settings["temperature"]))
+        return write(model, teacher, tokenizer, prompts, **settings)
+
+    monkeypatch.setattr(evaluation, "synthesize", spy)
     evaluate(student, tokenizer, [Problem("a", "1", {})], max_new_tokens=1, prompt_format=PromptFormat(suffix="b"))
-    assert asked == [["ab"]]
+    assert asked == [(["ab"], 0.6)]
 
 
 def test_a_real_model_runs_out_of_budget(student, tokenizer):
@@ -147,7 +152,7 @@ def test_a_real_model_runs_out_of_budget(student, tokenizer):
     ("problems", "settings", "message"),
     [
         ([], {}, "at least one problem, got none"),
-        ([Problem("a", "1", {})], {"samples": 2}, "samples must be 1 at temperature 0.* got 2 at 0.0"),
+        ([Problem("a", "1", {})], {"samples": 2, "temperature": 0}, "samples must be 1 at temperature 0.* got 2 at 0"),
         (
             [Problem("a", "1", {}), Problem("b", None, {}), Problem("c", None, {})],
             {"max_new_tokens": 2},

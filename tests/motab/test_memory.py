@@ -84,7 +84,7 @@ def test_one_row_at_a_time(student, teacher, tokenizer, prompts, waited):
     )
     assert [t.index for t in found] == list(range(30, 30 + len(prompts)))
     assert not waited
-    with pytest.raises(ValueError, match=f"max_cached_tokens: expected at least {least}, .* {LONGEST} tokens in pages"):
+    with pytest.raises(ValueError, match=f"max_cached_tokens must be at least {least}, .* {LONGEST} tokens in pages"):
         motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS, max_cached_tokens=least - 1)
 
 

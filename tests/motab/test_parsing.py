@@ -4,7 +4,8 @@ import pytest
 
 import motab
 from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
-from motab.parsing import load_yaml, parse
+from motab.parsing import parse
+from motab.yaml_values import load_yaml
 
 
 @pytest.fixture

@@ -74,7 +74,7 @@ def train(folder, count, kind, accumulation, **sharding):
     model = make(3).float()
     other = None if loss_type == "cross_entropy" else make_model(4).float()
     trainer = motab.MotabTrainer(model, other, args, train_dataset=trajectories())
-    assert kind == "cross_entropy" or trainer.from_heads == (kind == "heads" and not sharding)
+    assert kind == "cross_entropy" or trainer.fuses_head == (kind == "heads" and not sharding)
     trainer.train()
     logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     if sharding:

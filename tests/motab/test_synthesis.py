@@ -1,6 +1,7 @@
 """A run killed at any moment and started again ends with the same trajectories."""
 
 import copy
+import json
 import os
 import pathlib
 import random
@@ -118,8 +119,11 @@ def test_torn_line_and_other_settings(tmp_path, student, teacher, tokenizer, pro
     assert_same(again, first[-len(again) :])
     assert_same(motab.read_trajectories(path), first)
     content = path.read_bytes()
+    assert write(top_k=None, top_p=1.0, min_p=None) == []  # the defaults, which were not given before
     with pytest.raises(ValueError, match=r"begun with other settings .seed: 3 there, 4 now.*another path"):
         write(seed=4)
+    with pytest.raises(ValueError, match=r"begun with other settings .top_p: 1.0 there, 0.9 now"):
+        write(top_p=0.9)
     with pytest.raises(ValueError, match=r"prompts' hash: '\w+' there, '\w+' now"):
         write(prompts=[*prompts[:-1], [5, 5]])
     with pytest.raises(ValueError, match=r"teacher dtype: 'torch\.float64' there, 'torch\.float32' now"):
@@ -177,9 +181,9 @@ def test_either_top_k_is_one_setting_of_a_file(tmp_path, student, teacher, token
         list(motab.synthesize_to_file(tmp_path / "t", student, teacher, tokenizer, prompts, policy=policy, **settings))
 
     write(motab.TokenSKD(2), top_k=5)
-    with pytest.raises(ValueError, match=r"begun with other settings .top_k: 2 there, 3 now"):
+    with pytest.raises(ValueError, match=r"begun with other settings .policy top_k: 2 there, 3 now"):
         write(motab.TokenSKD(3), top_k=5)
-    with pytest.raises(ValueError, match=r"begun with other settings .top_k of sampling: 5 there, 4 now"):
+    with pytest.raises(ValueError, match=r"begun with other settings .top_k: 5 there, 4 now"):
         write(motab.TokenSKD(2), top_k=4)
 
 
@@ -197,3 +201,15 @@ def test_refused_input_leaves_no_file(tmp_path, student, teacher, tokenizer):
     with pytest.raises(ValueError, match="prompt 0 is empty"):
         motab.synthesize_to_file(path, student, teacher, tokenizer, [[]], **SETTINGS)
     assert not path.parent.exists()
+
+
+def test_a_setting_that_was_not_recorded(tmp_path, student, teacher, tokenizer, prompts):
+    """As in a file that an earlier version began."""
+    path = tmp_path / "t"
+    list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts[:2], policy=POLICY, **SETTINGS))
+    settings = path.with_name("t.settings.json")
+    recorded = json.loads(settings.read_text())
+    del recorded["temperature"]
+    settings.write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match=r"begun with other settings .temperature: not set there, 1.0 now"):
+        motab.synthesize_to_file(path, student, teacher, tokenizer, prompts[:2], policy=POLICY, **SETTINGS)

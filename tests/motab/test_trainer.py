@@ -178,12 +178,12 @@ def test_cross_entropy_makes_logits_for_some_positions_at_a_time(tmp_path, monke
         model, lengths = make_model(3), []
         model.get_output_embeddings().register_forward_hook(lambda _, args, out: lengths.append(out.shape[-2]))
         *numbers, trainer = step(folder, model, None, 2)
-        return numbers, trainer.from_heads, max(n for n in lengths if n != 2)  # the tokens of the start
+        return numbers, trainer.fuses_head, max(n for n in lengths if n != 2)  # the tokens of the start
 
-    numbers, from_heads, length = logged(tmp_path / "heads")
+    numbers, fused, length = logged(tmp_path / "heads")
     monkeypatch.setattr("motab.trainer.has_plain_head", lambda model: False)
-    expected, from_heads_then, length_then = logged(tmp_path / "logits")
-    assert (from_heads, from_heads_then) == (True, False)
+    expected, fused_then, length_then = logged(tmp_path / "logits")
+    assert (fused, fused_then) == (True, False)
     assert (length, length_then) == (1, 7)
     assert numbers == pytest.approx(expected, rel=1e-5)
 
@@ -233,7 +233,7 @@ def test_divergence_by_definition(tmp_path, loss_type, make, make_teacher):
     student.zero_grad()
     for size in (1, 2):
         loss, grad_norm, trainer = step(tmp_path / str(size), student, teacher, size, **settings)
-        assert trainer.from_heads == (make is make_teacher)
+        assert trainer.fuses_head == (make is make_teacher)
         assert loss == pytest.approx(expected.item(), rel=1e-3)
         assert grad_norm == pytest.approx(norm.item(), rel=1e-3)
 
