@@ -79,8 +79,8 @@ KERNEL Pair pair_of(Floats s, Floats t, const Row& row) {
     const Floats x = pair.p_leads ? t - row.top_t : s - row.top_s;
     pair.w = vector_exp(x * row.c) * (pair.p_leads ? row.reciprocal_t : row.reciprocal_s);
     const Exponential e = split_exp(-magnitude(pair.gap));
-    pair.e = e.power * e.rest + e.power;
-    pair.less = (1.0f - e.power) - e.power * e.rest;
+    pair.e = value(e);
+    pair.less = one_less(e);
     return pair;
 }
 

@@ -24,13 +24,10 @@ KERNEL Exponential split_exp(Floats x) {
     return {(Floats)((Words)y << 23), q * r};
 }
 
-KERNEL Floats vector_exp(Floats x) {
-    const Exponential e = split_exp(x);
-    return e.power * e.rest + e.power;
-}
+// e^x
+KERNEL Floats value(const Exponential& e) { return e.power * e.rest + e.power; }
 
-// 1 - e^x for x <= 0, which keeps what 1 and e^x have apart where they nearly agree.
-KERNEL Floats one_less_exp(Floats x) {
-    const Exponential e = split_exp(x);
-    return (1.0f - e.power) - e.power * e.rest;
-}
+// 1 - e^x for x <= 0, which keeps the difference where e^x is nearly 1.
+KERNEL Floats one_less(const Exponential& e) { return (1.0f - e.power) - e.power * e.rest; }
+
+KERNEL Floats vector_exp(Floats x) { return value(split_exp(x)); }
