@@ -307,17 +307,6 @@ class RaggedKVCache(Cache):
                 for storage in (layer.keys, layer.values):
                     storage[:, :, :visible_length].masked_fill_(dead[:, None, :, None], 0)
 
-    def reset_rows_(self, rows: Tensor) -> None:
-        """Empty the given rows, (b,) int64 on the cache's device, in place. The host's bound stays what it was."""
-        self._check_rows(rows)
-        if len(rows) == len(self.lengths):  # they are distinct
-            self.truncate_(0)
-            return
-        self.lengths.index_fill_(0, rows, 0)
-        self._bounds = (self.visible_length,) * 2
-        self._is_uniform = self.visible_length == 0
-        self._step = None
-
     def reset(self) -> None:
         """Empty all rows."""
         self.truncate_(0)

@@ -306,13 +306,9 @@ def test_a_nan_tail_survives_a_mask_and_is_zeroed_on_request(llama):
     book.append([1, 4, 2])
 
 
-def test_reset_rows(llama):
+def test_reset(llama):
     book = Book(llama, ragged_cache(llama))
     book.append([7, 3, 9])
-    book.cache.reset_rows_(torch.tensor([2, 0]))
-    assert book.cache.lengths.tolist() == [0, 3, 0]
-    book.tokens = [[], book.tokens[1], []]
-    book.append([5, 1, 2])
     book.cache.reset()
     assert book.cache.lengths.tolist() == [0, 0, 0]
     assert book.cache.visible_length == 0
