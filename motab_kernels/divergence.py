@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
+from motab_kernels.divergence_sums import CENTRE
 from motab_kernels.reference import divergence as reference
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
@@ -179,7 +180,7 @@ def divergence_forward(
     if kind not in ONE_READ:
         loss, centre = kernels.divergence_terms(student, teacher, tau, keep, saved, kind, lam).sum(-1).unbind(-1)
         loss = torch.where(loss < 0, 0.0, loss)  # rounding
-        saved[:, 5] = centre
+        saved[:, CENTRE] = centre
     return loss, saved
 
 
