@@ -20,7 +20,6 @@ from motab_kernels.boundary_checks import (
     check_workspace,
 )
 from motab_kernels.boundary_state import (
-    SCORES,
     Boundary,
     BoundaryState,
     EntropyBoundary,
@@ -34,7 +33,6 @@ from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
 
 __all__ = [
-    "SCORES",
     "BoundaryOutput",
     "BoundaryState",
     "EntropyBoundary",

@@ -188,11 +188,10 @@ class BoundaryState:
             `boundary.new_state(batch_size, device)` sets it.
     """
 
-    # Columns of `counters` (B, 6) int32.
-    TOKENS, STEP_TOKENS, STEPS, FALL_START, BREACH_POSITION, ROLLBACK_POSITION = range(6)
-    # Columns of `scores` (B, 5) float64. Double, so that blocks of any length add up to the same sums and a
-    # float64 reference decides in float64; a few operations a token do not show.
-    STEP_TOTAL, SCORE, THRESHOLD, SAFETY, FALL = range(5)
+    # `counters` (B, 6) int32: tokens, step tokens, steps, fall start, breach position, rollback position.
+    # `scores` (B, 5) float64: step total, score, threshold, safety, fall. Double, so that blocks of any length add up
+    # to the same sums and a float64 reference decides in float64; a few operations a token do not show.
+    TOKENS, STEPS, BREACH_POSITION, ROLLBACK_POSITION = 0, 2, 4, 5
 
     def __init__(self, batch_size: int, device: torch.device | str | None = None, window: int = 0) -> None:
         check_count("batch_size", batch_size, minimum=0)
