@@ -44,8 +44,7 @@ __all__ = [
 
 
 class BoundaryOutput(NamedTuple):
-    """What `fused_kl_boundary` returns, shaped like `token_ids`. At padding: 0, False, and -1 for
-    integers."""
+    """What `fused_kl_boundary` returns, shaped like `token_ids`. At padding: 0, False, and -1 for integers."""
 
     forward_kl: Tensor  # float32, nats, >= 0: KL(teacher || student)
     reverse_kl: Tensor  # float32, nats, >= 0: KL(student || teacher)
@@ -119,9 +118,8 @@ def fused_kl_boundary(
         vocab_size: columns that count, at most. None: all that both sides have.
         out: a `BoundaryOutput` of contiguous tensors to write into and return. None: new tensors.
         workspace: scratch memory of "triton", from `boundary_workspace`, that calls on one stream may share.
-            None: new memory. With `out`, `workspace` and `state` given a call allocates nothing, and it can
-                be
-            captured in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
+            None: new memory. With `out`, `workspace` and `state` given, a call allocates nothing and can be captured
+            in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
         backend: "triton" (on a GPU) and "cpu" (C++) are kernels that read the logits once, "torch" is plain
             PyTorch. None: the kernels of the device where they are installed and the logits are not float64,
             else "torch".
@@ -184,8 +182,7 @@ def fused_kl_boundary(
 
 
 def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: torch.device | str) -> Tensor:
-    """Scratch memory for `fused_kl_boundary` with backend "triton", for up to so many rows, tokens and
-    columns.
+    """Scratch memory for `fused_kl_boundary` with backend "triton", for at most these rows, tokens and columns.
 
     Equivalent to `torch.empty(n, dtype=torch.float32, device=device)`, where n is 10 for each position and
     each split of the vocabulary. Its contents mean nothing between calls.
