@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from motab_kernels.arguments import DTYPES
+
 PAGE_MULTIPLE = 64  # of slots, where a row has several pages: a tile of slots lies in one
 
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_count, check_parameter
+
 #: What can be watched. The first two are safe when high, the others when low.
 SCORES = ("teacher_value", "value_ratio", "forward_kl", "reverse_kl", "teacher_rank")
 
@@ -30,33 +32,6 @@ class Rule(NamedTuple):
     theta: float | Tensor | None = None  # None: no entropy in the threshold
     top_k: int = 0  # 0: the entropy of the whole vocabulary
     window: int = 0  # 0: no history in the threshold
-
-
-def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
-    """A finite number of at least (`strict`: above) `minimum`, or a floating-point tensor, 0-d or (B,).
-
-    A tensor's values are looked at on the CPU only: elsewhere that would make the host wait.
-    """
-    bound = f" {'>' if strict else '>='} {minimum:g}"
-    if isinstance(value, Tensor):
-        if value.dim() > 1 or not value.dtype.is_floating_point:
-            got = f"{value.dtype} of shape {tuple(value.shape)}"
-            raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if not (value > minimum if strict else value >= minimum).all():
-            raise ValueError(f"{name}: expected values{bound}, got {value.tolist()}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    else:
-        too_low = value <= minimum if strict else value < minimum
-        if too_low or not value < math.inf:  # isfinite is not for symbolic numbers
-            raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
-
-
-def check_count(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from motab_kernels.arguments import with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
-from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
+from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import CENTRE
 from motab_kernels.reference import divergence as reference
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
@@ -118,7 +119,7 @@ def divergence_loss(
     kind, lam = resolve(divergence, beta, alpha)
     refuse_forward_mode("divergence_loss", student_logits)
     V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
-    tau = on_device(temperature, student_logits.shape[0], student_logits.device)
+    tau = temperature_tensor(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
     backend = choose_backend(backend, student_logits, teacher_logits)
     if group is not None:
@@ -128,9 +129,13 @@ def divergence_loss(
         student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend, name
     )
     if weights is not None:
-        weights = weights.detach().to(loss.dtype)
-        loss = torch.where((weights == 0) | (loss == 0), 0.0, loss * weights)  # 0 * inf is nothing
+        loss = weighted(loss, weights.detach().to(loss.dtype))
     return loss if reduction == "none" else loss.sum() / divide
+
+
+def weighted(loss: Tensor, weights: Tensor) -> Tensor:
+    """loss * weights, where 0 * inf is 0."""
+    return torch.where((weights == 0) | (loss == 0), 0.0, loss * weights)
 
 
 @torch.library.custom_op("motab_kernels::divergence", mutates_args=())
@@ -279,11 +284,6 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
             f"{name}: expected no forward-mode derivatives, got a dual tensor (torch.func.jvp): take the gradient by "
             "backward(), or write the divergence in PyTorch"
         )
-
-
-def with_tokens(x: Tensor) -> Tensor:
-    """(B, V) is T = 1."""
-    return x if x.dim() == 3 else x.unsqueeze(1)
 
 
 def kernels_of(backend: str, device: torch.device, group: str = "") -> Any:

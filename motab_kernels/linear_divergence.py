@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_count, shared_columns
 from motab_kernels.backend import choose_backend
-from motab_kernels.boundary_state import check_count
 from motab_kernels.divergence import (
     divergence_forward,
     kernels_of,
     refuse_forward_mode,
     refuse_second_derivative,
+    weighted,
 )
-from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
+from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
 from motab_kernels.linear_head import Head, autocast
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
@@ -120,12 +121,9 @@ def fused_linear_divergence(
     check_heads(*heads, (student_softcap, teacher_softcap), mask, weights)
     leading = student_hidden.shape[:-1]
     N = leading.numel()
-    V = min(student_weight.shape[0], teacher_weight.shape[0])
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
-        V = min(V, vocab_size)
+    V = shared_columns(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
     backend = choose_backend(backend, student_hidden, teacher_hidden)
-    tau = on_device(temperature, leading[0], student_hidden.device)
+    tau = temperature_tensor(temperature, leading[0], student_hidden.device)
     if tau is not None and tau.dim():
         tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
     worth = None if weights is None else weights.detach().reshape(-1)
@@ -146,9 +144,7 @@ def fused_linear_divergence(
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
         loss = rows_op(*tensors, *others, keep, tau, *options)
-        if worth is not None:
-            loss = torch.where((worth == 0) | (loss == 0), 0.0, loss * worth.to(loss.dtype))
-        return loss.view(leading)
+        return (loss if worth is None else weighted(loss, worth.to(loss.dtype))).view(leading)
     scale = torch.ones(N, dtype=loss_dtype(student_hidden), device=student_hidden.device)
     if worth is not None:
         scale = scale * worth
@@ -246,7 +242,7 @@ def total_op(
         for part in _parts(block, chunk_size):
             s, t, loss, saved = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)
             worth = scale[part].to(loss.dtype)
-            total += torch.where((worth == 0) | (loss == 0), 0.0, loss * worth).sum()
+            total += weighted(loss, worth).sum()
             if any(needs):
                 here = out[part.start - block.start : part.stop - block.start]
                 _write_gradient(

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
+from motab_kernels.divergence_checks import DIVERGENCES
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 SPLIT = 4096  # columns, as in splits.h
 CALL = struct.Struct("23q")  # `DivergenceCall` in divergence.cpp
 
@@ -38,7 +38,7 @@ def _call(
     call = CALL.pack(
         *shape,
         torch.get_num_threads(),
-        KINDS.index(kind),
+        DIVERGENCES.index(kind),
         *logits(student),
         *logits(teacher),
         *parameter(tau),

@@ -6,13 +6,13 @@ B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. No
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
@@ -40,16 +40,12 @@ HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
-    return tuned("divergence", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
+    return tuned("divergence", device, DEFAULT, HIP)
 
 
 def splits(V: int, settings: Settings) -> int:
     """They follow from V alone, so that a row's sums do not change with its batch."""
     return triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: Settings) -> dict[str, Any]:
@@ -86,7 +82,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
     settings = settings_for(student.device)
     B, T, V = student.shape
     sums = torch.empty((B * T, 6, splits(V, settings)), dtype=torch.float32, device=student.device)
-    with _on(student.device):
+    with launched_on(student.device):
         sums_kernel[(B * T, sums.shape[2])](
             **_arguments(student, teacher, tau, settings),
             keep_ptr=student if keep is None else keep,
@@ -104,7 +100,7 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
     loss = torch.empty(R, dtype=torch.float32, device=sums.device)
     saved = torch.empty((R, 6), dtype=torch.float32, device=sums.device)
     rows = settings_for(sums.device).rows
-    with _on(sums.device):
+    with launched_on(sums.device):
         finish_kernel[(triton.cdiv(R, rows),)](
             sums_ptr=sums,
             keep_ptr=sums if keep is None else keep,
@@ -132,7 +128,7 @@ def divergence_terms(
     settings = settings_for(student.device)
     B, T, V = student.shape
     terms = torch.empty((B * T, 2, splits(V, settings)), dtype=torch.float32, device=student.device)
-    with _on(student.device):
+    with launched_on(student.device):
         terms_kernel[(B * T, terms.shape[2])](
             **_arguments(student, teacher, tau, settings),
             keep_ptr=student if keep is None else keep,
@@ -163,7 +159,7 @@ def divergence_gradient(
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
-    with _on(student.device):
+    with launched_on(student.device):
         gradient_kernel[(B * T, splits(V, settings))](
             **_arguments(student, teacher, tau, settings),
             saved_ptr=saved,

@@ -490,7 +490,7 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"student_logits": torch.ones(2, 10).int()}, "student_logits: expected float32.*got torch.int32"),
         ({"student_logits": torch.ones(10)}, r"student_logits: expected shape \(B, V\) or \(B, T, V\), got \(10,\)"),
         ({"teacher_logits": torch.ones(3, 10)}, r"teacher_logits: expected .*\(2, 'V'\).*got \(3, 10\)"),
-        ({"teacher_logits": torch.ones(2, 0)}, r"expected a shared vocabulary, got \(2, 10\) and \(2, 0\)"),
+        ({"teacher_logits": torch.ones(2, 0)}, "expected a shared vocabulary, got 10 and 0 columns"),
     ],
 )
 def test_bad_input(change, message):
