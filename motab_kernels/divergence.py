@@ -15,7 +15,7 @@ from motab_kernels.arguments import with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
-from motab_kernels.divergence_sums import CENTRE
+from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
 from motab_kernels.reference import divergence as reference
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
@@ -177,7 +177,13 @@ def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tens
 
 
 def divergence_forward(
-    kernels: Any, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, lam: float
+    kernels: DivergenceKernels,
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor | None,
+    keep: Tensor | None,
+    kind: str,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits, the vocabulary that `kernels` sums over."""
     sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
@@ -286,8 +292,7 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         )
 
 
-def kernels_of(backend: str, device: torch.device, group: str = "") -> Any:
-    """What has the op's primitives: sums, finish, terms and gradient."""
-    modules = {"torch": reference, "cpu": cpu}
+def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
+    modules: dict[str, DivergenceKernels] = {"torch": reference, "cpu": cpu}
     kernels = modules[backend] if backend in modules else triton_kernels("divergence", device)
     return SlicedVocabulary(kernels, group) if group else kernels

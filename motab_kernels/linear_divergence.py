@@ -21,6 +21,7 @@ from motab_kernels.divergence import (
     weighted,
 )
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
+from motab_kernels.divergence_sums import DivergenceKernels
 from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for, loss_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
@@ -158,7 +159,7 @@ class _Heads(NamedTuple):
     kind: str
     lam: float
     vocab_size: int
-    kernels: Any
+    kernels: DivergenceKernels
 
     def forward(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Both sides' logits (n, V) at some positions, their losses, and what the gradient needs besides."""

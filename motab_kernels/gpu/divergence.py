@@ -1,7 +1,8 @@
 """`divergence_loss` on Triton. One launch reads the logits, one combines its sums; the kinds that need the normalisers
 first read the logits once more; the backward pass reads them once and writes the gradient.
 
-B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. No atomics, no wait of the host.
+The functions are those of `DivergenceKernels`; a slice is a split of the vocabulary. No atomics, and the host does not
+wait.
 """
 
 from __future__ import annotations
@@ -76,8 +77,6 @@ def _contiguous_vocabulary(x: Tensor) -> Tensor:
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
-    """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept, and those that the kind does not
-    need, hold anything."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
@@ -95,7 +94,6 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
     R, _, S = sums.shape
     loss = torch.empty(R, dtype=torch.float32, device=sums.device)
     saved = torch.empty((R, 6), dtype=torch.float32, device=sums.device)
@@ -123,7 +121,6 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
 def divergence_terms(
     student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
 ) -> Tensor:
-    """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
@@ -154,8 +151,6 @@ def divergence_gradient(
     lam: float,
     out: Tensor,
 ) -> None:
-    """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits; 0 where the
-    position's scale (R,) is 0."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
