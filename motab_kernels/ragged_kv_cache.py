@@ -103,8 +103,8 @@ class RaggedKVCache(Cache):
         self.max_length = max_length
         # Not `dtype`, by which accelerate knows a tensor among a model's outputs.
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        # `visible_length` until the forward pass in progress ends, and from then on.
-        self._bounds = (0, 0)
+        # `visible_length` between forward passes, and during the one that is in progress.
+        self._visible_length = self._visible_length_in_step = 0
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
         self._step: Step | None = None
@@ -114,7 +114,7 @@ class RaggedKVCache(Cache):
         """A bound on ``max(lengths)`` that the host knows without asking the device; each forward pass reads that many
         slots (and its own), unless ``prepare`` is told of another. A forward pass raises it to what it reads, a
         truncation lowers it where it can."""
-        return self._bounds[0 if self._step is not None else 1]
+        return self._visible_length if self._step is None else self._visible_length_in_step
 
     # ---------------------------------------------------------------- pages
 
@@ -230,9 +230,9 @@ class RaggedKVCache(Cache):
             table, offsets = None, slots
             places = (torch.arange(len(lengths), device=self.device) if rows is None else rows)[:, None]
         before = self.visible_length
-        after = before + num_tokens if self._is_uniform else max(before, visible_length)
         # Not in `update`, where `torch.compile` would make a graph for each number.
-        self._bounds = (before, after)
+        self._visible_length = before + num_tokens if self._is_uniform else max(before, visible_length)
+        self._visible_length_in_step = before
         return Step(rows, slots, places, offsets, table, visible_length, None)
 
     def _check_reserved(self, pages: PageTable, rows: Tensor | None, lengths: Tensor) -> None:
@@ -292,8 +292,7 @@ class RaggedKVCache(Cache):
         # Equal requests end in equal lengths where every row is known to reach that far.
         reached = on_host or self._is_uniform or bound == 0
         self._is_uniform = known is not None and len(set(known)) == 1 and reached
-        bound = self.visible_length if bound is None else min(bound, self.visible_length)
-        self._bounds = (bound, bound)
+        self._visible_length = self.visible_length if bound is None else min(bound, self.visible_length)
         self._step = None
 
     def _zero_(self, new_lengths: Tensor) -> None:
