@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class GpuError(Exception):
-    """What is an error on a GPU, or luck."""
+    """An access that on a GPU is an error or undefined behaviour."""
 
 
 class Access(NamedTuple):
