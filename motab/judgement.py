@@ -3,38 +3,30 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from typing import NamedTuple
 
+from motab_kernels.boundary_state import IS_SAFE
 
-class Score(NamedTuple):
-    """A score of `motab_kernels`' boundaries: what people call it, and when a step is accepted by it."""
-
-    label: str
-    is_safe: Callable[[float, float], bool]  # of value and threshold
-
-
-#: By their names there.
+#: What people call the scores of `motab_kernels`' boundaries.
 SCORES = {
-    "teacher_value": Score("value", operator.ge),
-    "value_ratio": Score("value ratio (teacher : student)", operator.ge),
-    "forward_kl": Score("KL(teacher || student)", operator.le),
-    "reverse_kl": Score("KL(student || teacher)", operator.le),
-    "teacher_rank": Score("teacher rank (0: likeliest)", operator.lt),
+    "teacher_value": "value",
+    "value_ratio": "value ratio (teacher : student)",
+    "forward_kl": "KL(teacher || student)",
+    "reverse_kl": "KL(student || teacher)",
+    "teacher_rank": "teacher rank (0: likeliest)",
 }
 
 
 def label(score: str | None) -> str:
     """What the value of a step is called."""
-    return SCORES["teacher_value" if score is None else score].label
+    return SCORES["teacher_value" if score is None else score]
 
 
 def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:
     """Whether a verdict is that of its value and threshold. These were rounded after it, so that a value beyond the
     threshold may have become the same number."""
-    return SCORES[score].is_safe(value, threshold) == accepted or (not accepted and value == threshold)
+    return IS_SAFE[score](value, threshold) == accepted or (not accepted and value == threshold)
 
 
 def holds_nothing(score: str | None, threshold: float) -> bool:
     """Whether no number would be beyond the threshold: a step was scored, and held to no boundary."""
-    return score not in ("forward_kl", "reverse_kl", "teacher_rank") and threshold == 0
+    return (score is None or IS_SAFE[score] is operator.ge) and threshold == 0

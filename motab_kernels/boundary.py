@@ -32,6 +32,7 @@ from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
 
 __all__ = [
+    "Boundary",
     "BoundaryOutput",
     "BoundaryState",
     "EntropyBoundary",
@@ -134,7 +135,7 @@ def fused_kl_boundary(
     Source: MOTAB, arXiv 2605.19433.
     """
     boundary = DEFAULT if boundary is None else boundary
-    if not isinstance(boundary, (EntropyBoundary, FixedBoundary, MovingAverageBoundary)):
+    if not isinstance(boundary, Boundary):
         expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
         raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
     rule = boundary.rule

@@ -11,6 +11,7 @@ and is accepted while the score lies on the safe side of the threshold. NaN lies
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,8 +21,16 @@ from torch import Tensor
 
 from motab_kernels.arguments import check_count, check_parameter
 
-#: What can be watched. The first two are safe when high, the others when low.
-SCORES = ("teacher_value", "value_ratio", "forward_kl", "reverse_kl", "teacher_rank")
+#: Which scores are safe at a threshold, by what `is_safe(score, threshold)` is. In the order of the enum in
+#: cpu/boundary_walk.h.
+IS_SAFE = {
+    "teacher_value": operator.ge,
+    "value_ratio": operator.ge,
+    "forward_kl": operator.le,
+    "reverse_kl": operator.le,
+    "teacher_rank": operator.lt,
+}
+SCORES = tuple(IS_SAFE)
 
 
 class Rule(NamedTuple):
