@@ -37,7 +37,7 @@ def check_tensors(
     if page_table is not None:
         _check_page_table(page_table, b, S, query.device)
         if rows is not None:
-            raise ValueError("expected rows or page_table, got both; choose rows of the table")
+            raise ValueError("rows: expected None with page_table, got both; choose rows of the table")
     for name, index in (("lengths", lengths), ("rows", rows)):
         if index is not None and (index.shape != (b,) or index.dtype != torch.int64 or index.device != query.device):
             got = f"{tuple(index.shape)} {index.dtype} on {index.device}"

@@ -83,7 +83,7 @@ def warn_once() -> None:
 def triton_kernels(op: str, device: torch.device | None = None) -> Any:
     """`motab_kernels.gpu.<op>`, imported by the first call that runs it on tensors of `device`."""
     if not HAS_TRITON:
-        raise ValueError("expected Triton to be installed; install it")
+        raise ValueError('backend: "triton" expected Triton to be installed; install it')
     from motab_kernels.gpu import INTERPRETED
 
     if device is not None and device.type != "cuda" and not INTERPRETED:

@@ -133,6 +133,6 @@ def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str 
         first = first_position + int((~finite).nonzero()[0])
         count = int((~finite).sum())
         raise ValueError(
-            f"expected a finite gradient, got {count} of {len(finite)} positions with NaN or inf, the first {first} "
-            "(counted over the flattened leading shape): look at its logits, or mask it"
+            f"gradient: expected finite values, got {count} of {len(finite)} positions with NaN or inf, the first "
+            f"{first} (counted over the flattened leading shape): look at its logits, or mask it"
         )
