@@ -1,4 +1,4 @@
-// Included once a level.
+// Included once per level.
 
 namespace motab {
 namespace LEVEL {
