@@ -148,7 +148,7 @@ def test_attention(benchmark, provider, dtype, case):
 
 @functools.cache
 def model_and_cache(B, S, room):
-    """Qwen3 with 33 M parameters, of which 8 M are embeddings; the rows hold random keys and values."""
+    """Qwen3 with 33 M parameters, of which 8 M are embeddings; the rows hold S // 4 to S random keys and values."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -164,12 +164,12 @@ def model_and_cache(B, S, room):
     )
     model = Qwen3ForCausalLM(config).eval().to(DEVICE)
     cache = mk.RaggedKVCache(config, B, S + room, device=DEVICE)
-    with torch.no_grad():
-        model(torch.zeros(B, 1, dtype=torch.long, device=DEVICE), **cache.prepare(1))
-    for layer in cache.layers:
-        layer.keys.normal_()
-        layer.values.normal_()
-    return model, cache
+    for layer in range(config.num_hidden_layers):
+        keys, values = torch.randn(2, B, config.num_key_value_heads, S, config.head_dim, device=DEVICE)
+        cache.update(keys, values, layer)
+    lengths = torch.linspace(S // 4, S, B, device=DEVICE).long()
+    mk.truncate_kv_cache_(cache, lengths, max_length=S)
+    return model, cache, lengths
 
 
 @pytest.mark.parametrize("T", [1, 16])
@@ -177,11 +177,7 @@ def model_and_cache(B, S, room):
 @torch.no_grad()
 def test_forward_pass(benchmark, provider, T):
     B, S = 8, 2048
-    model, cache = model_and_cache(B, S, 16)
-    cache.lengths.fill_(S)
-    cache._bounds = (S, S)
-    lengths = torch.linspace(S // 4, S, B, device=DEVICE).long()
-    mk.truncate_kv_cache_(cache, lengths, max_length=S)
+    model, cache, lengths = model_and_cache(B, S, 16)
     token_ids = torch.randint(8192, (B, T), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 
     def run(attention):

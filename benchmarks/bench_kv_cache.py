@@ -10,16 +10,12 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import motab_kernels as mk
+from benchmarks.timing import synchronise
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 B, S, L, H, D = 8, 512, 4, 2, 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEPT = [S - 37 * row for row in range(B)]  # evenly from all to about half
-
-
-def synchronise():
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +87,7 @@ def test_dynamic_cache(benchmark, model, input_ids, method):
 
     def run(*args):
         cache = method(*args)
-        synchronise()
+        synchronise(DEVICE)
         return cache
 
     cache = run(*fresh_copy()[0])
@@ -107,7 +103,7 @@ def test_ragged_cache(benchmark, model, input_ids):
 
     def run():
         mk.truncate_kv_cache_(cache, kept, max_length=S)
-        synchronise()
+        synchronise(DEVICE)
 
     run()
     assert cache.lengths.tolist() == KEPT

@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_linear_divergence.py
 
-N positions, hidden size H, vocabulary V; JSD with beta 0.5, and on a GPU forward KL, which is all that fla has, in a
-kernel that runs there alone. Each gradient is compared with one in
-float32 before it is timed. `products` is the time of four matrix products of the size alone: both sides' logits, and
-the two gradients. The peak, on a GPU, is the allocator's, beyond inputs and gradients of the run before.
+N positions, hidden size H, vocabulary V. JSD with beta 0.5; on a GPU also forward KL, the only divergence of fla, whose
+kernel needs a GPU. Each gradient is compared with one in float32 before it is timed. `products` is the time of the four
+matrix products alone: both sides' logits, and the two gradients. The peak on a GPU is the allocator's, beyond inputs
+and the gradients of the run before.
 `python -m benchmarks.gpu` races the same providers on a GPU.
 """
 

@@ -32,6 +32,7 @@ from typing import Any
 import torch
 
 from benchmarks import gpu_report
+from benchmarks.files import whole_path
 from benchmarks.gpu_races import STAGES, Plan, Record
 
 ROOT = Path(__file__).parents[1]
@@ -147,11 +148,10 @@ def serve(stage: str, plan: Plan, sender: multiprocessing.connection.Connection)
 
 
 def write(results: Record, out: Path) -> None:
-    """Every file under a temporary name first: a kill at any time leaves the last whole one."""
+    """The files are whole at any time: a kill leaves the last ones."""
     for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", gpu_report.table(results))):
-        unfinished = out / f"{name}.unfinished"
-        unfinished.write_text(text + ("" if text.endswith("\n") else "\n"))
-        unfinished.replace(out / name)
+        with whole_path(out / name) as unfinished:
+            unfinished.write_text(text.rstrip("\n") + "\n")
     try:
         gpu_report.plots(results, out)
     except Exception as error:  # the numbers are what counts

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.files import whole_path
+
 Record = dict[str, Any]
 Times = dict[tuple[str, str], float]  # by case and provider, ms
 OURS = "ours, buffers given"
@@ -168,7 +170,6 @@ def plots(results: Record, out: Path) -> None:
 def save(figure: Any, path: Path) -> None:
     import matplotlib.pyplot as plt
 
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, dpi=120, format="png")
+    with whole_path(path) as unfinished:
+        figure.savefig(unfinished, dpi=120, format="png")
     plt.close(figure)
-    unfinished.replace(path)

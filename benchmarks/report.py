@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.files import whole_path
 from benchmarks.gpu import installed
 from benchmarks.timing import copy_tb_s
 
@@ -105,16 +106,14 @@ def picture(records: list[Record], path: Path) -> None:
             title = ", ".join(f"{y} = {n}" for y, n in zip(others, fixed, strict=True))
             axis.set(xscale="log", yscale="log", xlabel=x, ylabel="ms", title=f"{op}, {title}")
             axis.legend()
-    unfinished = path.with_suffix(".unfinished")
-    figure.savefig(unfinished, dpi=110, format="png")
+    with whole_path(path) as unfinished:
+        figure.savefig(unfinished, dpi=110, format="png")
     plt.close(figure)
-    unfinished.replace(path)
 
 
 def write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(f"{path.suffix}.unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with whole_path(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def main(arguments: list[str] | None = None) -> None:

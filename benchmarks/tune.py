@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import bench_attention, bench_boundary, bench_divergence
 from benchmarks.bench_attention import Case
+from benchmarks.files import whole_path
 from benchmarks.timing import median_ms, replayed_ms, rotations
 from motab_kernels.gpu import attention, boundary, divergence
 from motab_kernels.gpu.tuned import FILE
@@ -104,12 +105,11 @@ def best(module: ModuleType, choices: Iterable[Any], times: Callable[[], Iterato
 
 
 def write(out: Path, name: str, ops: dict[str, Any]) -> None:
-    """What was found of a device, under a temporary name first; other devices' settings stay."""
+    """What was found for a device; other devices' settings stay."""
     table = json.loads(out.read_text()) if out.exists() else {}
     table[name] = {op: settings._asdict() for op, settings in ops.items() if settings is not None}
-    unfinished = out.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(out)
+    with whole_path(out) as unfinished:
+        unfinished.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 def main(arguments: list[str] | None = None) -> None:

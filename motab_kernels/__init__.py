@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from motab_kernels.attention import ragged_attention
 from motab_kernels.boundary import (
+    Boundary,
     BoundaryOutput,
     BoundaryState,
     EntropyBoundary,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from motab_kernels.ragged_kv_cache import RaggedKVCache
 
 __all__ = [
+    "Boundary",
     "BoundaryOutput",
     "BoundaryState",
     "EntropyBoundary",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from motab_kernels.arguments import DTYPES
+
 PAGE_MULTIPLE = 64  # of slots, where a row has several pages: a tile of slots lies in one
 
 
@@ -36,7 +37,7 @@ def check_tensors(
     if page_table is not None:
         _check_page_table(page_table, b, S, query.device)
         if rows is not None:
-            raise ValueError("expected rows or page_table, got both; choose rows of the table")
+            raise ValueError("rows: expected None with page_table, got both; choose rows of the table")
     for name, index in (("lengths", lengths), ("rows", rows)):
         if index is not None and (index.shape != (b,) or index.dtype != torch.int64 or index.device != query.device):
             got = f"{tuple(index.shape)} {index.dtype} on {index.device}"

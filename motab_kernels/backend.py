@@ -7,7 +7,6 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -81,10 +80,10 @@ def warn_once() -> None:
     warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=5)
 
 
-def triton_kernels(op: str, device: torch.device | None = None) -> ModuleType:
+def triton_kernels(op: str, device: torch.device | None = None) -> Any:
     """`motab_kernels.gpu.<op>`, imported by the first call that runs it on tensors of `device`."""
     if not HAS_TRITON:
-        raise ValueError("expected Triton to be installed; install it")
+        raise ValueError('backend: "triton" expected Triton to be installed; install it')
     from motab_kernels.gpu import INTERPRETED
 
     if device is not None and device.type != "cuda" and not INTERPRETED:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_count, check_parameter, check_place, shared_columns, with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.boundary_checks import (
     check_out,
@@ -20,21 +21,18 @@ from motab_kernels.boundary_checks import (
     check_workspace,
 )
 from motab_kernels.boundary_state import (
-    SCORES,
     Boundary,
     BoundaryState,
     EntropyBoundary,
     FixedBoundary,
     MovingAverageBoundary,
     Rule,
-    check_count,
-    check_parameter,
 )
 from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
 
 __all__ = [
-    "SCORES",
+    "Boundary",
     "BoundaryOutput",
     "BoundaryState",
     "EntropyBoundary",
@@ -46,8 +44,7 @@ __all__ = [
 
 
 class BoundaryOutput(NamedTuple):
-    """What `fused_kl_boundary` returns, shaped like `token_ids`. At padding: 0, False, and -1 for
-    integers."""
+    """What `fused_kl_boundary` returns, shaped like `token_ids`. At padding: 0, False, and -1 for integers."""
 
     forward_kl: Tensor  # float32, nats, >= 0: KL(teacher || student)
     reverse_kl: Tensor  # float32, nats, >= 0: KL(student || teacher)
@@ -121,9 +118,8 @@ def fused_kl_boundary(
         vocab_size: columns that count, at most. None: all that both sides have.
         out: a `BoundaryOutput` of contiguous tensors to write into and return. None: new tensors.
         workspace: scratch memory of "triton", from `boundary_workspace`, that calls on one stream may share.
-            None: new memory. With `out`, `workspace` and `state` given a call allocates nothing, and it can
-                be
-            captured in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
+            None: new memory. With `out`, `workspace` and `state` given, a call allocates nothing and can be captured
+            in a CUDA graph (`entropy_top_k` allocates; a first call puts numbers on the device).
         backend: "triton" (on a GPU) and "cpu" (C++) are kernels that read the logits once, "torch" is plain
             PyTorch. None: the kernels of the device where they are installed and the logits are not float64,
             else "torch".
@@ -139,18 +135,12 @@ def fused_kl_boundary(
     Source: MOTAB, arXiv 2605.19433.
     """
     boundary = DEFAULT if boundary is None else boundary
-    if not isinstance(boundary, (EntropyBoundary, FixedBoundary, MovingAverageBoundary)):
+    if not isinstance(boundary, Boundary):
         expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
         raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
     rule = boundary.rule
     check_tensors(student_logits, teacher_logits, token_ids, step_ends)
-    V = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
-        V = min(V, vocab_size)
-    if V == 0:
-        shapes = f"{tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}"
-        raise ValueError(f"student_logits, teacher_logits: expected a shared vocabulary, got {shapes}")
+    V = shared_columns(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
     check_parameter("temperature", temperature, minimum=0, strict=True)
 
     B, device = token_ids.shape[0], token_ids.device
@@ -171,9 +161,9 @@ def fused_kl_boundary(
         teacher_logits.detach(),
         token_ids,
         step_ends,
-        None if _is_one(temperature) else _on_device("temperature", temperature, B, device),
-        _on_device("the boundary's threshold", rule.scale, B, device),
-        None if rule.theta is None else _on_device("theta", rule.theta, B, device),
+        None if _is_one(temperature) else _parameter_tensor("temperature", temperature, B, device),
+        _parameter_tensor("the boundary's threshold", rule.scale, B, device),
+        None if rule.theta is None else _parameter_tensor("theta", rule.theta, B, device),
         [] if state is None else [state.counters, state.scores, state.history],
         list(out),
         workspace,
@@ -186,8 +176,7 @@ def fused_kl_boundary(
 
 
 def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: torch.device | str) -> Tensor:
-    """Scratch memory for `fused_kl_boundary` with backend "triton", for up to so many rows, tokens and
-    columns.
+    """Scratch memory for `fused_kl_boundary` with backend "triton", for at most these rows, tokens and columns.
 
     Equivalent to `torch.empty(n, dtype=torch.float32, device=device)`, where n is 10 for each position and
     each split of the vocabulary. Its contents mean nothing between calls.
@@ -244,11 +233,8 @@ def _fused_kl_boundary(
             check_values(token_ids, temperature, vocab_size)
         return
 
-    def with_tokens(x: Tensor) -> Tensor:  # (B, ...) is T = 1
-        return x if token_ids.dim() == 2 else x.unsqueeze(1)
-
-    student, teacher, tokens = (with_tokens(x) for x in (student, teacher, token_ids))
-    ends = None if step_ends is None else with_tokens(step_ends)
+    student, teacher, tokens = with_tokens(student), with_tokens(teacher), with_tokens(token_ids, 2)
+    ends = None if step_ends is None else with_tokens(step_ends, 2)
     if backend == "torch":
         results = reference.fused_kl_boundary(
             student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
@@ -281,12 +267,10 @@ _constants: dict[tuple[float, torch.device, int], Tensor] = {}
 MOST_CONSTANTS = 4096
 
 
-def _on_device(name: str, value: float | Tensor, B: int, device: torch.device) -> Tensor:
-    """A parameter as a tensor on the device. Numbers are put there once, and kept."""
+def _parameter_tensor(name: str, value: float | Tensor, B: int, device: torch.device) -> Tensor:
+    """A parameter as a tensor on the device. A number is copied there once, and the copy kept."""
     if isinstance(value, Tensor):
-        if value.device != device or value.shape not in ((), (B,)):
-            got = f"shape {tuple(value.shape)} on {value.device}"
-            raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+        check_place(name, value, B, device)
         return value.detach()
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.full((), value, dtype=torch.float64, device=device)  # memory of the graph's own

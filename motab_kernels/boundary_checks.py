@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_logits
 from motab_kernels.boundary_state import BoundaryState
-
-LOGIT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_workspace(workspace: Tensor, numel: int, device: torch.device) -> None:
@@ -21,11 +20,7 @@ def check_workspace(workspace: Tensor, numel: int, device: torch.device) -> None
 
 
 def check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends: Tensor | None) -> None:
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in LOGIT_DTYPES:
-            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-        if logits.dim() not in (2, 3):
-            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+    check_logits(student, teacher)
     leading = student.shape[:-1]
     if teacher.shape[:-1] != leading:
         expected, got = (*leading, "V"), tuple(teacher.shape)

@@ -11,6 +11,7 @@ and is accepted while the score lies on the safe side of the threshold. NaN lies
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -18,8 +19,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: What can be watched. The first two are safe when high, the others when low.
-SCORES = ("teacher_value", "value_ratio", "forward_kl", "reverse_kl", "teacher_rank")
+from motab_kernels.arguments import check_count, check_parameter
+
+#: Which scores are safe at a threshold, by what `is_safe(score, threshold)` is. In the order of the enum in
+#: cpu/boundary_walk.h.
+IS_SAFE = {
+    "teacher_value": operator.ge,
+    "value_ratio": operator.ge,
+    "forward_kl": operator.le,
+    "reverse_kl": operator.le,
+    "teacher_rank": operator.lt,
+}
+SCORES = tuple(IS_SAFE)
 
 
 class Rule(NamedTuple):
@@ -30,33 +41,6 @@ class Rule(NamedTuple):
     theta: float | Tensor | None = None  # None: no entropy in the threshold
     top_k: int = 0  # 0: the entropy of the whole vocabulary
     window: int = 0  # 0: no history in the threshold
-
-
-def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
-    """A finite number of at least (`strict`: above) `minimum`, or a floating-point tensor, 0-d or (B,).
-
-    A tensor's values are looked at on the CPU only: elsewhere that would make the host wait.
-    """
-    bound = f" {'>' if strict else '>='} {minimum:g}"
-    if isinstance(value, Tensor):
-        if value.dim() > 1 or not value.dtype.is_floating_point:
-            got = f"{value.dtype} of shape {tuple(value.shape)}"
-            raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        if not (value > minimum if strict else value >= minimum).all():
-            raise ValueError(f"{name}: expected values{bound}, got {value.tolist()}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    else:
-        too_low = value <= minimum if strict else value < minimum
-        if too_low or not value < math.inf:  # isfinite is not for symbolic numbers
-            raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
-
-
-def check_count(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,11 +172,10 @@ class BoundaryState:
             `boundary.new_state(batch_size, device)` sets it.
     """
 
-    # Columns of `counters` (B, 6) int32.
-    TOKENS, STEP_TOKENS, STEPS, FALL_START, BREACH_POSITION, ROLLBACK_POSITION = range(6)
-    # Columns of `scores` (B, 5) float64. Double, so that blocks of any length add up to the same sums and a
-    # float64 reference decides in float64; a few operations a token do not show.
-    STEP_TOTAL, SCORE, THRESHOLD, SAFETY, FALL = range(5)
+    # `counters` (B, 6) int32: tokens, step tokens, steps, fall start, breach position, rollback position.
+    # `scores` (B, 5) float64: step total, score, threshold, safety, fall. Double, so that blocks of any length add up
+    # to the same sums and a float64 reference decides in float64; a few operations a token do not show.
+    TOKENS, STEPS, BREACH_POSITION, ROLLBACK_POSITION = 0, 2, 4, 5
 
     def __init__(self, batch_size: int, device: torch.device | str | None = None, window: int = 0) -> None:
         check_count("batch_size", batch_size, minimum=0)

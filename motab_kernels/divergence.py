@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from motab_kernels.arguments import with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
-from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, on_device, resolve
+from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
+from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
 from motab_kernels.reference import divergence as reference
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
@@ -117,7 +119,7 @@ def divergence_loss(
     kind, lam = resolve(divergence, beta, alpha)
     refuse_forward_mode("divergence_loss", student_logits)
     V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
-    tau = on_device(temperature, student_logits.shape[0], student_logits.device)
+    tau = temperature_tensor(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
     backend = choose_backend(backend, student_logits, teacher_logits)
     if group is not None:
@@ -126,14 +128,13 @@ def divergence_loss(
     loss, _ = divergence_op(
         student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend, name
     )
-    loss = weighted(loss, weights, mask)
+    if weights is not None:
+        loss = weighted(loss, weights, mask)
     return loss if reduction == "none" else loss.sum() / divide
 
 
-def weighted(loss: Tensor, weights: Tensor | None, mask: Tensor | None) -> Tensor:
+def weighted(loss: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """loss * weights, and 0 where the weight is 0 or the mask False, whatever the loss or the weight there."""
-    if weights is None:
-        return loss
     weights = weights.detach().to(loss.dtype)
     weights = weights if mask is None else weights.masked_fill(~mask, 0)
     # By the weight alone: a loss that rounds to 0 still has a gradient.
@@ -179,7 +180,13 @@ def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tens
 
 
 def divergence_forward(
-    kernels: Any, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, lam: float
+    kernels: DivergenceKernels,
+    student: Tensor,
+    teacher: Tensor,
+    tau: Tensor | None,
+    keep: Tensor | None,
+    kind: str,
+    lam: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits, the vocabulary that `kernels` sums over."""
     sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
@@ -187,7 +194,7 @@ def divergence_forward(
     if kind not in ONE_READ:
         loss, centre = kernels.divergence_terms(student, teacher, tau, keep, saved, kind, lam).sum(-1).unbind(-1)
         loss = torch.where(loss < 0, 0.0, loss)  # rounding
-        saved[:, 5] = centre
+        saved[:, CENTRE] = centre
     return loss, saved
 
 
@@ -288,13 +295,7 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
         )
 
 
-def with_tokens(x: Tensor) -> Tensor:
-    """(B, V) is T = 1."""
-    return x if x.dim() == 3 else x.unsqueeze(1)
-
-
-def kernels_of(backend: str, device: torch.device, group: str = "") -> Any:
-    """What has the op's primitives: sums, finish, terms and gradient."""
-    modules = {"torch": reference, "cpu": cpu}
+def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
+    modules: dict[str, DivergenceKernels] = {"torch": reference, "cpu": cpu}
     kernels = modules[backend] if backend in modules else triton_kernels("divergence", device)
     return SlicedVocabulary(kernels, group) if group else kernels

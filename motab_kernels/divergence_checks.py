@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import KERNEL_DTYPES
-from motab_kernels.boundary_state import check_count, check_parameter
+from motab_kernels.arguments import DTYPES, check_logits, check_parameter, check_place, shared_columns
 from motab_kernels.vocab_parallel import gather
 
+# In the order of the enum in cpu/divergence.cpp.
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
@@ -32,25 +32,14 @@ def check_tensors(
     student: Tensor, teacher: Tensor, mask: Tensor | None, weights: Tensor | None, vocab_size: int | None
 ) -> int:
     """The number of columns that count."""
-    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
-        if logits.dtype not in (*KERNEL_DTYPES, torch.float64):
-            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-        if logits.dim() not in (2, 3):
-            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+    check_logits(student, teacher)
     leading, device = student.shape[:-1], student.device
     if teacher.shape[:-1] != leading or teacher.device != device:
         expected = f"the student's leading shape, {(*leading, 'V')}, on {device}"
         raise ValueError(f"teacher_logits: expected {expected}, got {tuple(teacher.shape)} on {teacher.device}")
     check_no_gradient("teacher_logits", teacher)
     check_position_tensors(mask, weights, leading, device)
-    V = min(student.shape[-1], teacher.shape[-1])
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
-        V = min(V, vocab_size)
-    if V == 0:
-        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
-        raise ValueError(f"student_logits, teacher_logits: expected a shared vocabulary, got {shapes}")
-    return V
+    return shared_columns(student.shape[-1], teacher.shape[-1], vocab_size)
 
 
 def check_no_gradient(name: str, x: Tensor | None) -> None:
@@ -73,14 +62,12 @@ def check_position_tensors(
             raise ValueError(f"{name}: expected {expected}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}")
 
 
-def on_device(temperature: float | Tensor, B: int, device: torch.device) -> Tensor | None:
+def temperature_tensor(temperature: float | Tensor, B: int, device: torch.device) -> Tensor | None:
     """The temperature as a float32 (or float64) tensor, None for 1."""
     check_parameter("temperature", temperature, minimum=0, strict=True)
     if not isinstance(temperature, Tensor):
         return None if temperature == 1.0 else torch.full((), temperature, dtype=torch.float64, device=device)
-    if temperature.device != device or temperature.shape not in ((), (B,)):
-        got = f"shape {tuple(temperature.shape)} on {temperature.device}"
-        raise ValueError(f"temperature: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+    check_place("temperature", temperature, B, device)
     return temperature.detach()
 
 
@@ -114,7 +101,7 @@ def check_heads(
 ) -> None:
     """Hidden states, weight and bias of both sides, and what goes with the positions."""
     for side, (hidden, weight, bias), softcap in zip(("student", "teacher"), (student, teacher), softcaps, strict=True):
-        if hidden.dtype not in (*KERNEL_DTYPES, torch.float64):
+        if hidden.dtype not in DTYPES:
             raise ValueError(f"{side}_hidden: expected float32, bfloat16, float16 or float64, got {hidden.dtype}")
         if hidden.dim() not in (2, 3):
             raise ValueError(f"{side}_hidden: expected shape (B, H) or (B, T, H), got {tuple(hidden.shape)}")
@@ -146,6 +133,6 @@ def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str 
         first = first_position + int((~finite).nonzero()[0])
         count = int((~finite).sum())
         raise ValueError(
-            f"expected a finite gradient, got {count} of {len(finite)} positions with NaN or inf, the first {first} "
-            "(counted over the flattened leading shape): look at its logits, or mask it"
+            f"gradient: expected finite values, got {count} of {len(finite)} positions with NaN or inf, the first "
+            f"{first} (counted over the flattened leading shape): look at its logits, or mask it"
         )

@@ -71,19 +71,19 @@ def truncate_kv_cache_(
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
     if isinstance(cache, RaggedKVCache):
         if attention_mask is not None:
-            raise ValueError("expected no attention_mask for a RaggedKVCache, which knows its lengths, got one")
+            raise ValueError("attention_mask: expected None for a RaggedKVCache, which knows its lengths, got one")
         cache.truncate_(new_lengths, tail=tail, max_length=max_length)
         return None
     if max_length is not None:
-        raise ValueError(f"expected max_length= with a RaggedKVCache alone, got {type(cache).__name__}")
+        raise ValueError(f"max_length: expected None except for a RaggedKVCache, got {type(cache).__name__}")
     if not isinstance(cache, DynamicCache | StaticCache):
-        raise ValueError(f"expected a RaggedKVCache, DynamicCache or StaticCache, got {type(cache).__name__}")
+        raise ValueError(f"cache: expected a RaggedKVCache, DynamicCache or StaticCache, got {type(cache).__name__}")
     refuse_inexact(cache)
     batch_size, slots = cache.layers[0].keys.shape[0], int(cache.get_seq_length())
     if attention_mask is None:
         attention_mask = torch.ones(batch_size, slots, dtype=torch.int64, device=cache.layers[0].keys.device)
     elif tuple(attention_mask.shape) != (batch_size, slots):
-        raise ValueError(f"expected attention_mask of shape {(batch_size, slots)}, got {tuple(attention_mask.shape)}")
+        raise ValueError(f"attention_mask: expected shape {(batch_size, slots)}, got {tuple(attention_mask.shape)}")
     lengths = lengths_tensor(new_lengths, batch_size, attention_mask.device)
     if isinstance(cache, StaticCache):
         return _truncate_static_(cache, lengths, attention_mask, slots, tail)
@@ -98,9 +98,9 @@ def _truncate_dynamic_(
     has_gap = (is_real[:, :-1] & ~is_real[:, 1:]).any(-1)
     old, new, gaps = torch.stack([is_real.sum(-1), lengths, has_gap.long()]).tolist()
     if any(kept > had or kept < 0 for kept, had in zip(new, old, strict=True)):
-        raise ValueError(f"expected new_lengths of at most the rows' tokens {old}, got {new}")
+        raise ValueError(f"new_lengths: expected at most the rows' tokens {old}, got {new}")
     if any(gaps):
-        raise ValueError("expected attention_mask with all padding on the left, got a row with padding after a token")
+        raise ValueError("attention_mask: expected all padding on the left, got a row with padding after a token")
     width = max(new)
     by_device: dict[torch.device, list[Tensor]] = {}
     for layer in cache.layers:
@@ -132,9 +132,9 @@ def _realign_(
 def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:
     new = lengths.tolist()
     if len(set(new)) > 1:
-        raise ValueError(f"expected one length for all rows of a StaticCache, got {new}: use a RaggedKVCache")
+        raise ValueError(f"new_lengths: expected one length in a StaticCache, got {new}: use a RaggedKVCache")
     if new[0] > slots:
-        raise ValueError(f"expected new_lengths of at most {slots}, got {new[0]}")
+        raise ValueError(f"new_lengths: expected at most {slots}, got {new[0]}")
     for layer in cache.layers:
         if tail == "zero":
             layer.keys[:, :, new[0] : slots].zero_()

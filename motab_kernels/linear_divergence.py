@@ -6,13 +6,13 @@ N positions, H and H_t hidden sizes, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_count, shared_columns
 from motab_kernels.backend import choose_backend
-from motab_kernels.boundary_state import check_count
 from motab_kernels.divergence import (
     divergence_forward,
     kernels_of,
@@ -20,19 +20,15 @@ from motab_kernels.divergence import (
     refuse_second_derivative,
     weighted,
 )
-from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, on_device, resolve
-from motab_kernels.linear_head import Head, autocast
+from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
+from motab_kernels.divergence_sums import DivergenceKernels
+from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for, loss_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["fused_linear_divergence"]
-
-#: Bytes in work at a time: both sides' logits of a chunk of positions, and the gradients of CHUNKS of them by the
-#: student's logits, which go into the other matrix products together, for each pass over a large weight costs.
-BUDGET = 1 << 30
-CHUNKS = 5
 
 #: A float16 gradient by the logits is taken times this over the largest position's worth, lest it vanish or overflow:
 #: it may be 1e-5 of a position's, which is one of thousands. The factor goes off when gradients are passed on.
@@ -121,17 +117,14 @@ def fused_linear_divergence(
     check_heads(*heads, (student_softcap, teacher_softcap), mask, weights)
     leading = student_hidden.shape[:-1]
     N = leading.numel()
-    V = min(student_weight.shape[0], teacher_weight.shape[0])
-    if vocab_size is not None:
-        check_count("vocab_size", vocab_size)
-        V = min(V, vocab_size)
+    V = shared_columns(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
     backend = choose_backend(backend, student_hidden, teacher_hidden)
-    tau = on_device(temperature, leading[0], student_hidden.device)
+    tau = temperature_tensor(temperature, leading[0], student_hidden.device)
     if tau is not None and tau.dim():
         tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
     keep = None if mask is None else mask.reshape(-1).contiguous()
     if chunk_size is None:
-        chunk_size = _chunk_size(student_weight, teacher_weight, student_softcap is not None)
+        chunk_size = chunk_size_for(student_weight, teacher_weight, student_softcap is not None)
     check_count("chunk_size", chunk_size)
     if group is not None:
         widths = student_weight.shape[0], teacher_weight.shape[0]
@@ -140,13 +133,14 @@ def fused_linear_divergence(
     tensors = (student_hidden.reshape(N, student_hidden.shape[-1]), student_weight, student_bias)
     bias = None if teacher_bias is None else teacher_bias.detach()
     others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), teacher_weight.detach(), bias)
-    scales = [student_logit_scale, teacher_logit_scale, student_softcap or 0.0, teacher_softcap or 0.0]
+    scales = [student_logit_scale, student_softcap or 0.0], [teacher_logit_scale, teacher_softcap or 0.0]
     name = "" if group is None else group.group_name
-    options = (scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
+    options = (*scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
         loss = rows_op(*tensors, *others, keep, tau, *options)
-        return weighted(loss.view(leading), weights, mask)
+        loss = loss.view(leading)
+        return loss if weights is None else weighted(loss, weights, mask)
     scale = torch.ones(N, dtype=loss_dtype(student_hidden), device=student_hidden.device)
     if weights is not None:
         scale = scale * weights.detach().reshape(-1)
@@ -155,17 +149,48 @@ def fused_linear_divergence(
     return total_op(*tensors, *others, keep, tau, scale, needs, *options)[0]
 
 
-def loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
+class _Heads(NamedTuple):
+    """Both sides' heads, and the divergence between them."""
+
+    student: Head
+    teacher: Head
+    keep: Tensor | None  # (N,)
+    tau: Tensor | None  # 0-d or (N,)
+    kind: str
+    lam: float
+    vocab_size: int
+    kernels: DivergenceKernels
+
+    def forward(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both sides' logits (n, V) at some positions, their losses, and what the gradient needs besides."""
+        s, t = self.student.logits(part), self.teacher.logits(part)
+        keep = None if self.keep is None else self.keep[part]
+        shared = self._shared(s), self._shared(t)
+        return s, t, *divergence_forward(self.kernels, *shared, self._tau(part), keep, self.kind, self.lam)
+
+    def write_gradient(self, part: slice, s: Tensor, t: Tensor, saved: Tensor, worth: Tensor, out: Tensor) -> None:
+        """The gradient by the head's matrix product, rounded once to the dtype of `out` (n, V)."""
+        scale, softcap = self.student.scale, self.student.softcap
+        target = torch.empty_like(s) if softcap else out
+        shared = self._shared(s), self._shared(t)
+        self.kernels.divergence_gradient(
+            *shared, self._tau(part), saved, worth * scale, self.kind, self.lam, self._shared(target)
+        )
+        if softcap:
+            target.mul_(1 - (s / softcap).square_())
+            out.copy_(target.masked_fill_((worth == 0)[:, None], 0))  # logits that do not count may be NaN
+        out[:, self.vocab_size :] = 0
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """(n, V) as (B, T, V) with T = 1, of the columns that count."""
+        return x[:, None, : self.vocab_size]
+
+    def _tau(self, part: slice) -> Tensor | None:
+        return self.tau if self.tau is None or self.tau.dim() == 0 else self.tau[part]
 
 
-def _chunk_size(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
-    V, item = student_weight.shape[0], student_weight.element_size()
-    wide = loss_dtype(student_weight).itemsize
-    copies = 2 if item == 2 and student_weight.device.type == "cpu" else 1  # PyTorch's 16-bit product there makes one
-    position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS * copies
-    size = max(1, BUDGET // position)
-    return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
+#: Both ops take the same tensors first: hidden, weight and bias of the student and of the teacher, keep and tau.
+TENSORS = 8
 
 
 @torch.library.custom_op("motab_kernels::linear_divergence_rows", mutates_args=())
@@ -178,7 +203,8 @@ def rows_op(
     teacher_bias: Tensor | None,
     keep: Tensor | None,
     tau: Tensor | None,
-    scales: list[float],
+    student_scales: list[float],
+    teacher_scales: list[float],
     kind: str,
     lam: float,
     vocab_size: int,
@@ -187,13 +213,14 @@ def rows_op(
     backend: str,
     group: str = "",
 ) -> Tensor:
-    """Each position's loss, (N,)."""
-    student = Head(student_hidden, student_weight, student_bias, scales[0], scales[2])
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, scales[1], scales[3])
-    loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
+    """Each position's loss, (N,). A side's scales are its logits' factor and softcap, 0 for none."""
+    student = Head(student_hidden, student_weight, student_bias, *student_scales)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, *teacher_scales)
     kernels = kernels_of(backend, student_hidden.device, group)
+    heads = _Heads(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
+    loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
     for part in _parts(slice(0, len(loss)), chunk_size):
-        loss[part] = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)[2]
+        _, _, loss[part], _ = heads.forward(part)
     return loss
 
 
@@ -214,7 +241,8 @@ def total_op(
     tau: Tensor | None,
     scale: Tensor,
     needs: list[bool],
-    scales: list[float],
+    student_scales: list[float],
+    teacher_scales: list[float],
     kind: str,
     lam: float,
     vocab_size: int,
@@ -223,15 +251,16 @@ def total_op(
     backend: str,
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """sum of scale * loss, its gradients by hidden, weight and bias, each empty where it is not needed, and the unit
-    that these are in, 1 but for float16."""
-    student = Head(student_hidden, student_weight, student_bias, scales[0], scales[2])
-    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, scales[1], scales[3])
+    """sum of scale * loss; its gradients by hidden, weight and bias, each empty where it is not needed; and the unit
+    that these are in, 1 except for float16."""
+    student = Head(student_hidden, student_weight, student_bias, *student_scales)
+    teacher = Head(teacher_hidden, teacher_weight, teacher_bias, *teacher_scales)
+    kernels = kernels_of(backend, student_hidden.device, group)
+    heads = _Heads(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
     total, grad_hidden, grad_weight, grad_bias, unit = (
         x.zero_() for x in _empty_results(student_hidden, student_weight, needs)
     )
     unit += 1
-    kernels = kernels_of(backend, student_hidden.device, group)
     if keep is not None:
         scale = scale.masked_fill(~keep, 0)
     if student_hidden.dtype == torch.float16 and len(scale):
@@ -242,14 +271,12 @@ def total_op(
     for block in _parts(slice(0, len(student_hidden)), chunk_size * CHUNKS):
         out = memory[: block.stop - block.start]
         for part in _parts(block, chunk_size):
-            s, t, loss, saved = _forward(student, teacher, part, keep, tau, kind, lam, vocab_size, kernels)
+            s, t, loss, saved = heads.forward(part)
             worth = scale[part].to(loss.dtype)
-            total += torch.where(worth == 0, 0.0, loss * worth).sum()
+            total += weighted(loss, worth).sum()
             if any(needs):
                 here = out[part.start - block.start : part.stop - block.start]
-                _write_gradient(
-                    student, s, t, _of(tau, part), saved, worth / unit, kind, lam, vocab_size, kernels, here
-                )
+                heads.write_gradient(part, s, t, saved, worth / unit, here)
                 if check_finite:
                     check_finite_gradient(here, part.start, group)
         if needs[0]:
@@ -270,7 +297,8 @@ def total_op(
 
 @total_op.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return _empty_results(student_hidden, student_weight, args[7])
+    _, needs, *_ = args[TENSORS - 2 :]
+    return _empty_results(student_hidden, student_weight, needs)
 
 
 def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -285,60 +313,14 @@ def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[T
     )
 
 
-def _of(tau: Tensor | None, part: slice) -> Tensor | None:
-    return tau if tau is None or tau.dim() == 0 else tau[part]
-
-
 def _parts(whole: slice, size: int) -> Iterator[slice]:
     for start in range(whole.start, whole.stop, size):
         yield slice(start, min(start + size, whole.stop))
 
 
-def _forward(
-    student: Head,
-    teacher: Head,
-    part: slice,
-    keep: Tensor | None,
-    tau: Tensor | None,
-    kind: str,
-    lam: float,
-    vocab_size: int,
-    kernels: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of some positions both sides' logits (n, V), the losses, and what a gradient needs beside."""
-    s, t = student.logits(part), teacher.logits(part)
-    shared_s, shared_t = (x[:, None, :vocab_size] for x in (s, t))  # (B, T, V) with T = 1
-    mask = None if keep is None else keep[part]
-    loss, saved = divergence_forward(kernels, shared_s, shared_t, _of(tau, part), mask, kind, lam)
-    return s, t, loss, saved
-
-
-def _write_gradient(
-    student: Head,
-    s: Tensor,
-    t: Tensor,
-    tau: Tensor | None,
-    saved: Tensor,
-    worth: Tensor,
-    kind: str,
-    lam: float,
-    vocab_size: int,
-    kernels: Any,
-    out: Tensor,
-) -> None:
-    """The gradient by the head's product, rounded once to the dtype of `out` (n, V)."""
-    target = torch.empty_like(s) if student.softcap else out
-    worth = worth * student.scale
-    shared_s, shared_t, shared_target = (x[:, None, :vocab_size] for x in (s, t, target))
-    kernels.divergence_gradient(shared_s, shared_t, tau, saved, worth, kind, lam, shared_target)
-    if student.softcap:
-        target.mul_(1 - (s / student.softcap).square_())
-        out.copy_(target.masked_fill_((worth == 0)[:, None], 0))  # logits that do not count may be NaN
-    out[:, vocab_size:] = 0
-
-
 def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.needs, ctx.dtype = inputs[9], inputs[1].dtype
+    _, weight, *_ = inputs
+    ctx.dtype = weight.dtype
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
 
@@ -346,39 +328,40 @@ def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("fused_linear_divergence")
     *gradients, unit = ctx.saved_tensors
-    factor = upstream * unit
-    return (*_scaled(gradients, ctx.needs, factor, ctx.dtype), *(None,) * 15)
+    return _scaled(gradients, ctx.needs_input_grad, upstream * unit, ctx.dtype)
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:TENSORS])
+    ctx.options = inputs[TENSORS:]
+
+
+def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    refuse_second_derivative("fused_linear_divergence")
+    needs = list(ctx.needs_input_grad[:3])
+    _, *gradients, unit = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
+    _, weight, *_ = ctx.saved_tensors
+    factor = unit if weight.dtype == torch.float16 else None
+    return _scaled(gradients, ctx.needs_input_grad, factor, weight.dtype)
 
 
 def _scaled(
-    gradients: Sequence[Tensor], needs: list[bool], factor: Tensor | None, dtype: torch.dtype
-) -> list[Tensor | None]:
-    """Those that are needed, times the factor, rounded to the dtype."""
+    gradients: Sequence[Tensor], needs: Sequence[bool], factor: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, ...]:
+    """The gradients times the factor, rounded to the dtype; None for each input of the op that needs none."""
 
     def scaled(x: Tensor) -> Tensor:
         if factor is None:
             return x.to(dtype)
-        # Of float16 the factor may be larger than it holds. In place, for a weight's gradient is large; a second
-        # backward pass raises then, as its tensors have changed.
+        # For float16 the factor may be larger than it holds. In place, because a weight's gradient is large; a second
+        # backward pass then raises, as its tensors have changed.
         if torch.compiler.is_compiling():
             return (x * factor if x.dtype == factor.dtype else x.to(factor.dtype) * factor).to(dtype)
         x = x.copy_(x.float() * factor) if x.dtype == torch.float16 else x.mul_(factor.to(x.dtype))
         return x.to(dtype)
 
-    return [scaled(x) if needed else None for x, needed in zip(gradients, needs, strict=True)]
-
-
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:8])
-    ctx.options = inputs[8:]
-
-
-def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    refuse_second_derivative("fused_linear_divergence")
-    _, *gradients, unit = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
-    dtype = ctx.saved_tensors[1].dtype
-    return (*_scaled(gradients, needs, unit if dtype == torch.float16 else None, dtype), *(None,) * 13)
+    needed = [scaled(x) if need else None for x, need in zip(gradients, needs[: len(gradients)], strict=True)]
+    return (*needed, *(None,) * (len(needs) - len(needed)))
 
 
 total_op.register_autograd(_backward_total, setup_context=_setup_total)

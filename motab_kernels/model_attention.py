@@ -44,14 +44,14 @@ def _attend(
     """`ragged_attention` as transformers calls an attention: (b, q, H_q, D)."""
     if ragged_step is None or ragged_step.windows is None:
         raise ValueError(
-            f'expected attention "{RAGGED_ATTENTION}" with what RaggedKVCache.prepare gives, got a forward pass '
-            "without: call the model with it; one that does not hand it on to its attention is to be loaded with "
+            f'ragged_step: expected what RaggedKVCache.prepare gives for attention "{RAGGED_ATTENTION}", got none: '
+            "call the model with it; load a model that does not pass it on to its attention with "
             'attn_implementation="eager"'
         )
     unknown = [name for name, x in kwargs.items() if isinstance(x, Tensor) and x.is_floating_point()]
     if unknown:
         raise ValueError(
-            f'expected nothing that attention "{RAGGED_ATTENTION}" does not know, got {", ".join(unknown)} of '
+            f'attention: expected arguments that "{RAGGED_ATTENTION}" knows, got {", ".join(unknown)} of '
             f'{type(module).__name__}: load the model with attn_implementation="eager"'
         )
     if torch.is_autocast_enabled(query.device.type):

@@ -26,9 +26,9 @@ class PageTable:
 
     def __init__(self, batch_size: int, max_length: int, num_pages: int, page_size: int, device: torch.device):
         if not isinstance(num_pages, int) or num_pages < 1:
-            raise ValueError(f"expected num_pages to be None or a positive int, got {num_pages!r}")
+            raise ValueError(f"num_pages: expected None or a positive int, got {num_pages!r}")
         if not isinstance(page_size, int) or page_size < 1 or page_size % PAGE_MULTIPLE:
-            raise ValueError(f"expected page_size to be a multiple of {PAGE_MULTIPLE} tokens, got {page_size!r}")
+            raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE} tokens, got {page_size!r}")
         self.num_pages, self.page_size, self.max_length = num_pages, page_size, max_length
         self.pages: list[list[int]] = [[] for _ in range(batch_size)]
         self.free = list(reversed(range(num_pages)))
@@ -39,7 +39,7 @@ class PageTable:
         """Pages of each row for so many tokens."""
         if len(lengths) != len(self.pages) or not all(0 <= length <= self.max_length for length in lengths):
             expected = f"{len(self.pages)} lengths in [0, {self.max_length}]"
-            raise ValueError(f"expected {expected}, got {list(lengths)}")
+            raise ValueError(f"lengths: expected {expected}, got {list(lengths)}")
         return [-(-length // self.page_size) for length in lengths]
 
     def reserve_(self, lengths: Sequence[int]) -> None:
@@ -47,7 +47,7 @@ class PageTable:
         needed = self.needed(lengths)
         if sum(needed) > self.num_pages:
             raise ValueError(
-                f"expected lengths that {self.num_pages} pages of {self.page_size} tokens hold, got {list(lengths)}, "
+                f"lengths: expected what {self.num_pages} pages of {self.page_size} tokens hold, got {list(lengths)}, "
                 f"which need {sum(needed)}: reserve less, or build the cache with more num_pages"
             )
         before = [list(pages) for pages in self.pages]
@@ -68,8 +68,8 @@ class PageTable:
         for row, length in zip(rows, lengths, strict=True):
             if length > (room := len(self.pages[row]) * self.page_size) > 0:
                 raise ValueError(
-                    f"expected pages for the {length} tokens of row {row}, got pages for {room}: what lay beyond is "
-                    "lost; call reserve_ before the forward pass that exceeds them"
+                    f"pages: expected room for the {length} tokens of row {row}, got room for {room}: what lay beyond "
+                    "is lost; call reserve_ before the forward pass that exceeds them"
                 )
 
     def places(self, table: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:

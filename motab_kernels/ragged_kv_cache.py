@@ -83,9 +83,9 @@ class RaggedKVCache(Cache):
     ) -> None:
         for name, size in (("batch_size", batch_size), ("max_length", max_length)):
             if not isinstance(size, int) or size < 1:
-                raise ValueError(f"expected {name} to be a positive int, got {size!r}")
+                raise ValueError(f"{name}: expected a positive int, got {size!r}")
         if getattr(config, "is_encoder_decoder", False):
-            raise ValueError("expected a decoder-only model, got an encoder-decoder: its cross-attention has no rows")
+            raise ValueError("config: expected a decoder-only model, got an encoder-decoder, with cross-attention")
         self.config = config.get_text_config(decoder=True)
         self.layer_types = layer_types(self.config)
         with torch.inference_mode(False):
@@ -103,8 +103,8 @@ class RaggedKVCache(Cache):
         self.max_length = max_length
         # Not `dtype`, by which accelerate knows a tensor among a model's outputs.
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
-        # `visible_length` until the forward pass in progress ends, and from then on.
-        self._bounds = (0, 0)
+        # `visible_length` between forward passes, and during the one that is in progress.
+        self._visible_length = self._visible_length_in_step = 0
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
         self._step: Step | None = None
@@ -114,7 +114,7 @@ class RaggedKVCache(Cache):
         """A bound on ``max(lengths)`` that the host knows without asking the device; each forward pass reads that many
         slots (and its own), unless ``prepare`` is told of another. A forward pass raises it to what it reads, a
         truncation lowers it where it can."""
-        return self._bounds[0 if self._step is not None else 1]
+        return self._visible_length if self._step is None else self._visible_length_in_step
 
     # ---------------------------------------------------------------- pages
 
@@ -191,9 +191,9 @@ class RaggedKVCache(Cache):
         expected = (tuple(step.slots.shape), self._dtype, self.device)
         got = ((key_states.shape[0], key_states.shape[2]), key_states.dtype, key_states.device)
         if got != expected:
-            raise ValueError(f"expected keys of (rows, tokens), dtype, device = {expected}, got {got}")
+            raise ValueError(f"keys: expected (rows, tokens), dtype, device = {expected}, got {got}")
         if torch.is_grad_enabled() and key_states.requires_grad:
-            raise ValueError("expected keys without gradients, got requires_grad=True: use torch.no_grad()")
+            raise ValueError("keys: expected a tensor without gradient, got requires_grad=True: use torch.no_grad()")
         visible = self.layers[layer_idx].update(key_states, value_states, step)
         if layer_idx == len(self.layers) - 1:
             if step.rows is None:
@@ -206,21 +206,21 @@ class RaggedKVCache(Cache):
 
     def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> Step:
         if not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ValueError(f"expected num_tokens to be a positive int, got {num_tokens!r}")
+            raise ValueError(f"num_tokens: expected a positive int, got {num_tokens!r}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
-            raise ValueError(f"expected max_length to be None or an int of at least 0, got {max_length!r}")
+            raise ValueError(f"max_length: expected None or an int of at least 0, got {max_length!r}")
         bound = self.visible_length if max_length is None else max_length
         visible_length = bound + num_tokens
         if visible_length > self.max_length:
             raise ValueError(
-                f"expected at most max_length = {self.max_length} tokens a row, got up to {bound} cached "
+                f"num_tokens: expected at most max_length = {self.max_length} tokens a row, got up to {bound} cached "
                 f"+ {num_tokens} new: build the cache with a larger max_length, or pass prepare or truncate_kv_cache_ "
                 "the max_length= that bounds the rows' lengths if they are shorter than that"
             )
         self._check_rows(rows)
         lengths = self.lengths if rows is None else self.lengths[rows]
         if self.device.type == "cpu" and bool((lengths > bound).any()):
-            raise ValueError(f"expected max_length to bound the rows' lengths {lengths.tolist()}, got {max_length}")
+            raise ValueError(f"max_length: expected a bound on the rows' lengths {lengths.tolist()}, got {max_length}")
         slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
         if self.pages is not None:
             self._check_reserved(self.pages, rows, lengths)
@@ -230,15 +230,15 @@ class RaggedKVCache(Cache):
             table, offsets = None, slots
             places = (torch.arange(len(lengths), device=self.device) if rows is None else rows)[:, None]
         before = self.visible_length
-        after = before + num_tokens if self._is_uniform else max(before, visible_length)
         # Not in `update`, where `torch.compile` would make a graph for each number.
-        self._bounds = (before, after)
+        self._visible_length = before + num_tokens if self._is_uniform else max(before, visible_length)
+        self._visible_length_in_step = before
         return Step(rows, slots, places, offsets, table, visible_length, None)
 
     def _check_reserved(self, pages: PageTable, rows: Tensor | None, lengths: Tensor) -> None:
         """As far as the host can tell."""
         if not any(pages.pages):
-            raise ValueError("expected rows with pages to write to, got none: call reserve_ first")
+            raise ValueError("pages: expected rows with pages to write to, got none: call reserve_ first")
         if self.device.type == "cpu":
             pages.check_room(lengths.tolist(), range(len(lengths)) if rows is None else rows.tolist())
         elif self._is_uniform:
@@ -250,12 +250,12 @@ class RaggedKVCache(Cache):
         batch_size = len(self.lengths)
         if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != self.device:
             got = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else repr(rows)
-            raise ValueError(f"expected rows to be None or (b,) int64 on {self.device}, got {got}")
+            raise ValueError(f"rows: expected None or (b,) int64 on {self.device}, got {got}")
         if rows.device.type != "cpu":  # looking would make the host wait
             return
         given = rows.tolist()
         if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= batch_size:
-            raise ValueError(f"expected distinct rows within [0, {batch_size}), got {given}")
+            raise ValueError(f"rows: expected distinct ones within [0, {batch_size}), got {given}")
 
     def _as_attention_mask(self, visible: Tensor) -> Tensor:
         attention = self.config._attn_implementation
@@ -264,7 +264,7 @@ class RaggedKVCache(Cache):
         if attention == "eager":
             return torch.zeros_like(visible, dtype=self._dtype).masked_fill_(~visible, torch.finfo(self._dtype).min)
         raise ValueError(
-            f'expected attention "sdpa", "eager" or "{RAGGED_ATTENTION}", got {attention!r}: load the model with '
+            f'attention: expected "sdpa", "eager" or "{RAGGED_ATTENTION}", got {attention!r}: load the model with '
             'attn_implementation="sdpa"'
         )
 
@@ -278,12 +278,12 @@ class RaggedKVCache(Cache):
         known = _known_to_host(new_lengths, on_host)
         bound = max(known) if known is not None else None
         if bound is not None and bound > self.visible_length:
-            raise ValueError(f"expected new_lengths of at most {self.visible_length}, got {bound}")
+            raise ValueError(f"new_lengths: expected at most {self.visible_length}, got {bound}")
         if on_host and bool((lengths > self.lengths).any()):
-            raise ValueError(f"expected new_lengths <= lengths = {self.lengths.tolist()}, got {lengths.tolist()}")
+            raise ValueError(f"new_lengths: expected at most lengths = {self.lengths.tolist()}, got {lengths.tolist()}")
         if max_length is not None:
             if not isinstance(max_length, int) or max_length < 0 or (bound is not None and bound > max_length):
-                raise ValueError(f"expected max_length to be an int that bounds new_lengths, got {max_length!r}")
+                raise ValueError(f"max_length: expected an int that bounds new_lengths, got {max_length!r}")
             bound = max_length if bound is None else bound
         lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not look
         if tail == "zero":
@@ -292,8 +292,7 @@ class RaggedKVCache(Cache):
         # Equal requests end in equal lengths where every row is known to reach that far.
         reached = on_host or self._is_uniform or bound == 0
         self._is_uniform = known is not None and len(set(known)) == 1 and reached
-        bound = self.visible_length if bound is None else min(bound, self.visible_length)
-        self._bounds = (bound, bound)
+        self._visible_length = self.visible_length if bound is None else min(bound, self.visible_length)
         self._step = None
 
     def _zero_(self, new_lengths: Tensor) -> None:
@@ -307,17 +306,6 @@ class RaggedKVCache(Cache):
                 for storage in (layer.keys, layer.values):
                     storage[:, :, :visible_length].masked_fill_(dead[:, None, :, None], 0)
 
-    def reset_rows_(self, rows: Tensor) -> None:
-        """Empty the given rows, (b,) int64 on the cache's device, in place. The host's bound stays what it was."""
-        self._check_rows(rows)
-        if len(rows) == len(self.lengths):  # they are distinct
-            self.truncate_(0)
-            return
-        self.lengths.index_fill_(0, rows, 0)
-        self._bounds = (self.visible_length,) * 2
-        self._is_uniform = self.visible_length == 0
-        self._step = None
-
     def reset(self) -> None:
         """Empty all rows."""
         self.truncate_(0)
@@ -325,7 +313,7 @@ class RaggedKVCache(Cache):
     def crop(self, tokens_to_remove: int) -> None:
         """Drop the last ``-tokens_to_remove`` tokens of every row (transformers counts them with a minus sign)."""
         if tokens_to_remove > 0:
-            raise ValueError(f"expected tokens_to_remove <= 0, got {tokens_to_remove}")
+            raise ValueError(f"tokens_to_remove: expected a number <= 0, got {tokens_to_remove}")
         if self._is_uniform:
             self.truncate_(self.visible_length + tokens_to_remove)
         else:
@@ -351,7 +339,7 @@ class RaggedKVCache(Cache):
     def _require_uniform(self) -> None:
         if not self._is_uniform:
             raise ValueError(
-                "expected rows of one length for a plain forward pass, got a ragged cache: call "
+                "lengths: expected rows of one length for a plain forward pass, got a ragged cache: call "
                 "model(input_ids, **cache.prepare(num_tokens))"
             )
 

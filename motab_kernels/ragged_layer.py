@@ -85,7 +85,8 @@ def layer_types(config: Any) -> list[str]:
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         if getattr(config, "num_attention_heads", None) is None:
-            raise ValueError(f"expected attention layers, got {config.model_type!r}: layer 0 keeps a recurrent state")
+            kind = repr(config.model_type)
+            raise ValueError(f"config: expected attention layers, got {kind}: layer 0 keeps a recurrent state")
         sliding = getattr(config, "sliding_window", None) is not None and _looks_at_a_window(config)
         kinds = ["sliding_attention" if sliding else "full_attention"] * num_layers
     sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
@@ -93,11 +94,11 @@ def layer_types(config: Any) -> list[str]:
     for index, layer_type in enumerate(kinds):
         if layer_type not in ("full_attention", "sliding_attention"):
             raise ValueError(
-                f'expected layers of "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}: '
-                "its state cannot be rolled back by a length"
+                f'config: expected "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}, '
+                "whose state cannot be rolled back by a length"
             )
         if index >= first_shared or sharing[index] == "reuse":
-            raise ValueError(f"expected every layer to keep its own keys and values, got layer {index} sharing them")
+            raise ValueError(f"config: expected layers with their own keys and values, got layer {index} sharing them")
     return list(kinds)
 
 

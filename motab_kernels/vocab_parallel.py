@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from motab_kernels.divergence_sums import by_position, merge_sums
+from motab_kernels.divergence_sums import DivergenceKernels, by_position, merge_sums
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
 class SlicedVocabulary:
-    """A backend's primitives for a rank that holds some columns of the vocabulary, perhaps none that counts."""
+    """`DivergenceKernels` of a rank that holds some columns of the vocabulary, perhaps none that counts; its slices are
+    the ranks'."""
 
-    def __init__(self, kernels: Any, group: str) -> None:
+    def __init__(self, kernels: DivergenceKernels, group: str) -> None:
         self.kernels, self.group = kernels, group
         self.finish = kernels.finish
 

@@ -6,6 +6,7 @@ between padded rows counts as outside too, and each load and store is looked up.
 
 import numpy as np
 import torch
+from ptx.memory import allow
 
 
 class Sanitizer:
@@ -43,11 +44,8 @@ class Sanitizer:
         monkeypatch.setattr(InterpreterBuilder, "create_masked_store", stored)
 
     def allow(self, x):
-        storage, item = x.untyped_storage(), x.element_size()
-        allowed = self.storages.setdefault(storage.data_ptr(), np.zeros(storage.nbytes(), dtype=bool))
-        sizes = [size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
-        strides = [stride * item for stride in x.stride()]
-        torch.from_numpy(allowed).as_strided((*sizes, item), (*strides, 1), x.storage_offset() * item).fill_(True)
+        storage = x.untyped_storage()
+        allow(x, self.storages.setdefault(storage.data_ptr(), np.zeros(storage.nbytes(), dtype=bool)))
 
     def check(self, executed, pointers, mask):
         addresses = pointers.data[np.broadcast_to(mask.data, pointers.data.shape)].astype(np.int64)

@@ -1,4 +1,4 @@
-// Tensors as the ops get them; every member has 8 bytes, in the order of `cpu/arguments.py`.
+// Tensors as the ops receive them. Every member has 8 bytes; the order is that of `cpu/arguments.py`.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@
 
 namespace motab {
 
-// A parameter of the rows: float32 or float64, one for all where stride is 0; absent where data is null.
+// A parameter of each row, float32 or float64. stride 0: one for all rows; data null: absent.
 struct Parameter {
     const void* data;
     int64_t stride, is_double;
@@ -16,7 +16,7 @@ struct Parameter {
         const int64_t i = row * stride;
         return is_double ? static_cast<const double*>(data)[i] : double(static_cast<const float*>(data)[i]);
     }
-    // Of a temperature; one that is absent is 1.
+    // 1 / temperature; an absent temperature is 1.
     float inverse(int64_t row) const { return data ? float(1 / (*this)[row]) : 1.0f; }
 };
 

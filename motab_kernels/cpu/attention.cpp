@@ -1,4 +1,4 @@
-// `ragged_attention`: each thread takes some queries of one row and one head of keys at a time.
+// `ragged_attention`: a thread takes some queries of one row and one head of keys at a time.
 //
 // b rows of queries, T new tokens, H_q and H heads of queries and of keys, D head size; pages of S slots.
 
@@ -16,14 +16,14 @@
 
 namespace motab {
 
-constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: less -inf it is not NaN
+constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: minus -inf it is not NaN
 constexpr int64_t TILE = 64;                                  // slots at a time
-constexpr int64_t QUERIES = 64;                               // of an item
-constexpr int64_t WIDEST = 16;                                // lanes of a vector, at most
+constexpr int64_t QUERIES = 64;                               // of a work item
+constexpr int64_t WIDEST = 16;                                // most lanes of a vector
 
 constexpr int64_t whole_vectors(int64_t D) { return (D + WIDEST - 1) / WIDEST * WIDEST; }
 
-// (b, H, T, D), contiguous in D; the strides count numbers.
+// (b, H, T, D), contiguous in D; strides in elements.
 struct Heads {
     char* data;
     int64_t stride_b, stride_h, stride_t;
@@ -43,7 +43,7 @@ struct AttentionCall {
     double scale, softcap;  // softcap 0: none
 };
 
-// Keys or values of one row and head; the stride counts numbers.
+// Keys or values of one row and head; the stride is in elements.
 struct Slots {
     const char* data;
     int64_t type, stride;
@@ -55,7 +55,7 @@ struct Query {
     float top, total[WIDEST];
 };
 
-// What a thread writes to meanwhile. `width` is D in whole vectors.
+// A thread's scratch memory. `width` is D rounded up to whole vectors.
 struct AttentionRoom {
     float* slots;   // (TILE, width)
     float* turned;  // (width, TILE)
@@ -70,14 +70,14 @@ struct AttentionRoom {
 #define KERNELS "attention_block.h"
 #include "levels.h"
 
-// lengths and page_table are contiguous. Returns whether there was memory.
+// lengths and page_table are contiguous. Returns false if memory ran out.
 extern "C" bool motab_ragged_attention(const motab::AttentionCall* call) {
     using namespace motab;
     const int64_t all = call->H_q / call->H * call->T, blocks = (all + QUERIES - 1) / QUERIES;
     const int64_t items = call->b * call->H * blocks, width = whole_vectors(call->D);
     int64_t slots = 0;
     for (int64_t i = 0; i < call->b; ++i) slots += std::min(call->lengths[i] + call->T, call->window);
-    constexpr int64_t WORTH = 1 << 18;  // multiplications, of a thread
+    constexpr int64_t WORTH = 1 << 18;  // multiplications that are worth a thread
     const int64_t threads =
         std::min({call->threads, items, 1 + slots * call->H_q * call->T * call->D / WORTH});
     const int64_t most = std::min(all, QUERIES), tile = TILE * width, queries = most * width;
@@ -85,7 +85,7 @@ extern "C" bool motab_ragged_attention(const motab::AttentionCall* call) {
     const std::unique_ptr<float[]> memory(new (std::nothrow) float[threads * numbers]);
     const std::unique_ptr<Query[]> running(new (std::nothrow) Query[threads * most]);
     if (!memory || !running) return false;
-    // Rows have lengths of their own: who is done takes the next item.
+    // Rows differ in length: a thread that is done takes the next item.
     std::atomic<int64_t> next{0}, workers{0};
     parallel_for(threads, threads, 1, [&](int64_t, int64_t) {
         const int64_t worker = workers.fetch_add(1);

@@ -1,8 +1,8 @@
 // Some queries of one head of keys over the slots that they see, for `ragged_attention`. Included once a level.
 //
-// Scores are computed with a lane a slot, for which a tile of keys is turned over; the values are summed with a lane a
-// column. Tiles begin at multiples of TILE, and one that a query sees nothing of leaves its sums alone: its numbers do not
-// depend on its batch.
+// Scores are computed with one slot per lane, from a transposed tile of keys; values are summed with one column per
+// lane. Tiles begin at multiples of TILE, and a tile that a query does not see leaves its sums unchanged, so that a
+// query's numbers do not depend on its batch.
 
 namespace motab {
 namespace LEVEL {
@@ -16,8 +16,8 @@ namespace LEVEL {
 constexpr int64_t GROUP = 4;  // queries in registers at a time
 #define AT_MOST_4(name, count) ((count) > 3 ? name<4> : (count) == 3 ? name<3> : (count) == 2 ? name<2> : name<1>)
 
-// The first `count` slots as float32, `stride` apart: where they lie, or converted into `room` with
-// 0 up to whole vectors and from `count` to `rows`.
+// The first `count` slots as float32, `stride` apart: in place, or converted into `room`, which is padded with 0 to
+// whole vectors and to `rows` slots.
 ENTRY const float* slots_as_floats(
     const Slots& slots, int64_t count, int64_t rows, int64_t D, float* room, int64_t& stride) {
     const int64_t width = whole_vectors(D);
@@ -35,7 +35,7 @@ ENTRY const float* slots_as_floats(
     return room;
 }
 
-// QUERIES x 2 vectors of scores: rows of q, by columns of turned keys.
+// QUERIES x 2 vectors of scores: rows of q times columns of transposed keys.
 template <int QUERIES>
 KERNEL void score(const float* q, int64_t width, const float* turned, float* scores) {
     Floats sums[QUERIES][2] = {};
@@ -52,7 +52,7 @@ KERNEL void score(const float* q, int64_t width, const float* turned, float* sco
     }
 }
 
-// The same of keys as they lie, a slot at a time: for so few queries it does not pay to turn them over.
+// The same from keys as stored, a slot at a time: for few queries a transposition costs more than it saves.
 template <int QUERIES>
 ENTRY void score_slots(const float* q, int64_t width, const float* keys, int64_t stride, int64_t count, float* scores) {
     for (int64_t n = 0; n < count; ++n) {
@@ -81,7 +81,7 @@ KERNEL void add_values(const float* weights, int64_t count, const float* values,
         for (int j = 0; j < COLUMNS; ++j) store(sums + i * width + j * LANES, total[i][j]);
 }
 
-// Keys (TILE, width) to (width, TILE).
+// Transposes keys (TILE, width) to (width, TILE).
 ENTRY void turn(const float* keys, int64_t stride, int64_t width, float* turned) {
     for (int64_t n = 0; n < TILE; n += LANES)
         for (int64_t d = 0; d < width; d += LANES)
@@ -107,7 +107,7 @@ KERNEL Floats capped(Floats x, float cap) {
     return cap - 2 * cap / (e + 1.0f);
 }
 
-// A query's scores of the tile that begins at `start` become weights relative to its maximum, its sums follow.
+// Turns a query's scores of the tile that begins at `start` into weights relative to its maximum; rescales its sums.
 ENTRY void weigh(const AttentionCall& call, int64_t start, Query& query, float* scores, float* sums) {
     const int64_t first = query.last - call.window + 1;
     const bool is_whole = start >= first && start + TILE - 1 <= query.last;
@@ -138,7 +138,7 @@ ENTRY void weigh(const AttentionCall& call, int64_t start, Query& query, float* 
     store(query.total, total);
 }
 
-// Queries [begin, end) of row i that read head h: a token's are together, so that later ones see later slots.
+// Queries [begin, end) of row i that read head h. A token's queries are adjacent: later queries see later slots.
 ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin, int64_t end, const AttentionRoom& room) {
     const int64_t heads = call.H_q / call.H, M = end - begin;
     const int64_t type = call.type, D = call.D, width = whole_vectors(D);
@@ -154,7 +154,7 @@ ENTRY void attend(const AttentionCall& call, int64_t i, int64_t h, int64_t begin
     for (int64_t start = first / TILE * TILE; start <= room.queries[M - 1].last; start += TILE) {
         const int64_t count = std::min(TILE, room.queries[M - 1].last + 1 - start);
         const int64_t skip = std::max<int64_t>(0, first - start);
-        // A tile lies in one page: pages are multiples of it, or the row has one.
+        // A tile lies in one page: page sizes are multiples of TILE, or the row has one page.
         const int64_t place = start / call.page_size, slot = start % call.page_size;
         const int64_t page = call.page_table ? call.page_table[i * call.pages + place] : i;
         const Slots keys = {call.keys.at(type, page, h, slot), type, call.keys.stride_t};

@@ -1,8 +1,8 @@
-// Logits BLOCK columns at a time, as float32 in whole vectors. Included once a level, in its namespace.
+// Logits, BLOCK columns at a time, as float32 in whole vectors. Included once per level, in its namespace.
 
-constexpr int64_t BLOCK = 1024;  // columns; what stays in L1
+constexpr int64_t BLOCK = 1024;  // columns; they stay in L1
 
-// The columns where they lie, or converted into `room`; then some without probability, up to a whole vector.
+// The columns in place, or converted into `room` and padded to a whole vector with columns of no probability.
 ENTRY const float* as_floats(int64_t type, const void* logits, int64_t columns, float* room) {
     if (type == FLOAT32 && columns % LANES == 0) return static_cast<const float*>(logits);
     to_floats(type, logits, columns, room);
@@ -13,10 +13,10 @@ ENTRY const float* as_floats(int64_t type, const void* logits, int64_t columns, 
 struct Block {
     const float *s, *t;
     int64_t columns;
-    const char *after_s, *after_t;  // what follows in memory
-    int64_t bytes_s, bytes_t;       // of a logit there
+    const char *after_s, *after_t;  // the logits that follow in memory
+    int64_t bytes_s, bytes_t;       // per logit
 
-    // Ask for what follows column i of the block: the hardware alone does not look so far ahead on two streams.
+    // Prefetches beyond column i of the block: the hardware does not look that far ahead on two streams.
     KERNEL_MEMBER void prefetch(int64_t i) const {
         __builtin_prefetch(after_s + i * bytes_s);
         __builtin_prefetch(after_t + i * bytes_t);

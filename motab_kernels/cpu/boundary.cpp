@@ -1,6 +1,6 @@
-// `fused_kl_boundary`: sums over splits of the vocabulary in parallel, then one walk a row.
+// `fused_kl_boundary`: sums over splits of the vocabulary in parallel, then one walk per row.
 //
-// B rows, T tokens, V shared vocabulary, S splits of it. The splits follow from V alone and are combined in order, so that
+// B rows, T tokens, V shared vocabulary, S splits of it. The splits depend on V only and are combined in order, so that
 // a row's numbers depend neither on its batch nor on the number of threads.
 
 #include <cmath>
@@ -19,8 +19,8 @@ namespace motab {
 // Sums over a split, relative to the maxima m_t and m_s: see boundary_split.h.
 struct Partial {
     float m_t, z_t, a_t, g_t, m_s, z_s, a_s, g_s;
-    int32_t top_block;  // first column of the block that has m_t first
-    int32_t above;      // teacher logits above the token's
+    int32_t top_block;  // first column of the first block that holds m_t
+    int32_t above;      // number of teacher logits above the token's
 };
 
 }  // namespace motab
@@ -41,7 +41,7 @@ struct BoundaryCall {
     Parameter temperature, scale, theta;
     const float* doubt;
     int64_t score, window;
-    Counters* counters;  // null, as the two that follow, for a state to forget; window is 0 then
+    Counters* counters;  // null, as the next two, where no state is kept; window is 0 then
     Scores* scores;
     double* history;
     float *forward_kl, *reverse_kl, *student_logprob, *teacher_logprob, *student_entropy, *teacher_entropy;
@@ -58,7 +58,7 @@ static void sum_splits(const BoundaryCall& call, int64_t splits, int64_t begin, 
     for (int64_t item = begin; item < end; ++item) {
         const int64_t position = item / splits, first = item % splits * SPLIT;
         const int64_t b = position / call.T, i = position % call.T, token = call.token(b, i);
-        if (token == -1) continue;  // padding: nobody will look at its sums
+        if (token == -1) continue;  // padding: its sums are never read
         const Split split = split_at(call.student, call.teacher, b, i, first, call.V, call.temperature.inverse(b));
         sum_split(split, call.teacher.logit(b, i, token), partials[item]);
     }
@@ -84,7 +84,7 @@ static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const 
     }
     const float none = std::numeric_limits<float>::quiet_NaN();
     argmax = -1;
-    // No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    // A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     if (!(z_t > 0 && z_s > 0)) return {none, none, none, none, none, none, -1};
 
     argmax = (best - parts) * SPLIT + best->top_block;
@@ -150,7 +150,7 @@ static bool in_range(const BoundaryCall& call) {
 
 }  // namespace motab
 
-// Where the code is not DONE, nothing has been changed.
+// If the code is not DONE, nothing has been changed.
 extern "C" int motab_fused_kl_boundary(const motab::BoundaryCall* call) {
     using namespace motab;
     if (!in_range(*call)) return OUT_OF_RANGE;

@@ -30,9 +30,10 @@ def fused_kl_boundary(
     state: list[Tensor],
     out: list[Tensor],
 ) -> bool:
-    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors,
-    none for one to forget. False where
-    a token or a temperature is out of range, and nothing has been changed. T may be absent: it is 1.
+    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update the tensors of `state`, which
+    is empty where no state is kept. T may be absent: it is 1.
+
+    Returns False where a token or a temperature is out of range; nothing has been changed then.
 
     `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
     """

@@ -1,4 +1,4 @@
-// Sums over a split of the vocabulary, for `fused_kl_boundary`: see online_sums.h. Included once a level.
+// Sums over a split of the vocabulary, for `fused_kl_boundary`: see online_sums.h. Included once per level.
 //
 //     z_t = sum w_t      a_t = sum w_t x_t      g_t = sum w_t (x_t - x_s)
 //     z_s = sum w_s      a_s = sum w_s x_s      g_s = sum w_s (x_t - x_s)

@@ -1,5 +1,5 @@
-// A row's splits combined, its tokens walked in order, its state updated: the second half of `fused_kl_boundary`, in
-// float64. The rules are those of `walk` in reference/boundary.py.
+// The second half of `fused_kl_boundary`: walks a row's tokens in order and updates its state, in float64. The rules
+// are those of `walk` in reference/boundary.py.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct Statistics {
     int32_t rank;
 };
 
-// What a row remembers; the columns of BoundaryState's tensors, and what a fresh one holds.
+// A row's state: the columns of BoundaryState's tensors, with the values of a fresh one.
 struct Counters {
     int32_t tokens = 0, step_tokens = 0, steps = 0, fall_start = 0, breach = -1, rollback = -1;
 };
@@ -54,7 +54,7 @@ inline double threshold_of(const Rule& rule, double doubt, const Counters& row, 
     return rule.scale * (total / double(rule.window));
 }
 
-// Takes in one counted token; true if the step that ends with it strays.
+// Adds one counted token; returns whether the step that ends with it strays.
 inline bool walk(
     const Rule& rule, double brought, double doubt, bool ends, Counters& row, Scores& scores, double* history) {
     if (row.breach >= 0) return false;
@@ -62,7 +62,7 @@ inline bool walk(
     ++row.tokens, ++row.step_tokens;
     const bool high_is_safe = rule.score == TEACHER_VALUE || rule.score == VALUE_RATIO;
     if (rule.score == TEACHER_RANK) {
-        // Compared so, unlike with a maximum, NaN takes over and stays.
+        // Unlike a maximum, this comparison lets a NaN take over and stay.
         if (!(brought <= scores.total) && !std::isnan(scores.total)) scores.total = brought;
         scores.score = scores.total;
     } else {

@@ -1,4 +1,4 @@
-// Numbers of three types from and to float32. Included once a level, in its namespace.
+// Conversion of three types from and to float32. Included once per level, in its namespace.
 
 ENTRY void to_floats(int64_t type, const void* in, int64_t count, float* out) {
     const auto* x = static_cast<const uint16_t*>(in);

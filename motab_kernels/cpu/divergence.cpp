@@ -1,4 +1,4 @@
-// `divergence_loss`: its sums, terms and gradient, over splits of the vocabulary in parallel, and the losses from the sums.
+// `divergence_loss`: its sums, terms and gradient over splits of the vocabulary in parallel; the losses from the sums.
 //
 // B rows, T tokens, V shared vocabulary, R = B * T positions, S splits.
 
@@ -26,7 +26,7 @@ struct SplitTerms {
     float divergence, centre;
 };
 
-// What a position saves for the backward pass.
+// Saved at each position for the backward pass.
 struct Saved {
     float top_t, top_s, reciprocal_t, reciprocal_s, log_ratio, centre;
 };
@@ -38,7 +38,7 @@ struct Saved {
 
 namespace motab {
 
-// The arguments, in the order of `cpu/divergence.py`; what a function does not need is null.
+// The arguments, in the order of `cpu/divergence.py`; an argument that a function does not need is null.
 struct DivergenceCall {
     int64_t B, T, V, threads, kind;
     Logits student, teacher;
@@ -62,7 +62,7 @@ static void for_each_split(const DivergenceCall& call, const Body& body) {
     });
 }
 
-// Combine the sums of a position's S splits, in order, to its loss, of the KL kinds alone, and what is saved.
+// Combines the sums of a position's S splits, in order, to its loss (of the KL kinds only) and what is saved.
 static float finish(const DivergenceCall& call, int64_t position, const float* sums, int64_t S) {
     const double c = call.temperature.inverse(position / call.T);
     const float *top_t = sums, *z_t = sums + S, *g_t = sums + 2 * S, *top_s = sums + 3 * S, *z_s = sums + 4 * S,
@@ -75,7 +75,7 @@ static float finish(const DivergenceCall& call, int64_t position, const float* s
         sum_t += f_t * z_t[i], gap_t += moved(f_t, g_t[i], d_t - d_s, z_t[i]);
         sum_s += f_s * z_s[i], gap_s += moved(f_s, g_s[i], d_t - d_s, z_s[i]);
     }
-    // No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    // A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     const bool exists = sum_t > 0 && sum_s > 0;
     const double log_ratio = exists ? std::log(sum_t / sum_s) : std::numeric_limits<double>::quiet_NaN();
     const double loss = call.kind == FORWARD_KL ? gap_t / sum_t - log_ratio : log_ratio - gap_s / sum_s;
@@ -88,7 +88,7 @@ static float finish(const DivergenceCall& call, int64_t position, const float* s
 
 using namespace motab;
 
-// To (R, 6, S); those of a position that does not count stay as they are.
+// To (R, 6, S); the sums of a position that does not count are not written.
 extern "C" void motab_divergence_sums(const DivergenceCall* call, float* sums) {
     const int64_t S = splits_of(call->V);
     const auto sums_of = AT_LEVEL(split_sums);
@@ -112,7 +112,7 @@ extern "C" void motab_divergence_finish(const DivergenceCall* call, const float*
     });
 }
 
-// To (R, 2, S); 0 of a position that does not count.
+// To (R, 2, S); 0 for a position that does not count.
 extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, float* terms) {
     const int64_t S = splits_of(call->V);
     const auto terms_of = AT_LEVEL(split_terms);

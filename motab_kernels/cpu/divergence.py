@@ -1,7 +1,6 @@
 """`divergence_loss` in C++, on torch's number of threads.
 
-B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. What each function does is said in
-`reference/divergence.py`.
+The functions are those of `DivergenceKernels`; a slice is a split of SPLIT columns.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from torch import Tensor
 
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
+from motab_kernels.divergence_checks import DIVERGENCES
 
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 SPLIT = 4096  # columns, as in splits.h
 CALL = struct.Struct("23q")  # `DivergenceCall` in divergence.cpp
 
@@ -38,7 +37,7 @@ def _call(
     call = CALL.pack(
         *shape,
         torch.get_num_threads(),
-        KINDS.index(kind),
+        DIVERGENCES.index(kind),
         *logits(student),
         *logits(teacher),
         *parameter(tau),
@@ -57,7 +56,6 @@ def _splits(V: int) -> int:
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
-    """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept may hold anything."""
     B, T, V = student.shape
     sums = student.new_empty((B * T, 6, _splits(V)), dtype=torch.float32)
     _call("sums", (B, T, V), tau, kind, _pointer(sums), sides=(student, teacher), keep=keep)
@@ -65,7 +63,6 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
     R, _, S = sums.shape
     loss, saved = (sums.new_empty(size, dtype=torch.float32) for size in ((R,), (R, 6)))
     shape = R // max(1, T), T, 0
@@ -76,7 +73,6 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
 def divergence_terms(
     student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
 ) -> Tensor:
-    """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
     B, T, V = student.shape
     terms = student.new_empty((B * T, 2, _splits(V)), dtype=torch.float32)
     numbers = ctypes.c_float(lam), _pointer(terms)
@@ -94,7 +90,6 @@ def divergence_gradient(
     lam: float,
     out: Tensor,
 ) -> None:
-    """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits."""
     B, T, V = student.shape
     sides, scale = (student, teacher), scale.float()
     _call("gradient", (B, T, V), tau, kind, ctypes.c_float(lam), sides=sides, saved=saved, scale=scale, out=out)

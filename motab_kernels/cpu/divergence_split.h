@@ -1,9 +1,9 @@
-// Sums, terms and gradient over a split of the vocabulary, for `divergence_loss`. Included once a level.
+// Sums, terms and gradient over a split of the vocabulary, for `divergence_loss`. Included once per level.
 //
 // p, q are the teacher's and the student's probabilities of a column, gap = log(p / q), w the larger of the two and
-// less = 1 - e^-|gap|; so the other one is w (1 - less), and m = lam p + (1 - lam) q is w u with u = 1 - share * less, where
-// `share` is the smaller one's in the mixture. log(p / m) and log(q / m) are exact to rounding also where p and q nearly
-// agree, and nothing overflows. The formulas are in `reference/divergence`.
+// less = 1 - e^-|gap|. The smaller of the two is w (1 - less), and m = lam p + (1 - lam) q is w u with
+// u = 1 - share * less, where `share` is the smaller one's share in the mixture. log(p / m) and log(q / m) are exact to
+// rounding even where p and q nearly agree, and nothing overflows. The formulas are in `reference/divergence`.
 
 namespace motab {
 namespace LEVEL {
@@ -51,7 +51,7 @@ ENTRY void split_sums(int64_t kind, const Split& split, SplitSums& out) {
     switch (kind) {
         case FORWARD_KL: return sums_of_kind<FORWARD_KL>(split, out);
         case REVERSE_KL: return sums_of_kind<REVERSE_KL>(split, out);
-        default: return sums_of_kind<JSD>(split, out);  // the normalisers alone
+        default: return sums_of_kind<JSD>(split, out);  // the normalisers only
     }
 }
 
@@ -70,8 +70,8 @@ struct Pair {
     Ints p_leads;
 };
 
-// w is 0 where neither has probability, and the gap finite. Not log p - log q: where they nearly agree, and the gap is all
-// there is, the two would be rounded apart.
+// Where neither has probability, w is 0 and the gap finite. The gap is not log p - log q: where p and q nearly agree,
+// the rounding of the two would exceed their difference.
 KERNEL Pair pair_of(Floats s, Floats t, const Row& row) {
     Pair pair;
     pair.gap = (t == s ? Floats{} : t - s) * row.c - row.offset;
@@ -79,8 +79,8 @@ KERNEL Pair pair_of(Floats s, Floats t, const Row& row) {
     const Floats x = pair.p_leads ? t - row.top_t : s - row.top_s;
     pair.w = vector_exp(x * row.c) * (pair.p_leads ? row.reciprocal_t : row.reciprocal_s);
     const Exponential e = split_exp(-magnitude(pair.gap));
-    pair.e = e.power * e.rest + e.power;
-    pair.less = (1.0f - e.power) - e.power * e.rest;
+    pair.e = value(e);
+    pair.less = one_less(e);
     return pair;
 }
 
@@ -92,24 +92,24 @@ struct Slope {
 template <int64_t KIND>
 KERNEL Slope slope_of(const Pair& pair, Floats lam) {
     const Floats gap = pair.gap;
-    if (KIND == TVD) {  // 0 at a tie, and NaN stays
+    if (KIND == TVD) {  // 0 at a tie; NaN stays NaN
         const Floats g = pair.p_leads ? all(-0.5f) : gap < 0.0f ? all(0.5f) : gap;
         return {g, g, g};
     }
     const Floats share = pair.p_leads ? 1.0f - lam : lam, rest = pair.p_leads ? lam : 1.0f - lam;
     const Floats lost = share * pair.less, u = rest + share * pair.e;
     const Floats log_u = vector_log(u, lost);
-    // A probability that far below the other is nothing, and 0 * inf would be NaN.
+    // A probability that far below the other is 0 to rounding; the bound avoids 0 * inf = NaN.
     const Floats apart = magnitude(gap), down = apart > 200.0f ? all(-200.0f) : -apart;
     const Floats log_p_m = (pair.p_leads ? Floats{} : down) - log_u, log_q_m = (pair.p_leads ? down : Floats{}) - log_u;
     if (KIND == JSD) return {(1.0f - lam) * log_q_m, log_p_m, log_q_m};
-    // p / m - 1 and q / m - 1, whose constant does not matter: the larger one's is lost / u.
+    // p / m - 1 and q / m - 1, as g may lack a constant: lost / u for the larger of p and q.
     if (KIND == SKEW_FORWARD_KL)
         return {(lam - 1.0f) * ((pair.p_leads ? lost : lost - pair.less) / u), log_p_m, log_q_m};
     return {log_q_m - (1.0f - lam) * ((pair.p_leads ? lost - pair.less : lost) / u), log_p_m, log_q_m};
 }
 
-// What each column adds to the divergence and to sum q g.
+// Each column's terms of the divergence and of sum q g.
 struct Terms {
     Floats divergence, centre;
 };
@@ -169,7 +169,7 @@ KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Flo
     if (KIND == FORWARD_KL)
         result = pair.w * (pair.p_leads ? -pair.less : pair.less);
     else if (KIND == REVERSE_KL)
-        // Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+        // An infinite loss makes each column's gradient infinite, not inf - inf = NaN; 0 where q rounds to 0.
         result = q == 0.0f ? Floats{} : q * (pair.gap == -infinite ? infinite : -pair.gap - centre);
     else
         result = q * (slope_of<KIND>(pair, lam).g - centre);
@@ -185,8 +185,8 @@ ENTRY void gradient_of_kind(
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
         char* target = out + start * bytes_of(out_type);
-        // At once to where it belongs, where that is float32 in whole vectors. It may be the student's own logits: each is
-        // read before it is written.
+        // Written directly where `out` is float32 in whole vectors. `out` may be the student's own logits: each is read
+        // before it is written.
         const bool at_once = out_type == FLOAT32 && block.columns % LANES == 0;
         float* room = at_once ? reinterpret_cast<float*>(target) : room_out;
         for (int64_t i = 0; i < block.columns; i += LANES) {

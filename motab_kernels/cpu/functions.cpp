@@ -1,4 +1,4 @@
-// The functions of vectors that the kernels use, for the tests of their error. `count` is a multiple of 16.
+// The kernels' vector functions, exported so that tests measure their error. `count` is a multiple of 16.
 
 #include <cstdint>
 

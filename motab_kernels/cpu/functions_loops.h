@@ -1,4 +1,4 @@
-// Included once a level.
+// Included once per level.
 
 namespace motab {
 namespace LEVEL {
@@ -13,7 +13,7 @@ ENTRY void exp_loop(const float* x, float* y, int64_t count) {
 }
 
 ENTRY void one_less_exp_loop(const float* x, float* y, int64_t count) {
-    for (int64_t i = 0; i < count; i += LANES) store(y + i, one_less_exp(load(x + i)));
+    for (int64_t i = 0; i < count; i += LANES) store(y + i, one_less(split_exp(load(x + i))));
 }
 
 ENTRY void log_loop(const float* x, float* y, int64_t count) {

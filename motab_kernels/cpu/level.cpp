@@ -23,7 +23,7 @@ Level level() { return in_force.load(std::memory_order_relaxed); }
 
 }  // namespace motab
 
-// Use no level above `limit` from now on, for tests of the others. Returns the level in force.
+// Uses no level above `limit` from now on, to test the others. Returns the level in use.
 extern "C" int motab_limit_level(int limit) {
     const motab::Level best = motab::best();
     motab::in_force = limit < best ? static_cast<motab::Level>(limit) : best;

@@ -1,4 +1,4 @@
-// Which of the instruction sets that an op is compiled for is used.
+// Which of the compiled instruction sets is used.
 #pragma once
 
 namespace motab {

@@ -1,8 +1,8 @@
 // One source for several instruction sets. A file of vector code that defines KERNELS as its own name and includes this
-// one is compiled once a level, in a namespace of its own; the level is chosen when an op is called.
+// one is compiled once per level, in a namespace of its own; the level is chosen when an op is called.
 //
-// The functions carry their target themselves: compiler flags for a whole file would let it into inline functions of the
-// standard library, which the linker may then share with code that runs anywhere.
+// Each function names its target: a compiler flag for the whole file would also apply to inline functions of the
+// standard library, which the linker may share with code that must run anywhere.
 
 #include "level.h"
 
@@ -32,7 +32,7 @@
 #undef KERNEL_MEMBER
 #undef ENTRY
 
-// `name` of the level in force.
+// `name` of the level in use.
 #define AT_LEVEL(name)                                               \
     (motab::level() == motab::AVX512 ? motab::avx512::name           \
      : motab::level() == motab::AVX2 ? motab::avx2::name             \

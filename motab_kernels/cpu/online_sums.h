@@ -1,26 +1,26 @@
-// Sums under the softmaxes of a split of the vocabulary, read once. Included once a level, in its namespace.
+// Sums under the softmaxes of a split of the vocabulary, read once. Included once per level, in its namespace.
 //
-// With t, s the logits at a position over the temperature, and m_t, m_s constants near their maxima, an op's Sums adds
-// up what it needs of
+// With t, s the logits at a position divided by the temperature, and m_t, m_s constants near their maxima, an op's Sums
+// adds up what it needs from
 //
 //     x_t = t - m_t      w_t = e^x_t      x_s = s - m_s      w_s = e^x_s
 //
-// a block at a time, each lane on its own. m is the maximum of the blocks before unless a block has logits far above it;
-// so a block is read once. The first try at a block knows no 0 * inf: where sums come out NaN, it is summed again with
-// masks. At the end the sums are moved to the maxima.
+// a block at a time, each lane on its own. m is the maximum of the blocks before, unless a block has logits far above
+// it, so that a block is read once. The first pass over a block ignores 0 * inf: if a sum becomes NaN, the block is
+// summed again with masks. At the end the sums are moved to the maxima.
 //
-// Sums have `template <bool MASKED> add(t, x_t, x_s)`, `move(d_t, d_s)` for constants that grow by -d, and `weighted()`,
-// NaN where a sum of weighted values is.
+// Sums have `template <bool MASKED> add(t, x_t, x_s)`, `move(d_t, d_s)` for constants that grow by -d, and
+// `weighted()`, NaN where a sum of weighted values is.
 
-constexpr float ROOM = 40;       // e^40 times any vocabulary is far below float32's end
+constexpr float ROOM = 40;       // e^40 times any vocabulary is far below float32's maximum
 
-// What `weight * value` adds; nothing of a value counts under a weight of 0. A weight that is NaN is != 0, and stays.
+// `weight * value`, and 0 for a weight of 0, whatever the value. A weight that is NaN is != 0, and the product NaN.
 template <bool MASKED>
 KERNEL Floats product(Floats weight, Floats value) {
     return MASKED ? (weight != Floats{} ? weight * value : Floats{}) : weight * value;
 }
 
-// A sum of w * x after x has grown by d and w by f = e^d; nothing is left where f is 0, not even of inf.
+// A sum of w * x after x has grown by d and w by the factor f = e^d; 0 where f is 0, even if the sum was inf.
 KERNEL Floats moved(float f, Floats total, float d, Floats z) { return f != 0 ? f * (total + d * z) : Floats{}; }
 
 struct Tops {
@@ -52,7 +52,7 @@ KERNEL void add_block(Sums& kept, Tops& kept_tops, const Block& block, float m_t
 
 struct Found {
     float top_t, top_s;
-    int64_t top_block;  // first column of the block that has top_t first
+    int64_t top_block;  // first column of the first block that holds top_t
 };
 
 template <class Sums>

@@ -1,4 +1,4 @@
-// How the vocabulary is cut. The splits follow from V alone, and their sums are combined in order, so that a row's numbers
+// How the vocabulary is cut. The splits depend on V only, and their sums are combined in order, so that a row's numbers
 // depend neither on its batch nor on the number of threads.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace motab {
 
-constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: unlike -inf, less itself it is 0
+constexpr float LOWEST = -std::numeric_limits<float>::max();  // where maxima start: unlike -inf, minus itself it is 0
 constexpr int64_t SPLIT = 4096;                               // columns that one thread sums
 
 // Some columns of both sides' logits at a position.
@@ -23,7 +23,7 @@ struct Split {
 
 inline int64_t splits_of(int64_t V) { return (V + SPLIT - 1) / SPLIT; }
 
-// A sum of w * x over a split, after x has grown by d and w by f = e^d; nothing is left where f is 0, not even of inf.
+// A sum of w * x over a split after x has grown by d and w by the factor f = e^d; 0 where f is 0, even if it was inf.
 inline double moved(double f, double total, double d, double z) { return f != 0 ? f * (total + d * z) : 0; }
 
 // Splits that are worth a thread.

@@ -13,12 +13,10 @@
 
 namespace motab {
 
-// Whether this process was forked. The OpenMP threads of its parent are not in it, and to wait for them would be to wait
-// for ever.
+// Whether this process was forked. It does not have the OpenMP threads of its parent, and would wait for them for ever.
 bool forked();
 
-// Calls body(begin, end) on parts of [0, items), on at most `threads` threads, and on fewer where there are less than
-// `grain` items for each.
+// Calls body(begin, end) on parts of [0, items), on at most `threads` threads with at least `grain` items each.
 template <class Body>
 void parallel_for(int64_t items, int64_t threads, int64_t grain, const Body& body) {
     threads = forked() ? 1 : std::min(threads, items / std::max<int64_t>(1, grain));

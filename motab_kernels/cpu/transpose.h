@@ -1,4 +1,4 @@
-// A square of LANES x LANES numbers turned over. Included once a level, in its namespace, after vector.h.
+// Transposes a square of LANES x LANES numbers. Included once per level, in its namespace, after vector.h.
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -7,7 +7,7 @@
 #endif
 
 #ifdef HAS_SHUFFLES
-// The first halves of two vectors, or the second ones, a number of each in turn.
+// Interleaves the first halves of two vectors, or the second halves.
 #if LANES == 16
 KERNEL Floats low(Floats x, Floats y) {
     return __builtin_shufflevector(x, y, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -27,7 +27,7 @@ KERNEL void transpose(const float* in, int64_t stride, float* out, int64_t out_s
     Floats rows[LANES];
 #pragma GCC unroll 16
     for (int i = 0; i < LANES; ++i) rows[i] = load(in + i * stride);
-    // Each pass puts one more bit of the row's number into that of the column.
+    // Each pass moves one more bit of the row's index to that of the column.
 #pragma GCC unroll 4
     for (int width = LANES; width > 1; width /= 2) {
         Floats mixed[LANES];

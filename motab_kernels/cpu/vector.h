@@ -1,4 +1,4 @@
-// Vectors of LANES numbers, by the compiler's own vector types. Included once a level, in its namespace.
+// Vectors of LANES numbers, by the compiler's own vector types. Included once per level, in its namespace.
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
@@ -14,7 +14,7 @@ KERNEL Floats load(const float* x) {
 
 KERNEL void store(float* x, Floats v) { __builtin_memcpy(x, &v, sizeof v); }
 
-// The larger; the second where the first is NaN.
+// The larger of two; the second where the first is NaN.
 KERNEL Floats larger(Floats x, Floats y) { return x > y ? x : y; }
 
 KERNEL Floats magnitude(Floats x) { return (Floats)((Words)x & 0x7fffffff); }
@@ -25,7 +25,7 @@ KERNEL float sum(Floats x) {
     return total;
 }
 
-// In pairs, then in pairs of those: short chains.
+// Pairwise: short dependency chains.
 KERNEL float largest(Floats x) {
     float tops[LANES];
     store(tops, x);

@@ -1,7 +1,7 @@
-// e^x for x <= 88, to 2e-7 relative; 0 below -87.68, where a float is about to be subnormal; NaN for NaN. Included once a
+// e^x for x <= 88, to 2e-7 relative; 0 below -87.68, just above the subnormal numbers; NaN for NaN. Included once per
 // level, in its namespace.
 //
-// x = n ln 2 + r with |r| <= ln 2 / 2; 2^n is made of its bits, e^r = 1 + r + r^2 q(r) with the minimax q, 3e-9 relative.
+// x = n ln 2 + r with |r| <= ln 2 / 2; 2^n is assembled from its bits; e^r = 1 + r + r^2 q(r), q minimax to 3e-9 relative.
 
 struct Exponential {
     Floats power, rest;  // 2^n, and e^r - 1
@@ -9,7 +9,7 @@ struct Exponential {
 
 KERNEL Exponential split_exp(Floats x) {
     x = larger(all(-88.0f), x);
-    // Added to this, a small number leaves itself rounded in the low bits, here with the bias of an exponent.
+    // The sum has the rounded number in its low bits, offset by the bias of an exponent.
     const Floats shift = all(12582912.0f + 127.0f);
     const Floats y = x * 1.44269504f + shift;
     const Floats n = y - shift;
@@ -24,13 +24,10 @@ KERNEL Exponential split_exp(Floats x) {
     return {(Floats)((Words)y << 23), q * r};
 }
 
-KERNEL Floats vector_exp(Floats x) {
-    const Exponential e = split_exp(x);
-    return e.power * e.rest + e.power;
-}
+// e^x
+KERNEL Floats value(const Exponential& e) { return e.power * e.rest + e.power; }
 
-// 1 - e^x for x <= 0, which keeps what 1 and e^x have apart where they nearly agree.
-KERNEL Floats one_less_exp(Floats x) {
-    const Exponential e = split_exp(x);
-    return (1.0f - e.power) - e.power * e.rest;
-}
+// 1 - e^x for x <= 0, which keeps the difference where e^x is nearly 1.
+KERNEL Floats one_less(const Exponential& e) { return (1.0f - e.power) - e.power * e.rest; }
+
+KERNEL Floats vector_exp(Floats x) { return value(split_exp(x)); }

@@ -1,5 +1,8 @@
 """Triton kernels, one file an op."""
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 import triton
 
 
@@ -10,3 +13,8 @@ def _probe():
 
 #: The kernels take CPU tensors: TRITON_INTERPRET=1 was set when triton was imported.
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
+
+
+def launched_on(device: torch.device) -> AbstractContextManager[None]:
+    """A context in which kernels are launched on the device, whichever is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

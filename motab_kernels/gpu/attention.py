@@ -7,7 +7,6 @@ atomics, no wait of the host. The formulas are in `attention_split`.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.attention_combine import combine_kernel
 from motab_kernels.gpu.attention_split import split_kernel
 from motab_kernels.gpu.online_softmax import LOG2_E
@@ -41,7 +41,7 @@ HIP = Settings(float32_warps=4)  # where a wave has 64 threads, and matrix units
 
 
 def settings_for(device: torch.device) -> Settings:
-    return tuned("attention", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
+    return tuned("attention", device, DEFAULT, HIP)
 
 
 def blocks(queries: int, D: int, itemsize: int, split: int, settings: Settings) -> dict[str, int]:
@@ -108,7 +108,7 @@ def ragged_attention(
         "D": D,
         "SPLIT": split,
     }
-    with torch.cuda.device(query.device) if query.is_cuda else contextlib.nullcontext():
+    with launched_on(query.device):
         split_kernel[(b * H * triton.cdiv(queries, tiles["M_BLOCK"]), splits)](
             query_ptr=query,
             keys_ptr=keys,

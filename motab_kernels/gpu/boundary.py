@@ -6,7 +6,6 @@ B rows, T tokens, V shared vocabulary, S splits of it. No atomics, no wait of th
 
 from __future__ import annotations
 
-import contextlib
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ import triton
 from torch import Tensor
 
 from motab_kernels.boundary_state import Rule
+from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import PARTIALS, partial_kernel
 from motab_kernels.gpu.tuned import tuned
@@ -34,7 +34,7 @@ HIP = Settings(lanes=256, tiles=2)  # where a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
-    return tuned("boundary", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
+    return tuned("boundary", device, DEFAULT, HIP)
 
 
 def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, int, int]:
@@ -77,7 +77,7 @@ def fused_kl_boundary(
     # An absent tensor's pointer is never read; any other stands in for it.
     absent = token_ids
     given = {"temperature_ptr": absent if temperature is None else temperature, "partial_ptr": workspace}
-    with torch.cuda.device(student_logits.device) if student_logits.is_cuda else contextlib.nullcontext():
+    with launched_on(student_logits.device):
         partial_kernel[(B * T, S)](
             **logits,
             **given,

@@ -1,18 +1,19 @@
 """`divergence_loss` on Triton. One launch reads the logits, one combines its sums; the kinds that need the normalisers
 first read the logits once more; the backward pass reads them once and writes the gradient.
 
-B rows, T tokens, V shared vocabulary, R = B * T, S splits of the vocabulary. No atomics, no wait of the host.
+The functions are those of `DivergenceKernels`; a slice is a split of the vocabulary. No atomics, and the host does not
+wait.
 """
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
+from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
@@ -40,16 +41,12 @@ HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
-    return tuned("divergence", device, HIP if device.type == "cuda" and torch.version.hip else DEFAULT)
+    return tuned("divergence", device, DEFAULT, HIP)
 
 
 def splits(V: int, settings: Settings) -> int:
     """They follow from V alone, so that a row's sums do not change with its batch."""
     return triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
-
-
-def _on(device: torch.device) -> Any:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: Settings) -> dict[str, Any]:
@@ -80,13 +77,11 @@ def _contiguous_vocabulary(x: Tensor) -> Tensor:
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
-    """(B, T, V) logits to (R, 6, S) sums; those of a position that is not kept, and those that the kind does not
-    need, hold anything."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
     sums = torch.empty((B * T, 6, splits(V, settings)), dtype=torch.float32, device=student.device)
-    with _on(student.device):
+    with launched_on(student.device):
         sums_kernel[(B * T, sums.shape[2])](
             **_arguments(student, teacher, tau, settings),
             keep_ptr=student if keep is None else keep,
@@ -99,12 +94,11 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
     R, _, S = sums.shape
     loss = torch.empty(R, dtype=torch.float32, device=sums.device)
     saved = torch.empty((R, 6), dtype=torch.float32, device=sums.device)
     rows = settings_for(sums.device).rows
-    with _on(sums.device):
+    with launched_on(sums.device):
         finish_kernel[(triton.cdiv(R, rows),)](
             sums_ptr=sums,
             keep_ptr=sums if keep is None else keep,
@@ -127,12 +121,11 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
 def divergence_terms(
     student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
 ) -> Tensor:
-    """(R, 2, S): the divergence and sum q g, over each split; 0 for a position that is not kept."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
     terms = torch.empty((B * T, 2, splits(V, settings)), dtype=torch.float32, device=student.device)
-    with _on(student.device):
+    with launched_on(student.device):
         terms_kernel[(B * T, terms.shape[2])](
             **_arguments(student, teacher, tau, settings),
             keep_ptr=student if keep is None else keep,
@@ -158,12 +151,10 @@ def divergence_gradient(
     lam: float,
     out: Tensor,
 ) -> None:
-    """Write the gradient to `out` (B, T, V), contiguous in V, which may be the student's own logits; 0 where the
-    position's scale (R,) is 0."""
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
-    with _on(student.device):
+    with launched_on(student.device):
         gradient_kernel[(B * T, splits(V, settings))](
             **_arguments(student, teacher, tau, settings),
             saved_ptr=saved,

@@ -21,6 +21,8 @@ from motab_kernels.gpu.online_softmax import (
 
 # Rows of the sums (positions, 6, S).
 TOP_T, Z_T, G_T, TOP_S, Z_S, G_S = (tl.constexpr(i) for i in range(6))
+# Columns of what is saved (positions, 6), in the order of `motab_kernels.divergence_sums`.
+SAVED_TOP_T, SAVED_TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
@@ -122,7 +124,7 @@ def finish_kernel(
     ROWS: tl.constexpr,
     S_BLOCK: tl.constexpr,
 ):
-    """`motab_kernels.divergence_sums.finish` of ROWS positions."""
+    """`finish` of `motab_kernels.reference.divergence` for ROWS positions."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < R
     keep = inside
@@ -155,10 +157,10 @@ def finish_kernel(
         loss = log_ratio - tl.sum(moved(f_s, g_s, shift, part_z_s), axis=1) / z_s
     loss = tl.where(loss < 0, 0.0, loss)
     tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=inside)
-    saved_ptr += row * 6  # in the order of `motab_kernels.divergence_sums`
-    tl.store(saved_ptr, row_t, mask=inside)
-    tl.store(saved_ptr + 1, row_s, mask=inside)
-    tl.store(saved_ptr + 2, 1 / z_t, mask=inside)
-    tl.store(saved_ptr + 3, 1 / z_s, mask=inside)
-    tl.store(saved_ptr + 4, log_ratio, mask=inside)
-    tl.store(saved_ptr + 5, loss, mask=inside)
+    saved_ptr += row * 6
+    tl.store(saved_ptr + SAVED_TOP_T, row_t, mask=inside)
+    tl.store(saved_ptr + SAVED_TOP_S, row_s, mask=inside)
+    tl.store(saved_ptr + RECIPROCAL_T, 1 / z_t, mask=inside)
+    tl.store(saved_ptr + RECIPROCAL_S, 1 / z_s, mask=inside)
+    tl.store(saved_ptr + LOG_RATIO, log_ratio, mask=inside)
+    tl.store(saved_ptr + CENTRE, loss, mask=inside)

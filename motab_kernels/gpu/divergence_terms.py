@@ -9,6 +9,7 @@ agree, nothing overflows, and two to four special functions do for both. The for
 import triton
 import triton.language as tl
 
+from motab_kernels.gpu.divergence_sums import CENTRE, LOG_RATIO, RECIPROCAL_S, RECIPROCAL_T, SAVED_TOP_S, SAVED_TOP_T
 from motab_kernels.gpu.online_softmax import (
     LN_2,
     LOG2_E,
@@ -24,9 +25,9 @@ from motab_kernels.gpu.online_softmax import (
 @triton.jit
 def _row(saved_ptr, c):
     """A row's maxima and 1 / z, of the teacher and the student, and what is taken off c (t - s) to make the gap."""
-    m_t, m_s = scaled(tl.load(saved_ptr), c), scaled(tl.load(saved_ptr + 1), c)
-    offset = (m_t - m_s) + tl.load(saved_ptr + 4) * LOG2_E
-    return m_t, m_s, tl.load(saved_ptr + 2), tl.load(saved_ptr + 3), offset
+    m_t, m_s = scaled(tl.load(saved_ptr + SAVED_TOP_T), c), scaled(tl.load(saved_ptr + SAVED_TOP_S), c)
+    offset = (m_t - m_s) + tl.load(saved_ptr + LOG_RATIO) * LOG2_E
+    return m_t, m_s, tl.load(saved_ptr + RECIPROCAL_T), tl.load(saved_ptr + RECIPROCAL_S), offset
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr
 
 
 @triton.jit
-def _units(lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr):
+def _units(rest, KIND: tl.constexpr, EVEN: tl.constexpr):
     """What the sums of `_terms` are multiplied by, once."""
     if KIND == "tvd":
         return 0.5, 1.0
@@ -182,7 +183,7 @@ def terms_kernel(
         term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
-    unit, weighted_unit = _units(lam, rest, KIND, EVEN)
+    unit, weighted_unit = _units(rest, KIND, EVEN)
     tl.store(terms_ptr, tl.sum(divergence, axis=0) * unit)
     tl.store(terms_ptr + S, tl.sum(centre, axis=0) * weighted_unit)
 
@@ -271,7 +272,7 @@ def gradient_kernel(
     factor = scale * (c * LN_2)
     saved_ptr += position * 6
     m_t, m_s, reciprocal_t, reciprocal_s, offset = _row(saved_ptr, c)
-    centre = tl.load(saved_ptr + 5)
+    centre = tl.load(saved_ptr + CENTRE)
     for start in range(first, whole, TILE):
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from motab_kernels.backend import on_device
+from motab_kernels.gpu import launched_on
 
 WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
@@ -94,7 +93,7 @@ def realign_(
     num_heads = max(x.shape[1] for x in storages)
     numbers = on_device([*(number for row in table for number in row), *starts, *lengths], device)
     B = len(starts)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with launched_on(device):
         _realign_kernel[(B * num_heads, len(storages))](
             table_ptr=numbers,
             starts_ptr=numbers[-2 * B : -B],

@@ -23,9 +23,12 @@ def _name(index: int) -> str:
     return torch.cuda.get_device_name(index)
 
 
-def tuned(op: str, device: torch.device, default: Settings) -> Settings:
-    """The default, with what was measured on such a device in its place."""
-    if device.type != "cuda" or not table():
+def tuned(op: str, device: torch.device, default: Settings, hip: Settings) -> Settings:
+    """The default, or on an AMD GPU `hip`, overridden by what was measured on such a device."""
+    if device.type != "cuda":
+        return default
+    default = hip if torch.version.hip else default
+    if not table():
         return default
     index = torch.cuda.current_device() if device.index is None else device.index
     return default._replace(**table().get(_name(index), {}).get(op, {}))

@@ -16,8 +16,8 @@ from motab_kernels.boundary import fused_kl_boundary
 from motab_kernels.divergence import divergence_loss
 from motab_kernels.interop import patching
 from motab_kernels.interop.tensors import head_inputs, valid
-from motab_kernels.linear_divergence import BUDGET, fused_linear_divergence, loss_dtype
-from motab_kernels.linear_head import Head
+from motab_kernels.linear_divergence import fused_linear_divergence
+from motab_kernels.linear_head import BUDGET, Head, loss_dtype
 
 __all__ = ["chunked_divergence_loss", "generalized_jsd_loss", "patch", "patched"]
 

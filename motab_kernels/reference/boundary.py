@@ -13,13 +13,14 @@ has a rank (-1).
 
 from __future__ import annotations
 
+import operator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from motab_kernels.boundary_state import IS_SAFE, Rule
 from motab_kernels.boundary_state import BoundaryState as S
-from motab_kernels.boundary_state import Rule
 from motab_kernels.reference.rows import CHUNK, relative, row_sums
 
 
@@ -147,7 +148,8 @@ def walk(
     total, score, threshold, safety, fall = (c.clone() for c in state.scores.unbind(1))
     history = state.history.clone()
     scale = torch.as_tensor(rule.scale, dtype=torch.float64)
-    high_is_safe = rule.score in ("teacher_value", "value_ratio")
+    is_safe = IS_SAFE[rule.score]
+    high_is_safe = is_safe is operator.ge
     outputs: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
 
     for i in range(contribution.shape[1]):
@@ -172,12 +174,7 @@ def walk(
             mean = total / step_tokens
             score = torch.where(live, mean.exp() if high_is_safe else mean, score)
 
-        if high_is_safe:
-            safe = score >= threshold
-        elif rule.score == "teacher_rank":
-            safe = score < threshold
-        else:
-            safe = score <= threshold
+        safe = is_safe(score, threshold)
         stray = ending & ~safe
 
         new_safety = score if high_is_safe else -score

@@ -16,6 +16,8 @@ derivative is q (g - sum q g) / tau, zero where s = -inf. For forward_kl that is
 
 A position is *invalid* where a side's softmax does not exist (NaN or +inf among its logits, or no finite one): its
 loss and its gradient are NaN. Low-precision logits are read in float32, float64 in float64.
+
+The functions without a docstring are those of `DivergenceKernels`, with all columns in one slice (S = 1).
 """
 
 from __future__ import annotations
@@ -57,7 +59,6 @@ def product(weight: Tensor, value: Tensor) -> Tensor:
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
-    """(B, T, V) logits to (R, 6, 1) sums: see `motab_kernels.divergence_sums`."""
     parts = []
     for _, s, t, tau_r in chunks(student, teacher, tau):
         # Finite, for a slice may lack finite logits where its row does not.
@@ -72,7 +73,6 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    """Sums (R, 6, S) to the losses (R,), of the KL kinds alone, and what the backward pass needs, (R, 6)."""
     top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
     # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
     log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
@@ -119,7 +119,6 @@ def terms_and_slopes(p: Tensor, q: Tensor, gap: Tensor, kind: str, lam: float) -
 def divergence_terms(
     student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, saved: Tensor, kind: str, lam: float
 ) -> Tensor:
-    """(R, 2, 1): the divergence and sum q g, over these columns, of the kinds that need the normalisers first."""
     parts = []
     for part, s, t, tau_r in chunks(student, teacher, tau):
         p, q, gap = distributions(s, t, tau_r, saved[part])
@@ -139,8 +138,6 @@ def divergence_gradient(
     lam: float,
     out: Tensor,
 ) -> None:
-    """Write d(sum of scale * divergence) / d(student) to `out` (B, T, V), which may be the student's own logits.
-    A position whose scale (R,) is 0 gets 0, whatever its logits."""
     flat = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     rows = flat.view(-1, out.shape[-1])
     for part, s, t, tau_r in chunks(student, teacher, tau):

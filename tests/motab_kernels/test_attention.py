@@ -165,7 +165,7 @@ def test_is_an_op_to_torch():
         ({"lengths": torch.tensor([-1, 1])}, r"lengths: expected values in \[0, 18\], got \[-1, 1\]"),
         ({"rows": torch.tensor([0, 3])}, r"rows: expected values in \[0, 2\], got \[0, 3\]"),
         ({"rows": None}, "expected 3 rows as the keys, got 2; give rows"),
-        ({"page_table": torch.tensor([[0], [1]])}, "expected rows or page_table, got both"),
+        ({"page_table": torch.tensor([[0], [1]])}, "rows: expected None with page_table, got both"),
         (
             {"rows": None, "page_table": torch.tensor([0, 1])},
             r"page_table: expected \(2, pages of a row\) int64 on cpu, got",

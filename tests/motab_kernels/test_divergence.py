@@ -362,7 +362,7 @@ def test_inplace_backward(backend, kind, monkeypatch):
 
 
 @every_kind
-def test_saves_at_most_32_bytes_a_position_beyond_the_logits(backend, kind):
+def test_saves_24_bytes_a_position_beyond_the_logits(backend, kind):
     student, teacher = logits(8, 100, seed=14)
     student, teacher = student.to(DEVICE).requires_grad_(), teacher.to(DEVICE)
     saved = []
@@ -374,7 +374,7 @@ def test_saves_at_most_32_bytes_a_position_beyond_the_logits(backend, kind):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         mk.divergence_loss(student, teacher, **options(kind), backend=backend)
     inputs = {student.data_ptr(), teacher.data_ptr()}
-    assert sum(x.nbytes for x in saved if x.data_ptr() not in inputs) <= 32 * 8
+    assert sum(x.nbytes for x in saved if x.data_ptr() not in inputs) == 24 * 8
 
 
 @every_kind
@@ -517,7 +517,7 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"student_logits": torch.ones(2, 10).int()}, "student_logits: expected float32.*got torch.int32"),
         ({"student_logits": torch.ones(10)}, r"student_logits: expected shape \(B, V\) or \(B, T, V\), got \(10,\)"),
         ({"teacher_logits": torch.ones(3, 10)}, r"teacher_logits: expected .*\(2, 'V'\).*got \(3, 10\)"),
-        ({"teacher_logits": torch.ones(2, 0)}, r"expected a shared vocabulary, got \(2, 10\) and \(2, 0\)"),
+        ({"teacher_logits": torch.ones(2, 0)}, "expected a shared vocabulary, got 10 and 0 columns"),
     ],
 )
 def test_bad_input(change, message):

@@ -271,7 +271,7 @@ def test_caches_that_cannot_roll_back(make, message):
         (1, dict(attention_mask=torch.ones(3, 4)), r"shape \(3, 5\), got \(3, 4\)"),
         (1, dict(attention_mask=torch.tensor([[1, 1, 1, 1, 0]] * 3)), "padding on the left"),
         (1, dict(tail="drop"), '"keep" or "zero"'),
-        (1, dict(max_length=3), "RaggedKVCache alone"),
+        (1, dict(max_length=3), "max_length: expected None except for a RaggedKVCache, got DynamicCache"),
     ],
 )
 def test_wrong_arguments_change_nothing(new_lengths, options, message):
@@ -284,7 +284,7 @@ def test_wrong_arguments_change_nothing(new_lengths, options, message):
 
 def test_a_static_cache_has_one_length():
     cache = filled(StaticCache(config=transformers.LlamaConfig(num_hidden_layers=2), max_cache_len=8))
-    with pytest.raises(ValueError, match=r"one length for all rows of a StaticCache, got \[1, 2, 3\]"):
+    with pytest.raises(ValueError, match=r"one length in a StaticCache, got \[1, 2, 3\]"):
         mk.truncate_kv_cache_(cache, torch.tensor([1, 2, 3]))
     with pytest.raises(ValueError, match="at most 5, got 6"):
         mk.truncate_kv_cache_(cache, 6)

@@ -306,7 +306,7 @@ def test_gradcheck(kind):
 def test_registered():
     student, teacher = heads(N=4, V=9, V_teacher=9)
     leaves = [x.requires_grad_() for x in student]
-    shared = ([1.0, 1.0, 0.0, 0.0], "jsd", 0.5, 9, 3, False, "torch")
+    shared = ([1.0, 0.0], [1.0, 0.0], "jsd", 0.5, 9, 3, False, "torch")
     mask, tau = torch.tensor([True, False, True, True]), torch.tensor(1.5)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(rows_op, (*leaves, *teacher, mask, tau, *shared), test_utils=tests)

@@ -205,23 +205,23 @@ def test_wrong_pages(llama):
         cache.prepare(1)
     cache.reserve_([1, 65, 0])
     pages = [list(row) for row in cache.pages.pages]
-    with pytest.raises(ValueError, match=r"3 pages of 64 tokens hold, got \[65, 64, 1\], which need 4"):
+    with pytest.raises(ValueError, match=r"lengths: expected what 3 pages .* hold, got \[65, 64, 1\], which need 4"):
         cache.reserve_([65, 64, 1])
     for lengths in ([1, 2], [1, 2, -1], [0, 0, 129]):
-        with pytest.raises(ValueError, match=r"expected 3 lengths in \[0, 128\], got"):
+        with pytest.raises(ValueError, match=r"lengths: expected 3 lengths in \[0, 128\], got"):
             cache.reserve_(lengths)
     assert cache.pages.pages == pages
     assert cache.pages.table.tolist() == [[pages[0][0], 3], pages[1], [3, 3]]
     with torch.no_grad():
         llama(torch.ones(BATCH, 66, dtype=torch.long), **cache.prepare(66))
-    with pytest.raises(ValueError, match=r"pages for the 66 tokens of row 0, got pages for 64: .* call reserve_"):
+    with pytest.raises(ValueError, match=r"room for the 66 tokens of row 0, got room for 64: .* call reserve_"):
         cache.prepare(1)
     cache.prepare(1, rows=torch.tensor([1]))
     for wrong in ({"num_pages": 0}, {"num_pages": 2.0}):
-        with pytest.raises(ValueError, match="num_pages to be None or a positive int, got"):
+        with pytest.raises(ValueError, match="num_pages: expected None or a positive int, got"):
             ragged_cache(llama, **wrong)
     for page_size in (0, 32, 64.0):
-        with pytest.raises(ValueError, match="page_size to be a multiple of 64 tokens, got"):
+        with pytest.raises(ValueError, match="page_size: expected a multiple of 64 tokens, got"):
             ragged_cache(llama, num_pages=2, page_size=page_size)
 
 
@@ -306,13 +306,9 @@ def test_a_nan_tail_survives_a_mask_and_is_zeroed_on_request(llama):
     book.append([1, 4, 2])
 
 
-def test_reset_rows(llama):
+def test_reset(llama):
     book = Book(llama, ragged_cache(llama))
     book.append([7, 3, 9])
-    book.cache.reset_rows_(torch.tensor([2, 0]))
-    assert book.cache.lengths.tolist() == [0, 3, 0]
-    book.tokens = [[], book.tokens[1], []]
-    book.append([5, 1, 2])
     book.cache.reset()
     assert book.cache.lengths.tolist() == [0, 0, 0]
     assert book.cache.visible_length == 0
@@ -370,7 +366,7 @@ def test_a_plain_pass_over_ragged_rows_is_refused(llama):
         (10, "at most 9, got 10"),
         (-1, ">= 0, got -1"),
         (True, "int or a tensor"),
-        (torch.tensor([7, 4, 9]), r"<= lengths = \[7, 3, 9\], got \[7, 4, 9\]"),
+        (torch.tensor([7, 4, 9]), r"at most lengths = \[7, 3, 9\], got \[7, 4, 9\]"),
         (torch.tensor([-1, 0, 0]), ">= 0"),
         (torch.tensor([1, 2]), r"shape \(3,\)"),
         (torch.tensor([1.0, 2.0, 3.0]), "integer dtype"),
@@ -381,7 +377,7 @@ def test_wrong_lengths(llama, new_lengths, message):
     book.append([7, 3, 9])
     with pytest.raises(ValueError, match=message):
         mk.truncate_kv_cache_(book.cache, new_lengths)
-    with pytest.raises(ValueError, match=r"max_length to bound the rows' lengths \[7, 3, 9\], got 8"):
+    with pytest.raises(ValueError, match=r"max_length: expected a bound on the rows' lengths \[7, 3, 9\], got 8"):
         book.cache.prepare(1, max_length=8)
     assert book.cache.lengths.tolist() == [7, 3, 9]
 
@@ -392,32 +388,32 @@ def test_wrong_arguments(llama):
         mk.truncate_kv_cache_(cache, 0, tail="drop")
     with pytest.raises(ValueError, match="knows its lengths"):
         mk.truncate_kv_cache_(cache, 0, torch.ones(BATCH, 1))
-    with pytest.raises(ValueError, match="num_tokens to be a positive int, got 0"):
+    with pytest.raises(ValueError, match="num_tokens: expected a positive int, got 0"):
         cache.prepare(0)
     for rows in (torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([-1])):
-        with pytest.raises(ValueError, match=r"distinct rows within \[0, 3\)"):
+        with pytest.raises(ValueError, match=r"rows: expected distinct ones within \[0, 3\)"):
             cache.prepare(1, rows=rows)
-    with pytest.raises(ValueError, match="rows to be None or"):
+    with pytest.raises(ValueError, match="rows: expected None or"):
         cache.prepare(1, rows=[0])
-    with pytest.raises(ValueError, match="max_length to be None or an int of at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_length: expected None or an int of at least 0, got -1"):
         cache.prepare(1, max_length=-1)
-    with pytest.raises(ValueError, match=r"expected keys of .* = \(\(3, 3\), torch.float64"):
+    with pytest.raises(ValueError, match=r"keys: expected .* = \(\(3, 3\), torch.float64"):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(3) | {"position_ids": None})
     with pytest.raises(ValueError, match="no_grad"):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(2))
-    with pytest.raises(ValueError, match="batch_size to be a positive int"):
+    with pytest.raises(ValueError, match="batch_size: expected a positive int"):
         mk.RaggedKVCache(llama.config, 0, 4)
     for refused in (lambda: cache.reorder_cache(None), lambda: cache.batch_repeat_interleave(2)):
         with pytest.raises(ValueError, match="RaggedKVCache"):
             refused()
     with (
-        pytest.raises(ValueError, match=r"RaggedKVCache\.prepare gives, got a forward pass without"),
+        pytest.raises(ValueError, match=r"ragged_step: expected what RaggedKVCache\.prepare gives .* got none"),
         on_ragged_attention(llama),
     ):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long))
     assert llama.config._attn_implementation == "sdpa"
     with (
-        pytest.raises(ValueError, match="does not know, got bias of LlamaAttention"),
+        pytest.raises(ValueError, match=r"expected arguments that .* knows, got bias of LlamaAttention"),
         on_ragged_attention(llama),
         torch.no_grad(),
     ):

@@ -412,7 +412,7 @@ def test_compiles_in_one_graph(ranks):
         ("width", "group: expected the same width on every rank, got [70, 69] by rank"),
         ("vocab_size", "group: expected the same vocab_size on every rank, got [80, 81] by rank"),
         ("chunk_size", "group: expected the same chunk_size on every rank, got [4, 5] by rank"),
-        ("check_finite", "expected a finite gradient, got 1 of 3 positions with NaN or inf, the first 1"),
+        ("check_finite", "gradient: expected finite values, got 1 of 3 positions with NaN or inf, the first 1"),
     ],
 )
 def test_bad_input_is_refused_on_every_rank(ranks, call, expected):

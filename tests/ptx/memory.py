@@ -13,7 +13,7 @@ Array = np.ndarray
 
 
 class GpuError(Exception):
-    """What is an error on a GPU, or luck."""
+    """An access that on a GPU is an error or undefined behaviour."""
 
 
 class Access(NamedTuple):
@@ -94,6 +94,14 @@ def _by_unit(accesses: Iterable[Access], unit: int) -> Iterator[tuple[Array, ...
         yield at, program, epoch, warp, np.full(len(at), number), np.full(len(at), access.writes)
 
 
+def allow(x: torch.Tensor, allowed: Array) -> None:
+    """Set `allowed`, a bool for each byte of the tensor's storage, where its elements lie."""
+    item = x.element_size()
+    sizes = [size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
+    strides = [stride * item for stride in x.stride()]
+    torch.from_numpy(allowed).as_strided((*sizes, item), (*strides, 1), x.storage_offset() * item).fill_(True)
+
+
 class GlobalMemory:
     """The storages of a launch's tensors, by their addresses. Of a view only its own elements may be touched."""
 
@@ -105,11 +113,7 @@ class GlobalMemory:
                 continue
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
             region = self.regions.setdefault(storage.data_ptr(), Region(data, np.zeros(len(data), bool)))
-            sizes = [size if stride else min(size, 1) for size, stride in zip(x.shape, x.stride(), strict=True)]
-            item = x.element_size()
-            strides = [stride * item for stride in x.stride()]
-            allowed = torch.from_numpy(region.allowed)
-            allowed.as_strided((*sizes, item), (*strides, 1), x.storage_offset() * item).fill_(True)
+            allow(x, region.allowed)
 
     def parts(self, addresses: Array, width: int) -> Iterator[tuple[Region, Array, Array]]:
         """Of (n,) addresses: each region that they are in, which of them, and their offsets."""

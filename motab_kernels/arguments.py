@@ -1,0 +1,73 @@
+"""Arguments that the ops have in common: what they may be, and what is refused.
+
+B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from motab_kernels.backend import KERNEL_DTYPES
+
+DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+
+def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
+    """A finite number of at least (`strict`: above) `minimum`, or a floating-point tensor, 0-d or (B,).
+
+    A tensor's values are checked on the CPU only: elsewhere the host would have to wait.
+    """
+    bound = f" {'>' if strict else '>='} {minimum:g}"
+    if isinstance(value, Tensor):
+        if value.dim() > 1 or not value.dtype.is_floating_point:
+            got = f"{value.dtype} of shape {tuple(value.shape)}"
+            raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
+        if value.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        if not (value > minimum if strict else value >= minimum).all():
+            raise ValueError(f"{name}: expected values{bound}, got {value.tolist()}")
+    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
+    else:
+        too_low = value <= minimum if strict else value < minimum
+        if too_low or not value < math.inf:  # isfinite is not for symbolic numbers
+            raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
+
+
+def check_place(name: str, parameter: Tensor, B: int, device: torch.device) -> None:
+    if parameter.device != device or parameter.shape not in ((), (B,)):
+        got = f"shape {tuple(parameter.shape)} on {parameter.device}"
+        raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+
+
+def check_logits(student: Tensor, teacher: Tensor) -> None:
+    for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        if logits.dtype not in DTYPES:
+            raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+        if logits.dim() not in (2, 3):
+            raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
+
+
+def shared_columns(V_student: int, V_teacher: int, vocab_size: int | None) -> int:
+    """How many columns count: those that both sides have, at most `vocab_size`."""
+    V = min(V_student, V_teacher)
+    if V == 0:
+        expected = "student_logits, teacher_logits: expected a shared vocabulary"
+        raise ValueError(f"{expected}, got {V_student} and {V_teacher} columns")
+    if vocab_size is None:
+        return V
+    check_count("vocab_size", vocab_size)
+    return min(V, vocab_size)
+
+
+def with_tokens(x: Tensor, dims: int = 3) -> Tensor:
+    """(B, V) as (B, 1, V); with 2 `dims`, (B,) as (B, 1)."""
+    return x if x.dim() == dims else x.unsqueeze(1)
