@@ -45,6 +45,10 @@ class Admission:
         self.waiting = sorted(indices)  # a heap
         self.parked: dict[int, tuple[Row, list[Tensor]]] = {}
 
+    def has_more(self) -> bool:
+        """Whether any trajectory waits or is in progress."""
+        return bool(self.waiting or self.busy())
+
     def busy(self) -> list[tuple[int, Row]]:
         """The rows in progress and their slots."""
         return [(slot, row) for slot, row in enumerate(self.rows) if row is not None]

@@ -8,6 +8,7 @@ Nothing of a trajectory depends on the rows beside it or on where blocks begin.
 from __future__ import annotations
 
 import inspect
+from collections import deque
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -121,16 +122,17 @@ class Engine:
         """(V,) bool: which tokens are among these."""
         return torch.isin(torch.arange(self.vocab_size, device=self.device), torch.tensor(ids, device=self.device))
 
-    def run(self) -> Iterator[Trajectory]:
-        """Trajectories in the order of their indices."""
+    def run(self, in_order: bool) -> Iterator[Trajectory]:
+        """Trajectories in the order of their indices, or each as soon as it is finished."""
+        expected = deque(sorted(self.prompts))
         done: dict[int, Trajectory] = {}
-        for index in sorted(self.prompts):
-            while index not in done:
-                self._begin_turns(self.admission.admit())
-                self._monitored_round()
-                self._teacher_round()
-                done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
-            yield done.pop(index)
+        while self.admission.has_more():
+            self._begin_turns(self.admission.admit())
+            self._monitored_round()
+            self._teacher_round()
+            done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
+            while done and (expected[0] in done or not in_order):
+                yield done.pop(expected.popleft() if in_order else min(done))
 
     def _boundary_state(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.state.counters, self.state.scores, self.state.history
@@ -289,6 +291,7 @@ def synthesize(
     min_p: float | None = None,
     seed: int = 0,
     indices: Sequence[int] | None = None,
+    in_order: bool = True,
     torch_compile: bool = False,
     max_cached_tokens: int | None = None,
 ) -> Iterator[Trajectory]:
@@ -316,6 +319,8 @@ def synthesize(
             least this share of the likeliest one's probability.
         seed: random seed for sampling.
         indices: the place of each prompt among all, ascending, if these are only a part.
+        in_order: yield trajectories in the order of their prompts; False: each as soon as it is finished, however long
+            those before it take.
         torch_compile: draft and score with compiled models (`torch.compile`, with CUDA graphs on a GPU; by
             `model.generation_config.compile_config` if set). Faster if forward passes wait for Python, as those of one
             token do; compiling takes a minute or more. Compiled models round differently, so trajectories may differ.
@@ -325,7 +330,7 @@ def synthesize(
             of a GPU holds, elsewhere no limit.
 
     Returns:
-        An iterator of `Trajectory`, in the order of the prompts.
+        An iterator of `Trajectory`.
 
     Raises:
         ValueError: at once, before anything is generated: an invalid or empty prompt, a prompt and budget longer
@@ -373,21 +378,21 @@ def synthesize(
         torch_compile=torch_compile,
         max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
     )
-    return _without_gradients(engine)
+    return _without_gradients(engine, in_order)
 
 
 #: The generation settings of `synthesize` and their defaults.
 SETTINGS: dict[str, Any] = {
     name: parameter.default
     for name, parameter in inspect.signature(synthesize).parameters.items()
-    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("policy", "indices")
+    if parameter.kind is parameter.KEYWORD_ONLY and name not in ("policy", "indices", "in_order")
 }
 #: Those that change the pace, and no trajectory but for rounding.
 PACE = ("batch_size", "block_size", "torch_compile", "max_cached_tokens")
 
 
-def _without_gradients(engine: Engine) -> Iterator[Trajectory]:
-    trajectories = engine.run()
+def _without_gradients(engine: Engine, in_order: bool) -> Iterator[Trajectory]:
+    trajectories = engine.run(in_order)
     while True:
         # Entered for each trajectory: a suspended generator must not leave its caller in no-grad mode.
         with torch.no_grad():

@@ -32,7 +32,8 @@ def synthesize_to_file(
     policy: Policy | None = None,
     **settings: Any,
 ) -> Iterator[Trajectory]:
-    """Write each trajectory of `synthesize` as a line of ``path`` and yield it.
+    """Write each trajectory of `synthesize` as a line of ``path`` as soon as it is finished, and yield it; at the end
+    the file is in the order of the prompts.
 
     If ``path`` is the file of an interrupted run, its whole lines are kept; missing and damaged trajectories are
     written and yielded. They are the ones that the other run would have written, except through rounding of a model's
@@ -58,7 +59,7 @@ def synthesize_to_file(
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
-    options: dict[str, Any] = {"policy": policy, **settings}
+    options: dict[str, Any] = {"policy": policy, **settings, "in_order": False}  # what is finished is to be kept
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
     models = {"student": student, "teacher": teacher}
     encoded = encode_prompts(prompts, tokenizer, [], 0)

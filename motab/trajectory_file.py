@@ -37,22 +37,22 @@ def check_trajectories(path: str | Path) -> int:
         ValueError: the file is damaged, empty or unfinished; an index is out of order, tokens and authors differ in
             number, or a step was judged against its value and boundary.
     """
-    trajectories, missing, before = read_some_trajectories(path), unfinished(path), -1
+    trajectories, missing, seen = read_some_trajectories(path), unfinished(path), set[int]()
     for place, t in enumerate(trajectories):
         breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
         wrong = [
             at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
         ]
-        # After several processes were interrupted, the file holds the trajectories of the main one.
+        # An unfinished file has its trajectories as they were finished, of several processes the main one's.
         problems = [
-            (t.index <= before if missing else t.index != place, f"has index {t.index}"),
+            (t.index in seen if missing else t.index != place, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
             (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
             (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
         ]
         if found := [text for bad, text in problems if bad]:
             raise ValueError(f"trajectory {place} {' and '.join(found)}")
-        before = t.index
+        seen.add(t.index)
     if missing:
         raise ValueError(missing)
     return len(trajectories)

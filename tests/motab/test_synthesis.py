@@ -47,6 +47,11 @@ def run(path, kill_at=None):
         assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
 
 
+def in_order(trajectories):
+    """By index: they come as they are finished."""
+    return sorted(trajectories, key=lambda t: t.index)
+
+
 def assert_same(found, expected):
     """But for what rounding does to statistics in another batch."""
     for ours, theirs in zip(found, expected, strict=True):
@@ -68,10 +73,29 @@ def test_killed_and_restarted(tmp_path):
     kept = kept[: kept.rfind(b"\n") + 1]
     assert 0 < len(kept) < whole.stat().st_size
     run(killed)
-    assert killed.read_bytes().startswith(kept)
+    assert set(kept.splitlines()) <= set(killed.read_bytes().splitlines())
     expected = motab.read_trajectories(whole)
     assert [t.index for t in expected] == list(range(len(PROMPTS)))
     assert_same(motab.read_trajectories(killed), expected)
+
+
+def test_one_that_takes_long_holds_back_no_other(tmp_path, student, teacher, tokenizer, prompts):
+    """In the file, whose order is that of the prompts in the end; `synthesize` yields in order unless told."""
+    pair, settings = (student, teacher, tokenizer), {**SETTINGS, "temperature": 0.0, "batch_size": 3, "policy": POLICY}
+    length = {tuple(t.prompt_ids): len(t.token_ids) for t in motab.synthesize(*pair, prompts, **settings)}
+    prompts = sorted(prompts, key=lambda ids: -length[tuple(ids)])  # the longest text first
+    expected = list(motab.synthesize(*pair, prompts, **settings))
+    assert [t.index for t in expected] == list(range(len(prompts)))
+    as_finished = list(motab.synthesize(*pair, prompts, in_order=False, **settings))
+    assert_same(in_order(as_finished), expected)
+    assert as_finished[0].index > 0
+    path = tmp_path / "t.jsonl"
+    written = motab.synthesize_to_file(path, *pair, prompts, **settings)
+    first = next(written)
+    assert first.index == as_finished[0].index
+    assert motab.read_trajectories(path) == [first]
+    assert len(list(written)) == len(prompts) - 1
+    assert_same(motab.read_trajectories(path), expected)
 
 
 def test_lines_of_several_processes_are_brought_in_order(tmp_path, student, teacher, tokenizer):
@@ -79,7 +103,8 @@ def test_lines_of_several_processes_are_brought_in_order(tmp_path, student, teac
     prompts, path = PROMPTS[:12], tmp_path / "t.jsonl"
 
     def write():
-        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+        found = motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS)
+        return in_order(found)
 
     expected = write()
     lines = path.read_bytes().splitlines(keepends=True)
@@ -103,11 +128,8 @@ def test_torn_line_and_other_settings(tmp_path, student, teacher, tokenizer, pro
     path = tmp_path / "out" / "trajectories.jsonl"
 
     def write(prompts=prompts, teacher=teacher, **changes):
-        return list(
-            motab.synthesize_to_file(
-                path, student, teacher, tokenizer, prompts, policy=POLICY, **{**SETTINGS, **changes}
-            )
-        )
+        settings = {**SETTINGS, **changes}
+        return in_order(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **settings))
 
     first = write()
     content = path.read_bytes()
@@ -136,7 +158,8 @@ def test_damaged_lines_are_written_again(tmp_path, student, teacher, tokenizer, 
     path = tmp_path / "t.jsonl"
 
     def write():
-        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+        found = motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS)
+        return in_order(found)
 
     first = write()
     lines = path.read_bytes().splitlines(keepends=True)
@@ -154,7 +177,8 @@ def test_prompts_behind_the_others(tmp_path, student, teacher, tokenizer, prompt
 
     def write(name, prompts):
         path = tmp_path / name
-        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+        found = motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS)
+        return in_order(found)
 
     expected = write("at once", prompts)
     settings = (tmp_path / "at once.settings.json").read_text()
