@@ -20,9 +20,8 @@ from motab.processes import Processes
 from motab.prompts import PromptFormat
 from motab.trajectory import Trajectory
 
-# Where a text states its answer, best first; the last match of each counts.
+# Where a text without a box states its answer, best first; the last match of each counts.
 _STATED = (
-    re.compile(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}"),
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"answer is:?\s*(.+?)\.?\s*$", re.IGNORECASE | re.MULTILINE),
 )
@@ -57,9 +56,22 @@ class Evaluation:
 def stated_answer(text: str) -> str | None:
     """The answer that a text states: its last ``\\boxed{}``, else ``<answer>``, else "answer is ..."; None if there is
     none."""
+    if (boxed := _last_boxed(text)) is not None:
+        return boxed.strip()
     for place in _STATED:
         if found := place.findall(text):
             return str(found[-1]).strip()
+    return None
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{}`` that is closed holds, braces within it included."""
+    for box in reversed([*re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for brace in re.finditer(r"\\[{}]|[{}]", text[box.end() :]):
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)  # an escaped one is text
+            if depth == 0:
+                return text[box.end() : box.end() + brace.start()]
     return None
 
 
@@ -86,11 +98,13 @@ def check_answers(problems: Sequence[Problem]) -> None:
 def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
 
-    Only text after the thinking counts; if the thinking was not closed, nothing does.
+    Only text after the thinking counts; if the thinking was not closed, nothing does. What counts there is the stated
+    answer (`stated_answer`), or else what math-verify finds in the whole text, such as its last number, or the set of
+    all boxes.
 
     Args:
-        finish_reason: for ``"length"``, a text that ran out of budget, only a stated answer counts (`stated_answer`):
-            the last number of a truncated text is no answer.
+        finish_reason: for ``"length"``, a text that ran out of budget, only the stated answer counts: the last number
+            of a truncated text is no answer.
         thinking: the prompt ended with ``<think>``, so the text begins inside the thinking.
 
     Raises:
@@ -108,14 +122,12 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
         import reasoning_gym
 
         return bool(reasoning_gym.get_score_answer_fn(task)(stated, problem.record) == 1.0)
-    if finish_reason == "length":
-        if stated is None:
-            return False
-        answer = f"\\boxed{{{stated.strip('* ')}}}"
     import math_verify
 
-    gold = problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}"
-    return bool(math_verify.verify(math_verify.parse(gold), math_verify.parse(answer)))
+    gold = math_verify.parse(problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}")
+    answers = [] if stated is None else [f"\\boxed{{{stated.strip('* ')}}}"]
+    answers += [] if finish_reason == "length" else [answer]
+    return any(math_verify.verify(gold, math_verify.parse(each)) for each in answers)
 
 
 def evaluate(

@@ -20,6 +20,9 @@ from motab.prompts import PromptFormat
         ("<answer>\n7 </answer>", "7"),
         ("The answer is 12.\nSo the answer is: -3.5.", "-3.5"),
         (r"The answer is 4. \boxed{5}", "5"),
+        (r"\boxed{1}, no: \boxed{\frac{\sqrt{3}}{\sqrt[3]{2}}}", r"\frac{\sqrt{3}}{\sqrt[3]{2}}"),
+        (r"\boxed {\{1, \}2\{\}} and", r"\{1, \}2\{\}"),
+        (r"\boxed{4}, or rather \boxed{5 (cut", "4"),
         ("I do not know", None),
     ],
 )
@@ -59,6 +62,25 @@ def test_math_verify_and_the_tasks_own_verifier():
 def test_thinking_and_budget(text, settings, right, task):
     record = {"answer": "204", "metadata": {"source_dataset": "chain_sum"}} if task else {}
     assert is_correct(text, Problem("?", "204", record), **settings) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("The sum is \\boxed{12}.\n\nHowever,\n\nthe sum is \\boxed{15}.", "15", True),
+        ("The sum is \\boxed{12}.\n\nHowever,\n\nthe sum is \\boxed{15}.", "12", False),
+        (r"The roots are \boxed{3} and \boxed{5}.", "3, 5", True),
+        (r"It is \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}", True),
+        ("<answer>6</answer>", "6", True),
+        ("The answer is (B).", "B", True),
+        ("The answer is 1,234 dollars.", "1234", True),
+    ],
+)
+def test_a_finished_text_is_graded_no_worse_than_a_cut_one(text, gold, right):
+    """By its last box, as where the model revised its answer, or by all of them."""
+    problem = Problem("?", gold, {})
+    assert is_correct(text, problem) == right
+    assert right or not is_correct(text, problem, finish_reason="length")
 
 
 def test_no_answer_to_compare_with():
