@@ -1,4 +1,4 @@
-"""Kernels for distillation that follow a student token by token. Needs torch alone, and Triton on a GPU."""
+"""Kernels for distillation that follow a student token by token. They need only torch, and Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # The one name that needs transformers: importing it here would make every user of a kernel need it.
+    # The only name that needs transformers: an import above would make every user of a kernel need it.
     if name == "RaggedKVCache":
         from motab_kernels.ragged_kv_cache import RaggedKVCache
 

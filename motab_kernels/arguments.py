@@ -1,4 +1,4 @@
-"""Arguments that the ops have in common: what they may be, and what is refused.
+"""Checks of the arguments that the ops have in common.
 
 B rows, T tokens, V vocabulary.
 """

@@ -1,7 +1,7 @@
-"""`ragged_attention`: a few new tokens of each row attend to a key-value cache whose rows have lengths of their own.
+"""`ragged_attention`: a few new tokens of each row attend to a key-value cache whose rows have their own lengths.
 
-b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size;
-where the cache is in pages, B of them with S slots each, n of which hold a row.
+b rows of queries, B rows of the cache, T new tokens, H_q and H heads of queries and of keys, S slots, D head size. A
+cache in pages has B pages of S slots, and a row lies in n of them.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ def ragged_attention(
         weights = softmax(cat([sinks[:, None], scores], -1), -1)[:, 1:]        # without the sinks, if there are none
         out[i, :, j] = weights @ values[r, :, seen]
 
-    so the new tokens' own keys and values lie in the cache already, in slots ``lengths[i]`` to ``lengths[i] + T - 1``.
-    The kernels read each row as far as it reaches, heads and rows where they lie: no mask, no padding to the longest
-    row, no copy. What slots hold that no token of a row sees does not matter, not even if it is NaN. Sums are float32.
-    Batch invariant: a row's numbers do not depend on other rows.
+    so the new tokens' own keys and values are in the cache already, in slots ``lengths[i]`` to ``lengths[i] + T - 1``.
+    The kernels read each row up to its length, in place: no mask, no padding to the longest row, no copy. Slots that no
+    token of a row sees do not matter, even if they hold NaN. Sums are float32. Batch invariant: a row's numbers do not
+    depend on other rows.
 
     With ``page_table`` the keys that query row i reads are, and its values in the same way::
 
         cat([keys[page] for page in page_table[i]], dim=1)                     # (H, n * S, D)
 
-    where only pages that hold a slot which is seen are looked at. With S a multiple of 256 the numbers are, to the bit,
-    those of rows that lie in one piece.
+    where only pages with a slot that is seen are read. With S a multiple of 256 the numbers are, to the bit, those of
+    rows that lie in one piece.
 
     Not differentiable.
 
     Args:
         query: (b, H_q, T, D), any strides with the last 1; float32, bfloat16 or float16; "torch" also takes float64.
         keys, values: (B, H, S, D), in the query's dtype, any strides with the last 1. H divides H_q.
-        lengths: (b,) int64, tokens of each row before the new ones, at most S - T (n * S - T in pages). A GPU's kernel
-            takes what is larger for that, since looking would make the host wait.
+        lengths: (b,) int64, tokens of each row before the new ones, at most S - T (n * S - T in pages). On a GPU larger
+            values are clamped, since a check would make the host wait.
         rows: (b,) int64, the row of the cache that each row of queries reads, in [0, B). None: all in order.
         page_table: (b, n) int64, instead of ``rows``: the pages, in [0, B), that hold the slots of each row, in order;
-            those that hold none that is seen may be any number. S must be a multiple of 64 if n > 1.
+            a page without a slot that is seen may be any number. S must be a multiple of 64 if n > 1.
         scale: of the scores. None: ``D ** -0.5``.
         window: slots that a token sees, its own included; > 0. None: all.
         softcap: > 0, bounds the scores (Gemma 2). None: no bound.
-        sinks: (H_q,), floating point, scores of nothing that take a share of the weights (gpt-oss). None: none.
+        sinks: (H_q,), floating point: scores without values that take a share of the weights (gpt-oss). None: none.
         visible_length: a bound on ``lengths + T`` that the host knows, at most S: it decides how many programs a GPU
             starts. None: S.
         backend: "triton" (on a GPU), "cpu" (C++) or "torch". None: the kernels of the device where they are installed

@@ -1,4 +1,4 @@
-"""What `ragged_attention` refuses."""
+"""Checks of the arguments of `ragged_attention`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from motab_kernels.arguments import DTYPES
 
-PAGE_MULTIPLE = 64  # of slots, where a row has several pages: a tile of slots lies in one
+PAGE_MULTIPLE = 64  # of a page's slots, if rows have several pages: a tile of slots lies in one page
 
 
 def check_tensors(
@@ -76,7 +76,7 @@ def check_settings(
 def check_indices(
     lengths: Tensor, page_table: Tensor | None, keys: Tensor, T: int, window: int, visible_length: int
 ) -> None:
-    """On the CPU, where looking costs nothing."""
+    """Values, which are checked on the CPU only: there the host does not wait."""
     B, S = keys.shape[0], keys.shape[2]
     most = visible_length - T
     if int(lengths.min()) < 0 or int(lengths.max()) > most:

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the one place where that is decided."""
+"""Decides which implementation of an op runs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes 
 
 
 def choose_backend(backend: str | None, *logits: Tensor) -> str:
-    """The backend that was asked for, or by device: the kernels where they can run, else "torch"."""
+    """The backend that was asked for; None: the kernels of the device where they can run, else "torch"."""
     return _choose(backend, logits[0].device, *(x.dtype for x in logits))
 
 
 def choose_for_storages(backend: str | None, storages: list[Tensor]) -> str:
-    """The same for what is moved as bytes, whatever its dtype; the kernels want it contiguous in its last dimension."""
+    """The same for tensors that are moved as bytes, of any dtype; the kernels need their last dimension contiguous."""
     contiguous = all(x.stride(-1) == 1 for x in storages)
     if backend is None and not contiguous:
         return "torch"
@@ -63,20 +63,20 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
 
 
 def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """int64, in one transfer; from pinned memory, for the host waits for a copy from any other."""
+    """The numbers as int64, in one transfer, from pinned memory: the host would wait for a copy from other memory."""
     host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def is_traced(*tensors: Tensor) -> bool:
-    """Whether anything but plain computation is under way, which has to see an op as one."""
+    """Whether a call is traced, compiled or intercepted, so that it must go through the registered op."""
     plain = all(type(x) is Tensor for x in tensors)
     return not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
 
 
 @functools.cache
 def warn_once() -> None:
-    """Say, the first time that it matters, that the C++ kernels are missing, and how to get them."""
+    """Warn, at the first call that would use them, that the C++ kernels are missing, and say how to get them."""
     warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=5)
 
 

@@ -1,4 +1,4 @@
-"""`fused_kl_boundary`: all that a teacher can say about a student's tokens, and the decision, in one pass.
+"""`fused_kl_boundary`: a teacher's statistics of a student's tokens, and the decision, in one pass.
 
 B rows, T tokens, V vocabulary.
 """
@@ -60,7 +60,7 @@ class BoundaryOutput(NamedTuple):
 
 
 DEFAULT = EntropyBoundary()
-REST = (torch.int32, torch.int64, torch.bool)  # the dtypes of rank, argmax and stray
+REST = (torch.int32, torch.int64, torch.bool)  # dtypes of teacher_rank, teacher_argmax and stray
 OUTPUT_DTYPES = (torch.float32,) * 6 + (torch.int32, torch.int64, torch.float32, torch.float32, torch.bool)
 
 
@@ -89,16 +89,15 @@ def fused_kl_boundary(
         student_entropy, teacher_entropy = -(log_q.exp() * log_q).sum(-1), -(log_p.exp() * log_p).sum(-1)
         student_logprob = log_q.gather(-1, token_ids[..., None])[..., 0]; teacher_logprob likewise from log_p
 
-    where 0 log 0 is 0: a column at -inf has no probability, and one that only a single side excludes makes
-    the KL in which it counts inf. A position with NaN or +inf among the shared logits of either side, or with
-    no finite one, is NaN throughout and its step strays.
+    where 0 log 0 is 0: a column at -inf has no probability, and a column that only one side excludes makes the KL in
+    which it counts inf. At a position with NaN or +inf among the shared logits of either side, or with no finite one,
+    all statistics are NaN and the step strays.
 
-    The decision: a step's score (see the boundary) is compared with the threshold of its first token at the
-    token that ends it. In the first step t that strays, the row breaches: `state.rollback_position` is the
-    start of step `t* = argmin_k (safety_k - safety_{k-1})` over k = 1..t, the first minimum, and 0 for t = 0,
-    where safety is the score, negated if low is safe; a NaN score is the deepest fall. From then on the row
-    is frozen: its tokens still get statistics, with the score and threshold of the breach, but never stray,
-    until `state.reset_`.
+    The decision: at the token that ends a step, the step's score (see the boundary) is compared with the threshold of
+    its first token. At the first step t that strays, the row breaches: `state.rollback_position` is the start of step
+    `t* = argmin_k (safety_k - safety_{k-1})` over k = 1..t, the first minimum, and 0 for t = 0, where safety is the
+    score, negated if low is safe; a NaN score is the deepest fall. From then on the row is frozen until
+    `state.reset_`: its tokens still get statistics, with the score and threshold of the breach, but never stray.
 
     Not differentiable (see `divergence_loss`). Batch invariant: a row's numbers do not depend on other rows.
 
@@ -108,14 +107,14 @@ def fused_kl_boundary(
             is not contiguous.
         teacher_logits: the same leading shape, (..., V_teacher). Only shared columns are read.
         token_ids: (B,) or (B, T) int64, in [0, V); -1 is padding: it counts for nothing, whatever its logits.
-            Other values raise on the CPU; on a GPU, where looking would make the host wait, such a token has
-            NaN log-probabilities and its step strays.
+            Other values raise on the CPU; on a GPU, where a check would make the host wait, such a token has NaN
+            log-probabilities and its step strays.
         boundary: `EntropyBoundary` (None: with its defaults), `FixedBoundary` or `MovingAverageBoundary`.
-        state: changed in place. None: a fresh one, forgotten after the call.
-        step_ends: (B,) or (B, T) bool, this token ends a step. None: every token is a step.
+        state: changed in place. None: a fresh one, discarded after the call.
+        step_ends: (B,) or (B, T) bool, whether the token ends a step. None: every token is a step.
         temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
             device.
-        vocab_size: columns that count, at most. None: all that both sides have.
+        vocab_size: how many columns count, at most. None: all that both sides have.
         out: a `BoundaryOutput` of contiguous tensors to write into and return. None: new tensors.
         workspace: scratch memory of "triton", from `boundary_workspace`, that calls on one stream may share.
             None: new memory. With `out`, `workspace` and `state` given, a call allocates nothing and can be captured
@@ -147,14 +146,14 @@ def fused_kl_boundary(
     backend = choose_backend(backend, student_logits, teacher_logits)
     if state is not None:
         check_state(state, B, rule.window, device)
-    elif backend != "cpu" or rule.window:  # C++ makes do without one that nobody will see
+    elif backend != "cpu" or rule.window:  # C++ needs no state that is discarded
         state = boundary.new_state(B, device)
     if out is None:
         out = _empty_output(token_ids)
     else:
         check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
 
-    # What torch does around an op takes longer than a row of logits on a CPU.
+    # The overhead of a registered op is longer than the computation of one row on a CPU.
     run = fused_kl_boundary_op if is_traced(student_logits, teacher_logits, token_ids) else _fused_kl_boundary
     run(
         student_logits.detach(),
@@ -193,7 +192,7 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
 
 
 def _empty_output(token_ids: Tensor) -> BoundaryOutput:
-    """All of the float32 ones in one piece of memory: each allocation costs."""
+    """The float32 tensors share one allocation, because each costs time."""
     floats = torch.empty((8, *token_ids.shape), dtype=torch.float32, device=token_ids.device).unbind()
     rank, argmax, stray = (torch.empty_like(token_ids, dtype=x, memory_format=torch.contiguous_format) for x in REST)
     return BoundaryOutput._make((*floats[:6], rank, argmax, *floats[6:], stray))
@@ -217,7 +216,7 @@ def _fused_kl_boundary(
 ) -> None:
     if token_ids.numel() == 0:
         return
-    if token_ids.device.type == "cpu" and backend != "cpu":  # which looks itself
+    if token_ids.device.type == "cpu" and backend != "cpu":  # which checks them itself
         check_values(token_ids, temperature, vocab_size)
 
     student, teacher = student_logits, teacher_logits
@@ -262,7 +261,7 @@ def _(*args: object, **kwargs: object) -> None:
     """Everything is written in place."""
 
 
-#: By value, device and stream: another stream would not wait for the number to be there.
+#: By value, device and stream: another stream would not wait for the copy.
 _constants: dict[tuple[float, torch.device, int], Tensor] = {}
 MOST_CONSTANTS = 4096
 
@@ -273,13 +272,13 @@ def _parameter_tensor(name: str, value: float | Tensor, B: int, device: torch.de
         check_place(name, value, B, device)
         return value.detach()
     if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return torch.full((), value, dtype=torch.float64, device=device)  # memory of the graph's own
+        return torch.full((), value, dtype=torch.float64, device=device)  # in the graph's own memory
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (float(value), device, stream)
     if key not in _constants:
         with torch.inference_mode(False):
             constant = torch.full((), value, dtype=torch.float64, device=device)
-        if type(constant) is not Tensor:  # a fake one, that would outlive its mode
+        if type(constant) is not Tensor:  # a fake tensor, which must not outlive its mode
             return constant
         if len(_constants) >= MOST_CONSTANTS:
             _constants.clear()

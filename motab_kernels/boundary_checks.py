@@ -1,4 +1,4 @@
-"""What `fused_kl_boundary` refuses, before anything is changed."""
+"""Checks of the arguments of `fused_kl_boundary`, before anything is changed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def check_out(out: Mapping[str, Tensor], dtypes: Sequence[torch.dtype], token_id
 
 
 def check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
-    """What can be looked at on the CPU alone."""
+    """Values, which are checked on the CPU only."""
     outside = (token_ids < -1) | (token_ids >= V)
     if outside.any():
         raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")

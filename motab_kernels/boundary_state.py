@@ -1,4 +1,4 @@
-"""Boundaries, and what a monitored row remembers between calls.
+"""Boundaries, and the state of a monitored row between calls.
 
 B rows, T tokens. Every boundary is one rule: a step gets a *score* from its tokens, and at its first token a
 *threshold*,
@@ -21,8 +21,7 @@ from torch import Tensor
 
 from motab_kernels.arguments import check_count, check_parameter
 
-#: Which scores are safe at a threshold, by what `is_safe(score, threshold)` is. In the order of the enum in
-#: cpu/boundary_walk.h.
+#: Scores, and the comparison of a safe score with its threshold. In the order of the enum in cpu/boundary_walk.h.
 IS_SAFE = {
     "teacher_value": operator.ge,
     "value_ratio": operator.ge,
@@ -51,15 +50,14 @@ class EntropyBoundary:
     the teacher's distribution at the step's first position. Source: MOTAB, arXiv 2605.19433.
 
     Args:
-        epsilon0: the threshold of a teacher without doubt, >= 0; useful 0.1 to 0.5. Above 1, with `theta=0`,
+        epsilon0: the threshold where the teacher's entropy is 0, >= 0; useful 0.1 to 0.5. Above 1, with `theta=0`,
             nothing is accepted. Float, or floating-point tensor, 0-d or (B,), on the logits' device.
-        theta: how fast doubt lowers the threshold, >= 0; useful 0.5 to 2. 0 is a static boundary. As
+        theta: how fast entropy lowers the threshold, >= 0; useful 0.5 to 2. 0 is a static boundary. Types as for
             `epsilon0`.
-        entropy_top_k: take `H` over the teacher's renormalised `k` likeliest tokens, as the authors do with
-            20; this reads the teacher's logits a second time. None: over the whole vocabulary.
+        entropy_top_k: compute `H` over the teacher's `k` likeliest tokens, renormalised, as the authors do with 20;
+            this reads the teacher's logits a second time. None: over the whole vocabulary.
 
-    Tensors are read on the device at every call, so that a captured CUDA graph follows a change made in
-    place.
+    Tensors are read on the device at every call, so that a captured CUDA graph follows a change in place.
 
     Raises:
         ValueError: a number out of range, or a tensor that is not floating-point or neither 0-d nor (B,).
@@ -160,15 +158,15 @@ Boundary = EntropyBoundary | FixedBoundary | MovingAverageBoundary
 
 
 class BoundaryState:
-    """What `fused_kl_boundary` remembers of B rows from call to call, in three tensors on the device.
+    """The state of B rows between calls of `fused_kl_boundary`, in three tensors on the device.
 
-    Calls may have any number of tokens: 16 calls of one token decide as one call of 16 does. Positions count
-    a row's tokens, padding apart, since the state was made or the row was last reset.
+    Calls may have any number of tokens: 16 calls of one token decide as one call of 16 does. Positions count a row's
+    tokens, without padding, since the state was made or the row was last reset.
 
     Args:
         batch_size: B, >= 0.
         device: where the logits are; None is torch's default device.
-        window: accepted scores to remember, `MovingAverageBoundary`'s `window`; 0 for the other boundaries.
+        window: number of accepted scores to keep, `MovingAverageBoundary`'s `window`; 0 for the other boundaries.
             `boundary.new_state(batch_size, device)` sets it.
     """
 
@@ -187,14 +185,14 @@ class BoundaryState:
 
     @classmethod
     def of(cls, counters: Tensor, scores: Tensor, history: Tensor) -> BoundaryState:
-        """The state that lives in these tensors, which it shares."""
+        """The state in these tensors, which it shares."""
         state = cls.__new__(cls)
         state.counters, state.scores, state.history = counters, scores, history
         return state
 
     @property
     def breached(self) -> Tensor:
-        """(B,) bool: the row has breached; it is frozen until `reset_`."""
+        """(B,) bool: the row has breached, and is frozen until `reset_`."""
         return self.breach_position >= 0
 
     @property
@@ -218,7 +216,7 @@ class BoundaryState:
         return self.counters[:, self.STEPS]
 
     def reset_(self, rows: Tensor | Sequence[int] | None = None) -> BoundaryState:
-        """Forget everything, for all rows or some; in place, and without a wait if `rows` is on the device.
+        """Reset all rows or some, in place; the host does not wait if `rows` is on the device.
 
         Args:
             rows: None for all; a (B,) bool tensor; an integer tensor or a sequence of row indices.
@@ -241,7 +239,7 @@ class BoundaryState:
         if rows.dtype == torch.bool:
             if rows.shape != (B,):
                 raise ValueError(f"rows: expected a bool tensor of shape ({B},), got {tuple(rows.shape)}")
-            # Filling under a mask, unlike indexing with it, needs no count of the chosen rows on the host.
+            # Unlike indexing with a mask, filling under it does not need the number of chosen rows on the host.
             chosen = rows[:, None]
             self.counters.masked_fill_(chosen, 0)
             self.counters[:, self.BREACH_POSITION :].masked_fill_(chosen, -1)

@@ -1,4 +1,4 @@
-"""`divergence_loss`: how far a student's distributions are from a teacher's, with its gradient, from the logits alone.
+"""`divergence_loss`: a divergence of a student's from a teacher's distributions, with its gradient, from logits.
 
 B rows, T tokens, V shared vocabulary, R = B * T positions.
 """
@@ -64,10 +64,10 @@ def divergence_loss(
     where 0 log 0 is 0: a column at -inf has no probability. jsd with beta 0 is forward_kl, with beta 1 reverse_kl, as
     in TRL. The loss is not multiplied by the square of the temperature.
 
-    No tensor of the size of the logits is made but the gradient: the forward pass saves 24 bytes a position beyond
-    its inputs, from which the backward pass computes again. forward_kl and reverse_kl read the logits once, the
-    others twice, for they need the normalisers first; the backward pass reads them once. Differentiable once, by
-    backward(): second derivatives and forward-mode ones are refused.
+    The gradient is the only new tensor of the size of the logits: the forward pass saves its inputs and 24 bytes a
+    position, from which the backward pass recomputes. forward_kl and reverse_kl read the logits once, the others
+    twice, because they need the normalisers first; the backward pass reads them once. Differentiable once, by
+    backward(): second derivatives and forward-mode derivatives are refused.
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
@@ -77,29 +77,28 @@ def divergence_loss(
         beta: of jsd, 0 to 1.
         alpha: of the skew kinds, at least 0 and below 1; DistiLLM takes 0.1.
         temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the device.
-        mask: bool, the leading shape. Where False a position counts for nothing, whatever its logits: its loss and
+        mask: bool, the leading shape. A position where it is False does not count, whatever its logits: its loss and
             its gradient are 0. None: all count.
-        weights: floating-point, the leading shape; multiplies the positions' losses. Without gradient.
+        weights: floating-point, the leading shape; multiply the positions' losses. Without gradient.
         reduction: "none" (each position's, in the leading shape), "sum", "mean" (the sum over the number of positions
             in the mask) or "batchmean" (the sum over B).
-        num_items: what "mean" and "batchmean" divide by instead: with gradient accumulation, the positions of all
-            micro-batches together, so that the loss does not change with how a batch is cut.
-        vocab_size: columns that count, at most. None: all that both sides have. Others are padding, with no
+        num_items: replaces the divisor of "mean" and "batchmean": with gradient accumulation, the number of positions
+            of all micro-batches together, so that the loss does not depend on how a batch is split.
+        vocab_size: how many columns count, at most. None: all that both sides have. Other columns are padding, with no
             probability and a gradient of 0.
-        inplace_backward: write the gradient over `student_logits`, whose values are lost then: for logits that nobody
-            reads again, as those of a language-model head. Needs no memory at all. Not with `torch.compile`, which
-            decides that itself and takes no notice.
-        check_finite: raise where the gradient is not finite. The host waits for the device.
+        inplace_backward: write the gradient over `student_logits`, whose values are then lost: for logits that are not
+            read again, as those of a language-model head. Needs no extra memory. `torch.compile` ignores it.
+        check_finite: raise if the gradient is not finite. The host waits for the device.
         backend: "triton", "cpu" (C++), "torch" (plain PyTorch, some positions at a time), or None: "triton" on a GPU,
             "cpu" on a CPU, "torch" where that is not installed or the logits are float64.
-        group: the ranks that the vocabulary is split among, as by tensor parallelism; every rank calls. Both logits are
-            then this rank's slice: as many columns of the student as of the teacher, which follow the columns of the
-            rank before. The loss of the whole vocabulary comes out on each rank, the same to the last bit, and the
-            gradient is this slice's, not multiplied by the number of ranks. `vocab_size` counts columns of all ranks,
-            and expects slices of one width; ranks at the end may have none that counts. One all-gather of 24 bytes a
-            position, and of 8 for the kinds that read the logits twice; the backward pass needs none, but for
-            `check_finite`. Vocabularies of different size: pad both to one size before they are split, and give the
-            shared count as `vocab_size`.
+        group: the ranks among which the vocabulary is split, as by tensor parallelism; every rank calls. Both logits
+            are then this rank's slice: the same number of columns for student and teacher, which follow the columns of
+            the previous rank. Each rank returns the loss of the whole vocabulary, equal to the last bit, and gets the
+            gradient of its slice, not multiplied by the number of ranks. `vocab_size` counts columns of all ranks and
+            needs slices of one width; the last ranks may have no column that counts. One all-gather of 24 bytes a
+            position, and one of 8 for the kinds that read the logits twice; none in the backward pass, except with
+            `check_finite`. If the vocabularies differ in size, pad both to one size before they are split, and pass
+            the shared count as `vocab_size`.
 
     Returns:
         float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where
@@ -110,8 +109,8 @@ def divergence_loss(
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher that asks for a gradient, an unknown
             divergence, reduction or backend; with `group`, slices that student and teacher do not share, or ranks that
-            differ in `vocab_size` or in the width that it needs (compared once for all calls alike, for the host waits
-            then); in the backward pass, with `check_finite`, a gradient that is not finite.
+            differ in `vocab_size` or in the width that it needs (compared once for equal calls, because the host waits
+            for it); in the backward pass, with `check_finite`, a gradient that is not finite.
 
     Source: forward KL, Hinton et al. 2015 (arXiv 1503.02531); jsd, GKD (arXiv 2306.13649, equation 1); skew KL,
     DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).
@@ -155,12 +154,12 @@ def divergence_op(
     backend: str,
     group: str = "",
 ) -> tuple[Tensor, Tensor]:
-    """The loss in the leading shape, and what the backward pass needs beside its inputs, (R, 6)."""
+    """The loss in the leading shape, and what the backward pass needs besides its inputs, (R, 6)."""
     student, teacher = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits))
     loss, saved = _empty_results(student_logits, teacher_logits)
     if loss.numel() == 0:
         return loss, saved
-    keep = None if mask is None else mask.reshape(-1).contiguous()  # an expanded one has strides of 0
+    keep = None if mask is None else mask.reshape(-1).contiguous()  # an expanded mask has strides of 0
     found, saved = divergence_forward(
         kernels_of(backend, student.device, group), student, teacher, tau, keep, kind, lam
     )
@@ -188,7 +187,7 @@ def divergence_forward(
     kind: str,
     lam: float,
 ) -> tuple[Tensor, Tensor]:
-    """Losses (R,) and what is saved, (R, 6), of (B, T, V) logits, the vocabulary that `kernels` sums over."""
+    """The losses (R,) of (B, T, V) logits, and what is saved for the backward pass, (R, 6)."""
     sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
     loss, saved = kernels.finish(sums, tau, keep, kind, student.shape[1])
     if kind not in ONE_READ:
@@ -239,7 +238,7 @@ def write_gradient(
     group: str,
     out: Tensor,
 ) -> None:
-    """Write the gradient by the student's logits to `out`, which has their shape and may be they."""
+    """Write the gradient by the student's logits to `out`, which has their shape and may share their memory."""
     if grad_loss.numel() == 0:
         return
     scale = grad_loss if mask is None else grad_loss.masked_fill(~mask, 0)
@@ -266,7 +265,8 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     if is_traced(student, teacher, grad_loss):
         gradient = divergence_backward_op(*arguments)
     else:
-        over = inplace and student.stride(-1) == 1 and 0 not in student.stride()  # of an expanded one rows share memory
+        # Rows of an expanded tensor share memory.
+        over = inplace and student.stride(-1) == 1 and 0 not in student.stride()
         gradient = student.detach() if over else torch.empty_like(student, memory_format=torch.contiguous_format)
         write_gradient(*arguments, gradient)
     return (gradient, *(None,) * 10)
@@ -276,16 +276,16 @@ divergence_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def refuse_second_derivative(name: str) -> None:
-    """In a backward pass, which knows no derivative of its own."""
+    """Raise in a backward pass that is itself differentiated."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise ValueError(
-            f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second ones write the "
-            "divergence in PyTorch"
+            f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second derivatives "
+            "write the divergence in PyTorch"
         )
 
 
 def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
-    """Of which the op knows nothing: a tangent would be lost in silence."""
+    """Raise for a dual tensor, whose tangent would be lost silently."""
     if torch.compiler.is_compiling():
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):

@@ -1,4 +1,4 @@
-"""What `divergence_loss` refuses, before anything is computed, and what its settings mean."""
+"""Checks of the arguments of the losses, before anything is computed, and what their settings mean."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
 def resolve(divergence: str, beta: float, alpha: float) -> tuple[str, float]:
-    """The kind that runs and lam, the teacher's share in its mixture; the limits of a mixture are KLs."""
+    """The kind that runs, and lam, the teacher's share in its mixture. At its limits a mixture's kind is a KL."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
     if not 0 <= beta <= 1:
@@ -45,8 +45,8 @@ def check_tensors(
 def check_no_gradient(name: str, x: Tensor | None) -> None:
     if x is not None and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: expected a tensor without gradient, for none flows to the teacher, got requires_grad=True: run "
-            "the teacher under torch.no_grad(), or detach"
+            f"{name}: expected a tensor without gradient, because none flows to the teacher, got requires_grad=True: "
+            "run the teacher under torch.no_grad(), or detach"
         )
 
 
@@ -72,7 +72,7 @@ def temperature_tensor(temperature: float | Tensor, B: int, device: torch.device
 
 
 def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None, student: Tensor) -> int | Tensor:
-    """What the sum of the losses is divided by; at least 1, so that the loss of nothing is 0."""
+    """The divisor of the sum of the losses; at least 1, so that the loss is 0 where nothing counts."""
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if num_items is not None:
@@ -99,7 +99,7 @@ def check_heads(
     mask: Tensor | None,
     weights: Tensor | None,
 ) -> None:
-    """Hidden states, weight and bias of both sides, and what goes with the positions."""
+    """Check hidden states, weight and bias of both sides, and the tensors over the positions."""
     for side, (hidden, weight, bias), softcap in zip(("student", "teacher"), (student, teacher), softcaps, strict=True):
         if hidden.dtype not in DTYPES:
             raise ValueError(f"{side}_hidden: expected float32, bfloat16, float16 or float64, got {hidden.dtype}")
@@ -120,14 +120,14 @@ def check_heads(
     if teacher[0].shape[:-1] != leading or teacher[0].device != device:
         expected = f"the student's leading shape, {(*leading, 'H')}, on {device}"
         raise ValueError(f"teacher_hidden: expected {expected}, got {tuple(teacher[0].shape)} on {teacher[0].device}")
-    # Not the teacher's weight: a head's parameters ask for gradients wherever nobody froze them.
+    # The teacher's weight is not checked: the parameters of a head that is not frozen require gradients.
     check_no_gradient("teacher_hidden", teacher[0])
     check_position_tensors(mask, weights, leading, device)
 
 
 def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str = "") -> None:
     finite = gradient.flatten(0, -2).isfinite().all(-1)
-    if group:  # every rank raises, or none: one that went on alone would wait for the others
+    if group:  # every rank raises, or none: a rank that went on would wait for the others
         finite = gather(finite.byte(), group).bool().all(-1)
     if not finite.all():
         first = first_position + int((~finite).nonzero()[0])

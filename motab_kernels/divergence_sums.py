@@ -1,4 +1,4 @@
-"""What is summed over the vocabulary, and how the sums of its slices become a position's loss.
+"""The sums over the vocabulary that the losses need, and how the sums of its slices are combined.
 
 With tau the temperature, x_t = (t - max t) / tau and w_t = exp(x_t) of the teacher's logits t, x_s and w_s of the
 student's, the sums of a slice are
@@ -9,7 +9,7 @@ and of the whole vocabulary
 
     forward_kl = g_t / z_t - log(z_t / z_s)        reverse_kl = log(z_t / z_s) - g_s / z_s.
 
-Every other kind needs z_t and z_s before it can sum. A sum that the kind does not need may hold anything.
+Every other kind needs z_t and z_s before it can sum. A sum that the kind does not need may have any value.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Columns of what a position saves for the backward pass: 24 bytes. The normalisers are kept so that neither of
-# p = exp(x_t) / z_t and log(p / q) = (t - s - (max t - max s)) / tau - log(z_t / z_s) is rounded twice.
+# Columns of the tensor that is saved for the backward pass, 24 bytes a position. They keep the normalisers in a form in
+# which neither p = exp(x_t) / z_t nor log(p / q) = (t - s - (max t - max s)) / tau - log(z_t / z_s) is rounded twice.
 TOP_T, TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = range(6)
 
 
 class DivergenceKernels(Protocol):
-    """What `divergence_loss` asks of a backend. The modules named `divergence` and `SlicedVocabulary` provide it.
+    """A backend of `divergence_loss`: the modules named `divergence`, or `SlicedVocabulary`.
 
     B rows, T tokens, V shared vocabulary, R = B * T positions, S slices of the vocabulary, each summed on its own.
     Logits are (B, T, V). `tau` is the temperature, 0-d or (B,); None: 1. `keep` (R,) bool says which positions count;
@@ -35,7 +35,7 @@ class DivergenceKernels(Protocol):
     def divergence_sums(
         self, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, /
     ) -> Tensor:
-        """(R, 6, S): the sums of each slice. Those of a position that does not count may hold anything."""
+        """(R, 6, S): the sums of each slice. Those of a position that does not count may have any value."""
 
     def finish(
         self, sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int, /
@@ -73,7 +73,7 @@ class DivergenceKernels(Protocol):
 
 
 def by_position(tau: Tensor | None, T: int) -> Tensor | None:
-    """A temperature a row, (B,), to one a position, (B * T,)."""
+    """One temperature per row, (B,), to one per position, (B * T,)."""
     return tau if tau is None or tau.dim() == 0 else tau[:, None].expand(-1, T).flatten()
 
 

@@ -30,26 +30,26 @@ def truncate_kv_cache_(
 ) -> Tensor | None:
     """Roll a transformers cache back so that row i keeps its first ``new_lengths[i]`` tokens. In place.
 
-    What the model computes next is what it would compute if the dropped tokens had never been fed: keys carry the
-    position of their token, not of their slot, so moving them between slots is exact.
+    The model then computes what it would compute if the dropped tokens had never been fed. Keys carry the position of
+    their token, not of their slot, so moving them between slots is exact.
 
     - ``RaggedKVCache``: an update of ``cache.lengths`` (B,), no key or value is touched; returns None.
     - ``DynamicCache``: rows are end-aligned (padded on the left). Every row's kept tokens move to the end of the new
-      width, ``max(new_lengths)``, and the rest is dropped. ``layer.keys`` and ``layer.values`` become views of the
-      storage that they were; tensors taken from the cache before hold moved data afterwards.
+      width, ``max(new_lengths)``, and the rest is dropped. ``layer.keys`` and ``layer.values`` become views of their
+      former storage; tensors taken from the cache before hold moved data afterwards.
     - ``StaticCache``: one length for all rows, counted in slots.
 
     Args:
         cache: the cache, changed in place in all its layers or, if anything is raised, in none.
-        new_lengths: int, or (B,) of an integer dtype: real tokens to keep of each row, at most those that it has. A
-            ``RaggedKVCache`` on a GPU takes the nearest of those, for looking would make the host wait. The
-            ``rollback_position`` of a `BoundaryState` counts what was written, and is -1 for a row that has not
-            breached: give ``torch.where(state.breached, begun + state.rollback_position, cache.lengths)``.
+        new_lengths: int, or (B,) of an integer dtype: real tokens to keep of each row, at most as many as it has. A
+            ``RaggedKVCache`` on a GPU clamps them, because a check would make the host wait. The
+            ``rollback_position`` of a `BoundaryState` counts written tokens, and is -1 for a row that has not
+            breached: pass ``torch.where(state.breached, begun + state.rollback_position, cache.lengths)``.
         attention_mask: (B, S), nonzero for the real tokens of a ``DynamicCache`` (or ``StaticCache``). None: all.
         tail: "keep" leaves the dead slots as they are, which is exact while they are finite, since a masked slot gets
-            a probability of zero; "zero" clears them, for 0 * NaN is NaN.
-        max_length: for a ``RaggedKVCache``, a bound on ``new_lengths`` that the host knows. Give it when
-            ``new_lengths`` is on a GPU: it is what ``cache.visible_length`` can shrink to.
+            a probability of 0; "zero" clears them, because 0 * NaN is NaN.
+        max_length: for a ``RaggedKVCache``, a bound on ``new_lengths`` that the host knows. Pass it if
+            ``new_lengths`` is on a GPU, so that ``cache.visible_length`` can shrink to it.
         backend: what moves the slots of a ``DynamicCache``: "triton" (all layers in one launch), "cpu" (C++), "torch",
             or None to choose by device.
 
@@ -60,7 +60,7 @@ def truncate_kv_cache_(
 
     Raises:
         ValueError: a wrong argument, or a layer that cannot be rolled back exactly (recurrent or convolutional state,
-            quantised or offloaded, a sliding window that has let go of tokens): the message names it.
+            quantised or offloaded, a sliding window that has dropped tokens): the message names it.
     """
     from transformers.cache_utils import DynamicCache, StaticCache
 

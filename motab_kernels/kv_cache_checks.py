@@ -1,4 +1,4 @@
-"""What truncation of key-value caches refuses, before anything changes."""
+"""Checks of the arguments of truncations of key-value caches, before anything is changed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def refuse_inexact(cache: Any) -> None:
-    """Raise if any layer holds less than its tokens' keys and values, or anything besides."""
+    """Raise if a layer does not hold exactly the keys and values of its tokens."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
     if getattr(cache, "offloading", False):
@@ -27,7 +27,7 @@ def refuse_inexact(cache: Any) -> None:
             raise ValueError(f"cache: expected one that has seen a forward pass, got an empty {name}")
         if type(layer) is DynamicSlidingWindowLayer and layer.keys.shape[2] < layer.cumulative_length:
             raise ValueError(
-                f"cache: expected all {layer.cumulative_length} tokens, got {name}, whose window has let go of all but "
+                f"cache: expected all {layer.cumulative_length} tokens, got {name}, whose window has dropped all but "
                 f"{layer.keys.shape[2]}: use a RaggedKVCache"
             )
         if layer.keys.shape[2] != cache.layers[0].keys.shape[2]:
@@ -35,13 +35,13 @@ def refuse_inexact(cache: Any) -> None:
 
 
 def check_tail(tail: str) -> None:
-    """Raise unless ``tail`` names what to do with dead slots."""
+    """Raise unless ``tail`` is "keep" or "zero"."""
     if tail not in ("keep", "zero"):
         raise ValueError(f'tail: expected "keep" or "zero", got {tail!r}')
 
 
 def lengths_tensor(new_lengths: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
-    """``new_lengths`` as (B,) int64 on the device; negative ones are refused where the host can see them."""
+    """``new_lengths`` as (B,) int64 on the device; negative ones are refused if the host can read them."""
     if isinstance(new_lengths, int) and not isinstance(new_lengths, bool):
         if new_lengths < 0:
             raise ValueError(f"new_lengths: expected values >= 0, got {new_lengths}")

@@ -1,4 +1,4 @@
-"""`fused_linear_divergence`: a divergence from hidden states and language-model heads; no model's logits ever exist.
+"""`fused_linear_divergence`: a divergence from hidden states and language-model heads, without whole logits.
 
 N positions, H and H_t hidden sizes, V vocabulary.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["fused_linear_divergence"]
 
-#: A float16 gradient by the logits is taken times this over the largest position's worth, lest it vanish or overflow:
-#: it may be 1e-5 of a position's, which is one of thousands. The factor goes off when gradients are passed on.
+#: A float16 gradient by the logits is multiplied by this over the largest position's scale, so that it neither vanishes
+#: nor overflows. The factor is removed when gradients are passed on.
 HEADROOM = 256.0
 
 
@@ -73,38 +73,37 @@ def fused_linear_divergence(
 
     but over `chunk_size` positions at a time, and with logits in float32 (float64 for float64) whatever the dtype of
     the hidden states. A loss that is reduced to a number computes its gradients in the forward pass, so that each
-    matrix product is done once; "none" computes the logits again in the backward pass, which alone knows what the
-    positions' losses are worth. The gradient by the logits is rounded to the hidden states' dtype, once, and the
-    weight's gradient is summed in the weight's own dtype over five chunks at a time, but for float16: that is summed in
-    float32, and nothing is lost to its narrow range before the upstream gradient, as of a GradScaler, comes in.
-    Differentiable once, by backward(): second derivatives and forward-mode ones are refused.
+    matrix product is done once; "none" computes the logits again in the backward pass, because only there the upstream
+    gradient of each position is known. The gradient by the logits is rounded to the hidden states' dtype, once. The
+    weight's gradient is summed in the weight's own dtype over five chunks at a time, except for float16: it is summed
+    in float32, so that nothing is lost to its narrow range before the upstream gradient, as from a GradScaler, is
+    applied. Differentiable once, by backward(): second derivatives and forward-mode derivatives are refused.
 
     Args:
         student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight. Under
             autocast all are taken in its dtype.
-        student_weight, teacher_weight: (V_student, H) and (V_teacher, H). Without `requires_grad` no gradient of it is
-            computed (a frozen head). May be tied to an embedding.
+        student_weight, teacher_weight: (V_student, H) and (V_teacher, H). If `student_weight` does not require a
+            gradient (a frozen head), none is computed. May be tied to an embedding.
         student_bias, teacher_bias: (V_student,) and (V_teacher,).
         student_logit_scale, teacher_logit_scale: multiply the logits.
         student_softcap, teacher_softcap: > 0, as Gemma 2 caps its logits; after the scale.
-        chunk_size: positions whose logits exist at a time, of both sides, beside the student's gradient of five times
-            as many. None: as many as fit into 1 GiB, whatever the vocabulary. All that is needed beyond inputs and
-            gradients.
+        chunk_size: how many positions' logits exist at a time, of both sides, besides the student's gradient at five
+            times this number. None: as many as fit into 1 GiB. No other memory is needed beyond inputs and gradients.
         divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
             see `divergence_loss`.
         group: see `divergence_loss`; each rank has all the hidden states, and the same slice of both heads' weight and
-            bias. The gradients of weight and bias are the slice's; that of the hidden states is complete on each rank,
-            and what comes before must not sum it over the ranks again. Parts of it in the hidden states' dtype, as a
-            column-parallel linear layer has them, are added in float32 (float64): one all-reduce for five chunks,
-            beside the all-gathers, where the gradients are computed. For "none" each rank must pass back the same
-            upstream gradient. Slices of different width expect a `chunk_size`.
+            bias. The gradients of weight and bias are the slice's. That of the hidden states is complete on each rank,
+            and must not be summed over the ranks again. Its parts, in the hidden states' dtype as in a column-parallel
+            linear layer, are added in float32 (float64): one all-reduce for five chunks, besides the all-gathers, where
+            the gradients are computed. For "none" each rank must pass back the same upstream gradient. Slices of
+            different width need a `chunk_size`.
 
     Returns:
         As `divergence_loss`.
 
     Raises:
-        ValueError: what does not fit, as in `divergence_loss`; hidden states or a bias that do not fit their weight; a
-            chunk size that differs between ranks.
+        ValueError: as in `divergence_loss`; hidden states or a bias that do not fit their weight; a chunk size that
+            differs between ranks.
 
     Source: the losses are those of `divergence_loss`; gradients within the forward pass, as in Liger Kernel's fused
     linear cross-entropy (arXiv 2410.10989).

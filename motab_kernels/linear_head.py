@@ -16,7 +16,7 @@ from torch import Tensor
 BUDGET = 1 << 30
 CHUNKS = 5
 
-#: Rows of a weight that are widened at a time where no matrix product takes 16 bits and gives 32.
+#: Rows of a weight that are converted at a time where no matrix product takes 16 bits and returns 32.
 SLICE = 4096
 
 
@@ -28,8 +28,8 @@ class Head(NamedTuple):
     softcap: float = 0.0  # 0 is none
 
     def logits(self, part: slice) -> Tensor:
-        """Of some positions, (n, V) in float32 (float64 for float64): rounded to bfloat16, logits lose what sets two
-        models apart that nearly agree, and a divergence's gradient with it."""
+        """Logits at some positions, (n, V) in float32 (float64 for float64). Rounded to bfloat16 they would lose the
+        difference between two models that nearly agree, and with it a divergence's gradient."""
         x = product(self.hidden[part], self.weight)
         if self.bias is not None:
             x += self.bias
@@ -39,7 +39,7 @@ class Head(NamedTuple):
 
 
 def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
-    """How many positions' logits, with the student's gradients, fit into the budget."""
+    """The number of positions whose logits, with the student's gradients, fit into the budget."""
     V, item = student_weight.shape[0], student_weight.element_size()
     wide = loss_dtype(student_weight).itemsize
     copies = 2 if item == 2 and student_weight.device.type == "cpu" else 1  # PyTorch's 16-bit product there makes one
@@ -53,7 +53,7 @@ def loss_dtype(x: Tensor) -> torch.dtype:
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As `torch.nn.functional.linear` takes them: in autocast's dtype where it is on."""
+    """The arguments as `torch.nn.functional.linear` takes them: in autocast's dtype where it is on."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:
         return hidden, weight, bias

@@ -13,7 +13,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from motab_kernels.attention import ragged_attention
 from motab_kernels.backend import choose_backend
 
-#: What transformers knows it by: `model.set_attn_implementation(RAGGED_ATTENTION)`.
+#: Its name in transformers: `model.set_attn_implementation(RAGGED_ATTENTION)`.
 RAGGED_ATTENTION = "motab_ragged"
 
 
@@ -23,7 +23,7 @@ class Step(NamedTuple):
     rows: Tensor | None  # (b,), None for all rows in order
     slots: Tensor  # (b, q)
     places: Tensor  # (b, q) or (b, 1): the row or page of the storage that each token goes to
-    offsets: Tensor  # (b, q): and the slot there
+    offsets: Tensor  # (b, q): the slot there
     page_table: Tensor | None  # (b, n), None where each row lies in one piece
     visible_length: int
     windows: list[int | None] | None  # of each layer, for `ragged_attention`; None: the attention has masks
@@ -76,13 +76,13 @@ AttentionInterface.register(RAGGED_ATTENTION, _attend)
 
 
 def takes_ragged_attention(model: PreTrainedModel) -> bool:
-    """Whether a model can run on `ragged_attention`, and faster: it lets others replace its attention, keys and values
-    have one size, and there are kernels for its dtype and device. "eager" is taken for a choice, and left."""
+    """Whether a model can run on `ragged_attention`, and faster: its attention can be replaced, keys and values have
+    one size, and there are kernels for its dtype and device. "eager" counts as the user's choice, and is kept."""
     config = model.config.get_text_config(decoder=True)
     return (
         model._supports_attention_backend
         and config._attn_implementation != "eager"
-        and getattr(config, "kv_lora_rank", None) is None  # of latent attention: values are narrower than keys
+        and getattr(config, "kv_lora_rank", None) is None  # latent attention: values are narrower than keys
         and choose_backend(None, torch.empty(0, dtype=model.dtype, device=model.device)) != "torch"
     )
 

@@ -1,4 +1,4 @@
-"""Which pages of a key-value cache hold the slots of each row: the host gives them out, the device looks them up.
+"""Which pages of a key-value cache hold the slots of each row: the host assigns them, the device looks them up.
 
 B rows of the cache, b rows of one forward pass, q new tokens, n pages of a row at most, H heads, D head size.
 """
@@ -15,10 +15,10 @@ from motab_kernels.backend import on_device
 
 
 class PageTable:
-    """The pages of each row, given out and taken back by the host.
+    """The pages of each row, assigned and taken back by the host.
 
-    Slots for which a row has no page lie in one page more, numbered `num_pages`, which is nobody's: padding is written
-    there, and what it holds means nothing.
+    Slots for which a row has no page lie in an extra page, numbered `num_pages`, which belongs to no row: padding is
+    written there, and its contents mean nothing.
 
     Attributes:
         table: (B, n) int64 on the device, for `ragged_attention`.
@@ -36,14 +36,14 @@ class PageTable:
             self.table = torch.full((batch_size, -(-max_length // page_size)), num_pages, device=device)
 
     def needed(self, lengths: Sequence[int]) -> list[int]:
-        """Pages of each row for so many tokens."""
+        """The number of pages that each row needs for `lengths` tokens."""
         if len(lengths) != len(self.pages) or not all(0 <= length <= self.max_length for length in lengths):
             expected = f"{len(self.pages)} lengths in [0, {self.max_length}]"
             raise ValueError(f"lengths: expected {expected}, got {list(lengths)}")
         return [-(-length // self.page_size) for length in lengths]
 
     def reserve_(self, lengths: Sequence[int]) -> None:
-        """Give each row the pages for its first so many tokens, and take back the others; or raise, and change none."""
+        """Assign each row the pages for its `lengths` tokens and take back the others; or raise and change none."""
         needed = self.needed(lengths)
         if sum(needed) > self.num_pages:
             raise ValueError(
@@ -64,7 +64,7 @@ class PageTable:
             )
 
     def check_room(self, lengths: Sequence[int], rows: Sequence[int]) -> None:
-        """Raise if one of the rows holds tokens beyond its pages; one that has no page at all is taken for padding."""
+        """Raise if a row holds tokens beyond its pages; a row without any page is taken for padding."""
         for row, length in zip(rows, lengths, strict=True):
             if length > (room := len(self.pages[row]) * self.page_size) > 0:
                 raise ValueError(

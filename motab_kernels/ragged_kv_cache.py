@@ -1,4 +1,4 @@
-"""A key-value cache whose rows have lengths of their own, so that rolling one back is a change of one number.
+"""A key-value cache whose rows have their own lengths, so that rolling a row back changes one number.
 
 Shape letters: B rows of the cache, b rows of one forward pass, H heads, S slots, D head size, q new tokens; where rows
 lie in pages, P of these with S slots each.
@@ -22,48 +22,50 @@ from motab_kernels.ragged_layer import RaggedLayer, at_one_address, layer_types
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
-#: What a model's forward pass and `generate` call the cache: transformers 5.24 renamed it, and warns of the old name.
+#: The name of the cache in a model's forward pass and in `generate`, which transformers 5.24 changed.
 CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 
 
 class RaggedKVCache(Cache):
     """A preallocated transformers cache in which every row has its own length.
 
-    Token j of row i lives in slot j of row i, in every layer, so rolling a row back is lowering ``lengths[i]``: no key
-    or value moves. Sliding-window layers keep all their tokens and are windowed by the mask, so they roll back exactly
-    too. For each forward pass::
+    Token j of row i lies in slot j of row i, in every layer, so that rolling a row back only lowers ``lengths[i]``: no
+    key or value moves. Sliding-window layers keep all their tokens and are windowed by the mask, so they roll back
+    exactly too. For each forward pass::
 
         logits = model(input_ids, **cache.prepare(input_ids.shape[1])).logits
 
-    and ``truncate_kv_cache_(cache, new_lengths)`` afterwards drops what some rows should not have (padding at the end
-    of a ragged batch, rejected tokens). Without ``prepare`` the cache serves a plain forward pass or
+    and ``truncate_kv_cache_(cache, new_lengths)`` afterwards drops the tokens that rows should not keep (padding at the
+    end of a ragged batch, rejected tokens). Without ``prepare`` the cache serves a plain forward pass or
     ``model.generate`` as long as all rows have one length.
 
-    Under "sdpa" and "eager" attention each pass reads all rows as far as the longest reaches, through a mask, and
-    copies keys and values where it feeds some rows only or where several heads of queries share one.
-    `ragged_attention` does none of this: it takes over after ``model.set_attn_implementation("motab_ragged")``, in a
-    model that lets others replace its attention (``model._supports_attention_backend``), until another one is set.
+    Under "sdpa" and "eager" attention each pass reads all rows up to the longest one's length, through a mask, and
+    copies keys and values if it feeds only some rows or if several heads of queries share one.
+    `ragged_attention` does none of this: it is used after ``model.set_attn_implementation("motab_ragged")``, in a
+    model whose attention can be replaced (``model._supports_attention_backend``), until another one is set.
 
-    Every row has ``max_length`` slots of its own, unless ``num_pages`` is given: then rows share so many pages of
-    ``page_size`` tokens, and ``reserve_`` says, before a forward pass, how many tokens of each row must have room. So
-    memory holds what rows are, not what each might become. `ragged_attention` reads pages where they lie; the others
-    copy all that is visible.
+    Every row has ``max_length`` slots of its own, unless ``num_pages`` is given: then all rows share that many pages of
+    ``page_size`` tokens, and ``reserve_`` says, before a forward pass, how many tokens of each row must have room.
+    Memory then grows with the tokens that rows hold, not with ``max_length``. `ragged_attention` reads pages in place;
+    other attentions copy all visible slots.
 
     Args:
         config: the model's configuration. Its attention must be one of these when ``prepare`` is called.
         batch_size: rows, B.
         max_length: tokens that a row can hold, S.
         device: where keys, values and ``lengths`` live; the default device if None.
-        dtype: the keys' and values' dtype; the default dtype if None. Under autocast what a model gives is cast to it.
-        num_pages: pages that all rows share, P; None: none, and each row lies in one piece.
+        dtype: the keys' and values' dtype; the default dtype if None. Under autocast the model's keys and values are
+            cast to it.
+        num_pages: number of pages that all rows share, P. None: no pages, each row lies in one piece.
         page_size: tokens of a page, a multiple of 64.
 
     Attributes:
         lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
         pages: None, or the pages: ``pages.table``, (B, pages of a row) int64 on the device, is what `ragged_attention`
-            takes as ``page_table``; it and ``pages.free``, a list, are to be read only.
-    Keys and values are allocated, zeroed, at the first forward pass. What a layer hands to the attention is a view of
-    them (a copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
+            takes as ``page_table``; it and ``pages.free``, a list, are read-only.
+
+    Keys and values are allocated, zeroed, at the first forward pass. A layer passes a view of them to the attention (a
+    copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
 
     Raises:
         ValueError: the model has a layer that keeps anything but keys and values of its own tokens (recurrent,
@@ -101,7 +103,7 @@ class RaggedKVCache(Cache):
             ]
         )
         self.max_length = max_length
-        # Not `dtype`, by which accelerate knows a tensor among a model's outputs.
+        # Not named `dtype`, by which accelerate recognises tensors among a model's outputs.
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # `visible_length` between forward passes, and during the one that is in progress.
         self._visible_length = self._visible_length_in_step = 0
@@ -111,23 +113,23 @@ class RaggedKVCache(Cache):
 
     @property
     def visible_length(self) -> int:
-        """A bound on ``max(lengths)`` that the host knows without asking the device; each forward pass reads that many
-        slots (and its own), unless ``prepare`` is told of another. A forward pass raises it to what it reads, a
-        truncation lowers it where it can."""
+        """A bound on ``max(lengths)`` that the host knows without asking the device. Each forward pass reads this many
+        slots (and its own), unless ``prepare`` is given another bound. A forward pass raises it to what it reads, a
+        truncation lowers it if it can."""
         return self._visible_length if self._step is None else self._visible_length_in_step
 
     # ---------------------------------------------------------------- pages
 
     def can_reserve(self, lengths: Sequence[int]) -> bool:
-        """Whether ``reserve_`` would find room."""
+        """Whether ``reserve_`` would find enough pages."""
         return self.pages is None or sum(self.pages.needed(lengths)) <= self.pages.num_pages
 
     def reserve_(self, lengths: Sequence[int]) -> None:
-        """Give row i the pages for its first ``lengths[i]`` tokens; it gives back those beyond.
+        """Assign row i the pages for its first ``lengths[i]`` tokens, and take back its other pages.
 
-        To be called before a forward pass that makes rows longer than what was reserved, and to let go of what rows no
-        longer need: a rollback keeps a row's pages. Tokens beyond are padding: they may be fed, their logits mean
-        nothing. The host does not wait for a GPU. Without pages there is nothing to do.
+        To be called before a forward pass that makes rows longer than was reserved, and to free pages that rows no
+        longer need: a rollback keeps a row's pages. Tokens beyond the pages are padding: they may be fed, but their
+        logits mean nothing. The host does not wait for a GPU. Without pages this does nothing.
 
         Args:
             lengths: one int for each of the B rows, at most ``max_length``.
@@ -141,23 +143,22 @@ class RaggedKVCache(Cache):
     # ---------------------------------------------------------------- a forward pass
 
     def prepare(self, num_tokens: int, rows: Tensor | None = None, *, max_length: int | None = None) -> dict[str, Any]:
-        """What the model must be given, besides ``input_ids``, to append ``num_tokens`` tokens to each row.
+        """The model's arguments, besides ``input_ids``, to append ``num_tokens`` tokens to each row.
 
         Args:
             num_tokens: q, the width of the coming ``input_ids``.
             rows: (b,) int64 on the cache's device, distinct: the rows that ``input_ids`` (b, q) feeds, in its order.
                 None: all rows in order, which saves a copy of the visible keys and values.
-            max_length: a bound on these rows' lengths that the host knows; what lies beyond it and the new tokens is
-                not read, and need not have room for them. Less than ``visible_length`` saves time where these rows are
-                shorter than others; the same for many passes saves compilations (`torch.compile`). None:
-                ``visible_length``.
+            max_length: a bound on these rows' lengths that the host knows; slots beyond it and the new tokens are not
+                read. A bound below ``visible_length`` saves time where these rows are shorter than others; one bound
+                for many passes saves compilations (`torch.compile`). None: ``visible_length``.
 
         Returns:
             ``cache`` (this one; ``past_key_values`` before transformers 5.24), ``position_ids`` (b, q), ``use_cache``
             and ``attention_mask``: (b, 1, q, visible slots) for the model's attention (bool for "sdpa", additive for
             "eager"), or a dict of two such for a model that mixes full and sliding layers; for "motab_ragged" None,
-            and what that reads in ``ragged_step``. They serve one forward pass, before any truncation. After it every
-            one of the rows holds q more tokens, padding included.
+            and its inputs in ``ragged_step``. They serve one forward pass, before any truncation. After it each of the
+            rows holds q more tokens, padding included.
 
         Raises:
             ValueError: a wrong argument, tokens that would not fit, or an attention that reads no such mask.
@@ -230,13 +231,13 @@ class RaggedKVCache(Cache):
             table, offsets = None, slots
             places = (torch.arange(len(lengths), device=self.device) if rows is None else rows)[:, None]
         before = self.visible_length
-        # Not in `update`, where `torch.compile` would make a graph for each number.
+        # Not in `update`, where `torch.compile` would compile a graph for each value.
         self._visible_length = before + num_tokens if self._is_uniform else max(before, visible_length)
         self._visible_length_in_step = before
         return Step(rows, slots, places, offsets, table, visible_length, None)
 
     def _check_reserved(self, pages: PageTable, rows: Tensor | None, lengths: Tensor) -> None:
-        """As far as the host can tell."""
+        """Raise if rows lack pages, as far as the host knows."""
         if not any(pages.pages):
             raise ValueError("pages: expected rows with pages to write to, got none: call reserve_ first")
         if self.device.type == "cpu":
@@ -271,7 +272,7 @@ class RaggedKVCache(Cache):
     # ---------------------------------------------------------------- rollback
 
     def truncate_(self, new_lengths: int | Tensor, *, tail: str = "keep", max_length: int | None = None) -> None:
-        """What ``truncate_kv_cache_`` does to this cache; see there."""
+        """``truncate_kv_cache_`` for this cache; see there."""
         check_tail(tail)
         lengths = lengths_tensor(new_lengths, len(self.lengths), self.device)
         on_host = self.device.type == "cpu"
@@ -285,7 +286,7 @@ class RaggedKVCache(Cache):
             if not isinstance(max_length, int) or max_length < 0 or (bound is not None and bound > max_length):
                 raise ValueError(f"max_length: expected an int that bounds new_lengths, got {max_length!r}")
             bound = max_length if bound is None else bound
-        lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not look
+        lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not check
         if tail == "zero":
             self._zero_(lengths)
         self.lengths.copy_(lengths)
@@ -319,10 +320,10 @@ class RaggedKVCache(Cache):
         else:
             self.truncate_(self.lengths + tokens_to_remove)
 
-    # ---------------------------------------------------------------- what transformers asks
+    # ---------------------------------------------------------------- called by transformers
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The rows' one length; the bound on it while a prepared forward pass runs."""
+        """The length of all rows; while a prepared forward pass runs, the bound on it."""
         if self._step is not None:
             return self._step.visible_length - self._step.slots.shape[1]
         self._require_uniform()
@@ -357,7 +358,7 @@ class RaggedKVCache(Cache):
 
 
 def _known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None:
-    """The new lengths' values, where the host can tell without waiting for a device."""
+    """The new lengths' values, if the host knows them without waiting for a device."""
     if isinstance(new_lengths, int):
         return [new_lengths]
     return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None

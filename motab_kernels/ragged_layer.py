@@ -29,7 +29,7 @@ class RaggedLayer(CacheLayerMixin):
         self.pages = pages
         self.pieces, self.slots = (batch_size, max_length) if pages is None else (pages.num_pages + 1, pages.page_size)
 
-    # Sizes and positions are the cache's to answer: they are the same for every layer.
+    # The cache answers for sizes and positions, which are the same for every layer.
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         raise NotImplementedError("ask the cache: RaggedKVCache.get_mask_sizes")
 
@@ -40,7 +40,7 @@ class RaggedLayer(CacheLayerMixin):
         return self.max_length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Tensors born in inference mode could not be written outside of it.
+        # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             self.keys, self.values = (
                 at_one_address(
@@ -60,8 +60,8 @@ class RaggedLayer(CacheLayerMixin):
         return self._write(self.keys, key_states, step), self._write(self.values, value_states, step)
 
     def _write(self, storage: Tensor, states: Tensor, step: Step) -> Tensor:
-        """Put ``states`` (b, H, q, D) in the step's slots; return what the step sees, (b, H, visible_length, D), or the
-        storage for an attention that finds its rows and slots itself."""
+        """Write ``states`` (b, H, q, D) to the step's slots. Return the slots that the step sees, (b, H,
+        visible_length, D), or the storage for an attention that finds rows and slots itself."""
         storage.transpose(1, 2)[step.places, step.offsets] = states.transpose(1, 2)
         if step.windows is not None:
             return storage
@@ -73,7 +73,7 @@ class RaggedLayer(CacheLayerMixin):
 
 
 def at_one_address(x: Tensor) -> Tensor:
-    """Tell `torch.compile` that a tensor stays where it is: CUDA graphs write nothing in place otherwise."""
+    """Tell `torch.compile` that a tensor keeps its address: otherwise CUDA graphs do not write to it in place."""
     if x.is_cuda and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
     return x
@@ -103,8 +103,8 @@ def layer_types(config: Any) -> list[str]:
 
 
 def _looks_at_a_window(config: Any) -> bool:
-    """Whether the model's code does: transformers keeps a "sliding_window" in the config of a Llama too, which attends
-    to everything all the same. Code that cannot be found is taken to."""
+    """Whether the model's code uses a sliding window: the config of a Llama has a "sliding_window" too, but the model
+    attends to all tokens. True if the code cannot be found."""
     home = type(config).__module__
     if "configuration_" not in home:
         return True

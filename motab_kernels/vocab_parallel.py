@@ -1,7 +1,7 @@
-"""A vocabulary that is split among the ranks of a process group: all that the losses know of `torch.distributed`.
+"""A vocabulary that is split among the ranks of a process group: the losses' only use of `torch.distributed`.
 
-R positions. Each rank sums over its own columns; the sums, small, go to every rank, and each combines them in the order
-of the ranks, so that the ranks' results are the same to the last bit.
+R positions. Each rank sums over its own columns. The sums, which are small, are gathered on every rank and combined in
+the order of the ranks, so that all ranks have the same result to the last bit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SlicedVocabulary:
     def divergence_sums(
         self, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str
     ) -> Tensor:
-        """(R, 6, ranks), merged before they travel."""
+        """(R, 6, ranks). Each rank's sums are merged before they are sent."""
         B, T, V = student.shape
         if V == 0:
             dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -47,7 +47,7 @@ class SlicedVocabulary:
         return gather(self.kernels.divergence_terms(student, *arguments).sum(-1), self.group)
 
     def divergence_gradient(self, student: Tensor, *arguments: Any) -> None:
-        """Of this rank's columns. What is saved is of the whole vocabulary: nothing travels."""
+        """Of this rank's columns. The saved sums are those of the whole vocabulary: no communication."""
         if student.shape[-1]:
             self.kernels.divergence_gradient(student, *arguments)
 
@@ -55,7 +55,7 @@ class SlicedVocabulary:
 def columns_here(
     group: ProcessGroup, student: int, teacher: int, vocab_size: int | None, device: torch.device, chunk_size: int = 0
 ) -> int:
-    """How many of the columns count that this rank has of the student and of the teacher."""
+    """The number of this rank's columns that count."""
     if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
         raise ValueError(
             f"group: expected a torch.distributed.ProcessGroup that this rank belongs to, got {group!r}; of a "
@@ -67,19 +67,19 @@ def columns_here(
             "columns: slice both alike; where their vocabularies differ in size, first pad both to one size, and give "
             "the shared count as vocab_size"
         )
-    width = 0 if vocab_size is None else student  # slices of any width add up, where no rank asks where its own begins
+    width = 0 if vocab_size is None else student  # without vocab_size, slices may differ in width
     _check_agreement(group, device, {"width": width, "vocab_size": vocab_size or 0, "chunk_size": chunk_size})
     return student if vocab_size is None else min(max(vocab_size - group.rank() * width, 0), width)
 
 
-#: By group, so that a later group of the same name asks again.
+#: By group, so that a later group of the same name is checked again.
 _agreed: weakref.WeakKeyDictionary[ProcessGroup, set[tuple[int, ...]]] = weakref.WeakKeyDictionary()
 
 
 def _check_agreement(group: ProcessGroup, device: torch.device, settings: dict[str, int]) -> None:
-    """Raise where ranks differ in a setting, and would wait for ever or return a wrong loss. The host waits for the
-    answer, so it asks once for settings alike, and not while a graph is traced: ranks whose settings part later, some
-    for ones that they have had before, are not told so."""
+    """Raise if ranks differ in a setting: they would wait for ever or return a wrong loss. The host waits for the
+    answer, so equal settings are compared once, and never while a graph is traced. A later difference goes unnoticed
+    if some ranks return to settings that were compared before."""
     if torch.compiler.is_compiling():
         return
     known, ours = _agreed.setdefault(group, set()), tuple(settings.values())
@@ -92,7 +92,7 @@ def _check_agreement(group: ProcessGroup, device: torch.device, settings: dict[s
 
 
 def gather(x: Tensor, group: ProcessGroup | str) -> Tensor:
-    """Each rank's x to (*x.shape, ranks)."""
+    """Every rank's x, (*x.shape, ranks)."""
     ranks = _named(group) if isinstance(group, str) else group
     parts = x.new_empty((ranks.size(), *x.shape))
     torch.distributed.all_gather(list(parts), x.contiguous(), group=ranks)
@@ -100,14 +100,14 @@ def gather(x: Tensor, group: ProcessGroup | str) -> Tensor:
 
 
 def add_ranks_(x: Tensor, group: str) -> None:
-    """Sum x over the ranks, in float32 (float64), so that only each rank's part and the result are rounded."""
+    """Sum x over the ranks in place, in float32 (float64): only each rank's part and the result are rounded."""
     total = x.to(torch.promote_types(x.dtype, torch.float32))
     torch.distributed.all_reduce(total, group=_named(group))
     x.copy_(total)
 
 
 def _named(group: Any) -> ProcessGroup:
-    """An op takes a group by its name."""
+    """The group of a name: an op cannot take the group itself."""
     from torch.distributed.distributed_c10d import _resolve_process_group
 
     return _resolve_process_group(group)

@@ -1,1 +1,1 @@
-"""C++ kernels, one file an op. `library` loads what setup.py has built of them."""
+"""C++ kernels, one file an op. `library` loads what setup.py built."""

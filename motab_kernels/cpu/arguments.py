@@ -1,4 +1,4 @@
-"""Tensors as the C++ kernels take them: numbers of 8 bytes, as in arguments.h."""
+"""Tensors as the C++ kernels take them: 8-byte numbers, in the order of arguments.h."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parameter(x: Tensor | None) -> tuple[int, ...]:
 
 
 def widened(x: float | Tensor | None) -> Tensor | None:
-    """As float64 what is neither that nor float32. The caller keeps it until the call is over."""
+    """x in float64 unless it is float32. The caller keeps the result until the call is over."""
     if x is None or (isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)):
         return x
     return torch.as_tensor(x, dtype=torch.float64)

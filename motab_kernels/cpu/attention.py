@@ -1,4 +1,4 @@
-"""`ragged_attention` in C++: one call, on torch's number of threads."""
+"""`ragged_attention` in C++: one call, on as many threads as torch uses."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def ragged_attention(
     softcap: float,
     out: Tensor,
 ) -> None:
-    """Write `out` (b, H_q, T, D), contiguous in D; `softcap` 0 is none, no `page_table` is row i in page i."""
+    """Write `out` (b, H_q, T, D), contiguous in D. `softcap` 0: none; `page_table` None: row i lies in page i."""
     b, H_q, T, D = query.shape
-    # The tensors that are made here live until the call is over.
+    # These names keep new tensors alive until the call is over.
     lengths = lengths.contiguous()
     page_table = None if page_table is None else page_table.contiguous()
     sinks = None if sinks is None else sinks.float().contiguous()

@@ -1,4 +1,4 @@
-"""`fused_kl_boundary` in C++: one call, on torch's number of threads. B rows, T tokens, V shared vocabulary."""
+"""`fused_kl_boundary` in C++: one call, on as many threads as torch uses. B rows, T tokens, V shared vocabulary."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def fused_kl_boundary(
 
     Returns False where a token or a temperature is out of range; nothing has been changed then.
 
-    `doubt` (B, T) contiguous float32, if given, stands for the teacher's entropy in the threshold.
+    `doubt` (B, T) contiguous float32, if given, replaces the teacher's entropy in the threshold.
     """
     parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
     call = CALL.pack(

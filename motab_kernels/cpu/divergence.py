@@ -1,4 +1,4 @@
-"""`divergence_loss` in C++, on torch's number of threads.
+"""`divergence_loss` in C++, on as many threads as torch uses.
 
 The functions are those of `DivergenceKernels`; a slice is a split of SPLIT columns.
 """
@@ -31,7 +31,7 @@ def _call(
     scale: Tensor | None = None,
     out: Tensor | None = None,
 ) -> None:
-    # The tensors that are made here live until the call is over.
+    # These names keep new tensors alive until the call is over.
     student, teacher = (None, None) if sides is None else (x if x.stride(-1) == 1 else x.contiguous() for x in sides)
     tau = widened(tau)
     call = CALL.pack(

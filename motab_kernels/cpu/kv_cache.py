@@ -14,7 +14,7 @@ from motab_kernels.cpu.library import kernels
 def realign_(
     storages: Sequence[Tensor], starts: Sequence[int], lengths: Sequence[int], width: int, *, clear_padding: bool
 ) -> None:
-    """Realign every storage (B, H, S, D), contiguous along D, on torch's number of threads. In place."""
+    """Realign every storage (B, H, S, D), contiguous along D, on as many threads as torch uses. In place."""
 
     def numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
         return (ctypes.c_int64 * len(values))(*values)

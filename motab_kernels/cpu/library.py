@@ -6,7 +6,7 @@ import ctypes
 import importlib.machinery
 from pathlib import Path
 
-import torch  # noqa: F401  its OpenMP runtime must be there first: the kernels share its threads
+import torch  # noqa: F401  loads the OpenMP runtime whose threads the kernels share
 
 
 def _load() -> ctypes.CDLL | None:

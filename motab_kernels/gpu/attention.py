@@ -2,7 +2,7 @@
 programs; a second combines the splits.
 
 b rows of queries, T new tokens, H_q and H heads of queries and of keys, D head size; pages of S slots, n of a row. No
-atomics, no wait of the host. The formulas are in `attention_split`.
+atomics, and the host does not wait. The formulas are in `attention_split`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
-    """How the work is cut."""
+    """How the work is divided."""
 
     split: int = 256  # slots, a multiple of a tile's
     queries: int = 64  # of a tile, at most
@@ -30,14 +30,14 @@ class Settings(NamedTuple):
     slots: int = 64  # of a tile, at most
     elements: int = 8192  # of a tile of keys, at most
     num_warps: int = 4
-    float32_warps: int = 8  # its products are the threads' own on NVIDIA: with 4 warps they spill
+    float32_warps: int = 8  # no tensor cores on NVIDIA: with 4 warps registers spill
     num_stages: int = 2
-    split_tokens: int = 64  # more new tokens than this make programs enough without splits
+    split_tokens: int = 64  # more new tokens than this make enough programs without splits
     splits: int = 16  # that are combined at a time
 
 
 DEFAULT = Settings()
-HIP = Settings(float32_warps=4)  # where a wave has 64 threads, and matrix units take float32
+HIP = Settings(float32_warps=4)  # a wave has 64 threads, and matrix units take float32
 
 
 def settings_for(device: torch.device) -> Settings:
@@ -47,7 +47,7 @@ def settings_for(device: torch.device) -> Settings:
 def blocks(queries: int, D: int, itemsize: int, split: int, settings: Settings) -> dict[str, int]:
     """The sizes of tiles: of queries, of slots and of a head, at least 16 each for `tl.dot`; and the warps.
 
-    Of float32, whose products use no tensor core, a quarter: a thread keeps its factors in registers.
+    For float32, whose products use no tensor core, a quarter: a thread keeps its factors in registers.
     """
     size, share = max(16, triton.next_power_of_2(D)), 4 if itemsize == 4 else 1
     most = min(settings.queries, settings.sums // size) // share
@@ -72,20 +72,20 @@ def ragged_attention(
     visible_length: int,
     out: Tensor,
 ) -> None:
-    """Write `out` (b, H_q, T, D); `softcap` 0 is none, no `page_table` is row i in page i.
+    """Write `out` (b, H_q, T, D). `softcap` 0: none; `page_table` None: row i lies in page i.
 
-    `lengths` are taken to be between 0 and `visible_length` - T: no more splits have a place in the workspace.
+    The kernels clamp `lengths` to between 0 and `visible_length` - T: the workspace has no place for more splits.
     """
     b, H_q, T, D = query.shape
     H, S = keys.shape[1:3]
     settings = settings_for(query.device)
     queries = T * H_q // H
     pages = 1 if page_table is None else page_table.shape[1]
-    split = math.gcd(settings.split, S) if pages > 1 else settings.split  # which lies in one page
+    split = math.gcd(settings.split, S) if pages > 1 else settings.split  # a split lies in one page
     tiles = blocks(queries, D, query.element_size(), split, settings)
     splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, split)
     is_split = T <= settings.split_tokens
-    # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep 16 bytes aligned.
+    # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep rows aligned to 16 bytes.
     shape = (b * H * queries, splits, D + 4) if is_split else (0,)
     partial = torch.empty(shape, dtype=torch.float32, device=query.device)
     # An absent tensor's pointer is never read.

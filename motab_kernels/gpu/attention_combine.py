@@ -38,7 +38,7 @@ def combine_kernel(
     position = (tl.minimum(tl.maximum(length, 0), visible_length - T) + token).to(tl.int32)
     begin, end = tl.maximum(position + 1 - window, 0) // SPLIT, position // SPLIT + 1
     d = tl.arange(0, D_BLOCK)
-    # A tile of one query, so that the sinks are taken in as by the other kernel.
+    # A tile of one query, so that `with_sinks` serves both kernels.
     top, total = tl.full([1], LOWEST, tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, D_BLOCK], tl.float32)
     for start in range(begin, end, S_BLOCK):

@@ -6,8 +6,8 @@ keys and values once for all. With x the scores in units of log2, a split of the
 
     top = max x      total = sum 2^(x - top)      acc = sum 2^(x - top) values
 
-in float32, and splits are taken together as their tiles are. A split begins at a multiple of a fixed size, so that a
-row's numbers depend on the row alone.
+in float32, and splits are combined by the rule by which a split combines its tiles. A split begins at a multiple of a
+fixed size, so that a row's numbers depend only on the row.
 """
 
 import triton
@@ -18,7 +18,7 @@ from motab_kernels.gpu.online_softmax import LOG2_E, LOWEST
 
 @triton.jit
 def _tanh(y):
-    """The interpreter has none. Near 0, where the difference would lose digits, a polynomial (Cephes, tanhf)."""
+    """tanh, which the interpreter lacks. Near 0, where the formula would lose digits, a polynomial (Cephes, tanhf)."""
     z = y * y
     p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
     near = y + y * z * (p * z - 3.33332819422e-1)
@@ -27,7 +27,7 @@ def _tanh(y):
 
 @triton.jit
 def with_sinks(top, total, acc, sinks):
-    """A sink is a score that has no value."""
+    """Add the sinks, which are scores without values."""
     sinks = sinks.to(tl.float32) * LOG2_E
     new_top = tl.maximum(top, sinks)
     factor = tl.exp2(top - new_top)
@@ -79,7 +79,7 @@ def split_kernel(
     SPLIT: tl.constexpr,
     PAGE: tl.constexpr,
 ):
-    """Sum up split `program_id(1)` for a tile of queries; without splits, write what they get.
+    """Sum up split `program_id(1)` for a tile of queries; without splits, write the result.
 
     A row's slots lie in pages of PAGE, a multiple of SPLIT and N_BLOCK, or, if that is 0, all in one.
     """
@@ -90,7 +90,7 @@ def split_kernel(
     length = tl.minimum(tl.maximum(length, 0), visible_length - T).to(tl.int32)
     page_table_ptr += i * page_table_stride_b
 
-    # The tile's queries see no slot outside of `begin` to `end`, and without a window all see those before `common`.
+    # The tile's queries see no slot outside [begin, end). Without a window all of them see the slots before `common`.
     common = length + tile * M_BLOCK // GROUP + 1
     begin = tl.maximum(common - window, 0)
     end = length + tl.minimum((tile * M_BLOCK + M_BLOCK - 1) // GROUP, T - 1) + 1
@@ -102,7 +102,7 @@ def split_kernel(
     first_seen = begin
     if PAGE > 0 and not IS_SPLIT:
         begin = begin // N_BLOCK * N_BLOCK  # so that no tile lies in two pages
-    # Whole tiles that need no mask come first. With a window all have one: a third loop would cost registers.
+    # Whole tiles that need no mask come first. With a window all tiles are masked: a third loop would cost registers.
     tail = begin
     if not HAS_WINDOW:
         tail += tl.maximum(tl.minimum(common, end) - begin, 0) // N_BLOCK * N_BLOCK
@@ -121,7 +121,7 @@ def split_kernel(
             place = tl.cast(begin // PAGE, tl.int64)
         if HAS_PAGE_TABLE:
             page = tl.load(page_table_ptr + place * page_table_stride_n)
-        # Slots are counted from the row's first, wherever that lies.
+        # Slots are counted from the row's first one, wherever the page lies.
         keys_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
         values_ptr += page * values_stride_b - place * PAGE * values_stride_s
     keys_offsets = n[:, None] * keys_stride_s + d[None, :]
@@ -143,7 +143,7 @@ def split_kernel(
                 k_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
                 v_ptr += page * values_stride_b - place * PAGE * values_stride_s
             slot = start + n
-            if masked:  # 0 and no garbage: a weight of 0 would keep its NaN
+            if masked:  # load 0 where nothing is seen: a NaN there would outlast a weight of 0
                 there = (slot[:, None] < end) & (d[None, :] < D)
                 if PAGE > 0 and not IS_SPLIT:
                     there = there & (slot[:, None] >= first_seen)

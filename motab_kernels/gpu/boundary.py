@@ -1,7 +1,7 @@
-"""`fused_kl_boundary` on Triton: one launch reads the logits, a second decides, one program a row.
+"""`fused_kl_boundary` on Triton: one launch reads the logits, a second decides, with one program per row.
 
-B rows, T tokens, V shared vocabulary, S splits of it. No atomics, no wait of the host. The formulas are in
-`boundary_partial`.
+B rows, T tokens, V shared vocabulary, S splits of it. No atomics, and the host does not wait. The formulas
+are in `boundary_partial`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
-    """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles."""
+    """How the vocabulary is divided. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles."""
 
     lanes: int = 128  # one a thread
-    per_lane: int = 16  # share one rescaling; 128 bits of them are contiguous
+    per_lane: int = 16  # of a lane, which share one rescaling; 128 bits of them are contiguous
     tiles: int = 4
     num_warps: int = 4
-    sums: int = 128  # (position, split) pairs that the deciding warp takes in at a time; 256 spill
+    sums: int = 128  # (position, split) pairs that the deciding warp combines at a time; 256 spill
 
 
 DEFAULT = Settings()
-HIP = Settings(lanes=256, tiles=2)  # where a wave has 64 threads
+HIP = Settings(lanes=256, tiles=2)  # a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
@@ -38,8 +38,8 @@ def settings_for(device: torch.device) -> Settings:
 
 
 def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, int, int]:
-    """(positions, sums, splits) float32. The splits follow from V alone, so that a row's sums do not change
-    with its batch."""
+    """(positions, sums, splits) float32. The splits depend on V only, so that a row's sums are independent of its
+    batch."""
     return positions, PARTIALS.value, triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
 
 
@@ -58,7 +58,7 @@ def fused_kl_boundary(
 ) -> None:
     """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors.
 
-    `doubt` (B, T) contiguous, if given, stands for the teacher's entropy in the threshold.
+    `doubt` (B, T) contiguous, if given, replaces the teacher's entropy in the threshold.
     """
     B, T, V = student_logits.shape
     S = workspace_shape(B * T, V, settings)[2]
@@ -126,7 +126,7 @@ def fused_kl_boundary(
 
 
 def row_stride(parameter: Tensor | float | None) -> int:
-    """0 for a parameter that all rows share."""
+    """The stride of a parameter by rows; 0 if all rows share it."""
     return parameter.stride(0) if isinstance(parameter, Tensor) and parameter.dim() else 0
 
 

@@ -1,7 +1,7 @@
 """Second kernel of `fused_kl_boundary`: combine a row's splits, walk its tokens in order, update its state.
 
-B rows, T tokens, V shared vocabulary, S splits of it. The sums and their rule are
-`boundary_partial`'s. Statistics are float32, the decision is made in float64.
+B rows, T tokens, V shared vocabulary, S splits of it. The sums, and how they are combined, are in `boundary_partial`.
+Statistics are float32, the decision is made in float64.
 """
 
 import triton
@@ -101,7 +101,7 @@ def decide_kernel(
         known = (token >= 0) & (token < V)
         position = b * T + i
 
-        # (T_BLOCK, S_BLOCK) partial sums to (T_BLOCK,) statistics. Those of padding were never written.
+        # (T_BLOCK, S_BLOCK) partial sums to (T_BLOCK,) statistics. The sums of padding were never written.
         there = counted[:, None] & (split < S)
         partials = partial_ptr + position[:, None] * (PARTIALS * S) + split
         top_t = tl.load(partials + TOP_T * S, mask=there, other=LOWEST)
@@ -122,7 +122,7 @@ def decide_kernel(
         g_t = tl.sum(moved(f_t, g_t, d_t - d_s, part_z_t), axis=1)
         g_s = tl.sum(moved(f_s, g_s, d_t - d_s, part_z_s), axis=1)
 
-        # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+        # A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
         nan = float("nan")
         valid = (z_t > 0) & (z_s > 0)
         log_z_t, log_z_s = tl.log2(z_t), tl.log2(z_s)
@@ -154,7 +154,7 @@ def decide_kernel(
         tl.store(rank_ptr + position, tl.where(valid & known, rank.to(tl.int32), -1), mask=inside)
         tl.store(argmax_ptr + position, tl.where(valid & counted, argmax.to(tl.int64), -1), mask=inside)
 
-        # What each token brings to its step's score; NaN for a token without probability.
+        # Each token's contribution to its step's score; NaN for a token without probability.
         if SCORE == "teacher_value":
             bring = teacher_logprob.to(tl.float64)
         elif SCORE == "value_ratio":
@@ -192,7 +192,7 @@ def decide_kernel(
             tokens += live.to(tl.int32)
             step_tokens += live.to(tl.int32)
             if SCORE == "teacher_rank":
-                # Compared so, unlike with a maximum, NaN takes over and stays.
+                # Unlike a maximum, this comparison lets a NaN take over and stay.
                 total = tl.where(live & ~(brought <= total) & (total == total), brought, total)
                 new_score = total
             else:

@@ -13,9 +13,9 @@ from which, over log2(e),
     reverse_kl = log2(z_t / z_s) - g_s / z_s.
 
 When the maxima move by d_t = m_t - m_t' and d_s,   z' = f z,   a' = f (a + d z),   g' = f (g + (d_t - d_s) z)
-with f = 2^d: by this rule lanes take in a tile, splits their lanes, and rows their splits. x is one fused
-multiply-add, which rounds once: a constant added to all logits of a side does no harm. m need not be the
-maximum to the bit for that.
+with f = 2^d. This rule adds a tile to its lanes, and combines the lanes of a split and the splits of a row. x is one
+fused multiply-add, which rounds once, so that a constant added to all logits of a side does no harm, even where m is
+not exactly the maximum.
 
 Low-precision logits are read into float32, and everything is summed in float32.
 """
@@ -40,9 +40,9 @@ PARTIALS = tl.constexpr(10)
 
 @triton.jit
 def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best):
-    """Take a (GROUPS, LANES, VECTOR) tile into the lanes' sums. No value crosses a lane."""
+    """Add a (GROUPS, LANES, VECTOR) tile to the lanes' sums. No value crosses lanes."""
     tile_top = tile_max(t)
-    best = tl.where(tile_top > top_t, start, best)  # the tile with the lane's first maximum
+    best = tl.where(tile_top > top_t, start, best)  # the first tile with the lane's maximum
     new_top_t, new_top_s = tl.maximum(top_t, tile_top), tl.maximum(top_s, tile_max(s))
     m_t, m_s = scaled(new_top_t, c), scaled(new_top_s, c)
     d_t, d_s = scaled(top_t, c) - m_t, scaled(top_s, c) - m_s
@@ -53,7 +53,7 @@ def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s
     x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
     w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
     gap = x_t - x_s
-    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays.
+    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays NaN.
     z_t += tile_sum(w_t)
     a_t += tile_sum(w_t * tl.where(w_t != 0, x_t, 0.0))
     g_t += tile_sum(w_t * tl.where(w_t != 0, gap, 0.0))
@@ -91,12 +91,12 @@ def partial_kernel(
     b, i = (position // T).to(tl.int64), (position % T).to(tl.int64)
     token = tl.load(token_ptr + b * token_stride_b + i * token_stride_t)
     if token == -1:
-        return  # padding: nobody will look at its sums
+        return  # padding: its sums are never read
     student_ptr += b * student_stride_b + i * student_stride_t
     teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
     known = (token >= 0) & (token < V)
     token_logit = tl.load(teacher_ptr + token, mask=known, other=0.0).to(tl.float32)
-    # A constant that bfloat16 lacks: the compiler would else compare in bfloat16, at twice the instructions.
+    # LOWEST is not a bfloat16: otherwise the compiler would compare in bfloat16, with twice the instructions.
     token_logit = tl.where(known, token_logit, LOWEST)
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
 
@@ -116,7 +116,7 @@ def partial_kernel(
         top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
             t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best
         )
-    if whole < end:  # the tail; what is not there has no probability
+    if whole < end:  # the tail; columns beyond it have no probability
         inside = whole + columns < end
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
@@ -128,8 +128,7 @@ def partial_kernel(
     d_t, d_s = scaled(top_t, c) - scaled(row_t, c), scaled(top_s, c) - scaled(row_s, c)
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
 
-    # The first maximum lies in the earliest of the tiles that have it: look there again, in the lanes that
-    # saw it.
+    # The first maximum lies in the earliest tile that has it: search that tile again, in the lanes that saw it.
     tile = tl.min(tl.where(top_t == row_t, best, V), axis=0)
     columns += tile
     seen = ((top_t == row_t) & (best == tile))[None, :, None] & (columns < end)

@@ -18,26 +18,26 @@ from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
 
-#: The kernels are compiled for NVIDIA, and not interpreted.
+#: Whether the kernels are compiled for NVIDIA, and not interpreted.
 NVIDIA = isinstance(terms_kernel, triton.JITFunction) and torch.version.hip is None
 
 
 class Settings(NamedTuple):
-    """How the vocabulary is cut. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles.
+    """How the vocabulary is divided. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles.
 
-    A tile has 128 bits of columns for each thread, at least: else two threads hold the same columns, and of a gradient
-    that is written over the logits one would read what the other has written.
+    A tile has at least 128 bits of columns for each thread. Otherwise two threads would hold the same columns, and
+    where a gradient is written over the logits, one would read what the other has written.
     """
 
     lanes: int = 128  # one a thread
     per_lane: int = 16
     tiles: int = 16
     num_warps: int = 4
-    rows: int = 16  # that one program of `finish` combines
+    rows: int = 16  # of positions that one program of `finish` combines
 
 
 DEFAULT = Settings()
-HIP = Settings(lanes=256, tiles=8)  # where a wave has 64 threads
+HIP = Settings(lanes=256, tiles=8)  # a wave has 64 threads
 
 
 def settings_for(device: torch.device) -> Settings:
@@ -45,12 +45,12 @@ def settings_for(device: torch.device) -> Settings:
 
 
 def splits(V: int, settings: Settings) -> int:
-    """They follow from V alone, so that a row's sums do not change with its batch."""
+    """The number of splits. It depends on V only, so that a row's sums do not depend on its batch."""
     return triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
 
 
 def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: Settings) -> dict[str, Any]:
-    """What the kernels over the vocabulary share. An absent tensor's pointer is never read."""
+    """Arguments that the kernels over the vocabulary share. An absent tensor's pointer is never read."""
     vector = 16 // max(student.element_size(), teacher.element_size())  # 128 bits
     return {
         "student_ptr": student,

@@ -1,7 +1,7 @@
-"""First kernels of `divergence_loss`: sums over a split of the vocabulary, and what follows from all of them.
+"""First kernels of `divergence_loss`: the sums over each split of the vocabulary, and their combination.
 
-B rows, T tokens, V shared vocabulary, S splits of it. The sums are those of `motab_kernels.divergence_sums`, but for
-x in units of log2 while they are summed; they are stored in nats. Everything is summed in float32.
+B rows, T tokens, V shared vocabulary, S splits of it. The sums are those of `motab_kernels.divergence_sums`, with x in
+units of log2 while they are summed; they are stored in nats. Everything is summed in float32.
 """
 
 import triton
@@ -21,20 +21,20 @@ from motab_kernels.gpu.online_softmax import (
 
 # Rows of the sums (positions, 6, S).
 TOP_T, Z_T, G_T, TOP_S, Z_S, G_S = (tl.constexpr(i) for i in range(6))
-# Columns of what is saved (positions, 6), in the order of `motab_kernels.divergence_sums`.
+# Columns of the saved tensor (positions, 6), in the order of `motab_kernels.divergence_sums`.
 SAVED_TOP_T, SAVED_TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = (tl.constexpr(i) for i in range(6))
 
 
 @triton.jit
 def _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD: tl.constexpr, REVERSE: tl.constexpr):
-    """Take a (GROUPS, LANES, VECTOR) tile into the lanes' sums. No value crosses a lane."""
+    """Add a (GROUPS, LANES, VECTOR) tile to the lanes' sums. No value crosses lanes."""
     new_top_t, new_top_s = tl.maximum(top_t, tile_max(t)), tl.maximum(top_s, tile_max(s))
     m_t, m_s = scaled(new_top_t, c), scaled(new_top_s, c)
     d_t, d_s = scaled(top_t, c) - m_t, scaled(top_s, c) - m_s
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
     x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
     w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
-    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays.
+    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays NaN.
     if FORWARD:
         g_t = moved(f_t, g_t, d_t - d_s, z_t) + tile_sum(w_t * tl.where(w_t != 0, x_t - x_s, 0.0))
     if REVERSE:
@@ -70,7 +70,7 @@ def sums_kernel(
     position, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     if HAS_KEEP:
         if tl.load(keep_ptr + position) == 0:
-            return  # nobody will look at its sums
+            return  # its sums are never read
     b, i = position // T, position % T
     student_ptr += b * student_stride_b + i * student_stride_t
     teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
@@ -88,7 +88,7 @@ def sums_kernel(
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)
         top_t, z_t, g_t, top_s, z_s, g_s = _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD, REVERSE)
-    if whole < end:  # the tail; what is not there has no probability
+    if whole < end:  # the tail; columns beyond it have no probability
         inside = whole + columns < end
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
@@ -145,7 +145,7 @@ def finish_kernel(
     part_z_t = tl.load(sums + Z_T * S, mask=there, other=0.0)
     part_z_s = tl.load(sums + Z_S * S, mask=there, other=0.0)
     z_t, z_s = tl.sum(part_z_t * f_t, axis=1), tl.sum(part_z_s * f_s, axis=1)
-    # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    # A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     valid = (z_t > 0) & (z_s > 0)
     log_ratio = tl.where(valid, tl.log2(z_t / z_s) * LN_2, float("nan"))
     shift = (d_t - d_s) * LN_2

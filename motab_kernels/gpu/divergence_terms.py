@@ -1,9 +1,9 @@
-"""Kernels of `divergence_loss` that read the logits with the row's normalisers at hand: terms and gradient.
+"""Kernels of `divergence_loss` that need the row's normalisers: terms and gradient.
 
 B rows, T tokens, V shared vocabulary, S splits of it. With gap = log2(p / q), w the larger of p and q and
 e = 2^-|gap|, the two are w and w e, and m = lam p + (1 - lam) q is w u with u = 1 - share (1 - e), where `share` is
-the smaller one's in the mixture. So log2(p / m) and log2(q / m) are exact to rounding also where p and q nearly
-agree, nothing overflows, and two to four special functions do for both. The formulas are in `reference/divergence`.
+the smaller one's share in the mixture. So log2(p / m) and log2(q / m) are exact to rounding even where p and q nearly
+agree, nothing overflows, and both take two to four special functions. The formulas are in `reference/divergence`.
 """
 
 import triton
@@ -24,7 +24,7 @@ from motab_kernels.gpu.online_softmax import (
 
 @triton.jit
 def _row(saved_ptr, c):
-    """A row's maxima and 1 / z, of the teacher and the student, and what is taken off c (t - s) to make the gap."""
+    """A row's maxima and 1 / z, of the teacher and the student, and the offset: gap = c (t - s) - offset."""
     m_t, m_s = scaled(tl.load(saved_ptr + SAVED_TOP_T), c), scaled(tl.load(saved_ptr + SAVED_TOP_S), c)
     offset = (m_t - m_s) + tl.load(saved_ptr + LOG_RATIO) * LOG2_E
     return m_t, m_s, tl.load(saved_ptr + RECIPROCAL_T), tl.load(saved_ptr + RECIPROCAL_S), offset
@@ -32,8 +32,8 @@ def _row(saved_ptr, c):
 
 @triton.jit
 def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
-    """w, e, gap and whether p is the larger; w is 0 where neither has probability, and the gap no NaN."""
-    gap = c * (t - tl.maximum(s, LOWEST)) - offset  # of a NaN logit the offset is NaN, and every gap of the row
+    """w, e, gap and whether p is the larger; where neither has probability, w is 0 and the gap is not NaN."""
+    gap = c * (t - tl.maximum(s, LOWEST)) - offset  # a NaN logit makes the offset NaN, and so every gap of the row
     p_leads = gap > 0
     x = tl.where(p_leads, tl.fma(t, c, -m_t), tl.fma(s, c, -m_s))
     w = tl.exp2(x) * tl.where(p_leads, reciprocal_t, reciprocal_s)
@@ -42,10 +42,10 @@ def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
 
 @triton.jit
 def _minus_log2(x, u, FAST: tl.constexpr):
-    """-log2(u) of u = 1 - x, for 0 <= x < 1: near 0 within 2e-7 of itself, elsewhere within 3e-6.
+    """-log2(u) with u = 1 - x, for 0 <= x < 1: relative error 2e-7 near 0, elsewhere 3e-6.
 
-    Near 0 it is x times a polynomial, minimax in relative error (Remez, 3e-8 before rounding); there log2(u) has lost
-    what u lost.
+    Near 0 it is x times a polynomial, minimax in relative error (Remez, 3e-8 before rounding), because log2(u) would
+    lose the digits that u lost.
     """
     r = x * 0.39955374598503113 + 0.4793422818183899
     r = r * x + 0.7213671803474426
@@ -55,7 +55,7 @@ def _minus_log2(x, u, FAST: tl.constexpr):
 
 @triton.jit
 def _shares(p_leads, lam, rest, EVEN: tl.constexpr):
-    """Those of the larger and the smaller of p and q in the mixture."""
+    """The shares of the larger and the smaller of p and q in the mixture."""
     lead, share = lam, rest
     if not EVEN:
         lead, share = tl.where(p_leads, lam, rest), tl.where(p_leads, rest, lam)
@@ -68,16 +68,16 @@ def _mixture(e, gap, p_leads, lam, rest, EVEN: tl.constexpr, FAST: tl.constexpr)
     lead, share = _shares(p_leads, lam, rest, EVEN)
     u = tl.fma(e, share, lead)
     above = _minus_log2(tl.fma(e, -share, share), u, FAST)
-    # A probability that far below the other is nothing, and 0 * inf would be NaN.
+    # A probability that far below the other is 0 to rounding; the bound avoids 0 * inf = NaN.
     return u, above, above - tl.minimum(tl.abs(gap), 200.0)
 
 
 @triton.jit
 def _slope(e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr):
-    """g, up to a constant: with p / m - 1 = (1 - lam) (p - q) / m and q / m - 1 = -lam (p - q) / m, for those keep what
-    p / m and q / m would lose."""
+    """g up to a constant, from p / m - 1 = (1 - lam) (p - q) / m and q / m - 1 = -lam (p - q) / m, which keep the
+    digits that p / m and q / m would lose."""
     if KIND == "tvd":
-        return tl.where(p_leads, -0.5, tl.where(gap < 0, 0.5, gap))  # 0 at a tie, and NaN stays
+        return tl.where(p_leads, -0.5, tl.where(gap < 0, 0.5, gap))  # 0 at a tie; NaN stays NaN
     u, above, below = _mixture(e, gap, p_leads, lam, rest, EVEN, FAST)
     log_q_m = tl.where(p_leads, below, above)
     signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
@@ -90,12 +90,12 @@ def _slope(e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, F
 
 @triton.jit
 def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr):
-    """What each column adds to the divergence, and to sum q g, in units of `_units`."""
+    """Each column's terms of the divergence and of sum q g, in units of `_units`."""
     q = tl.where(p_leads, e, 1.0)  # over w
     if KIND == "tvd":
         return w * (1 - e), w * (q * _slope(e, gap, p_leads, lam, rest, KIND, EVEN, FAST))
     _, above, below = _mixture(e, gap, p_leads, lam, rest, EVEN, FAST)
-    below *= e  # times its probability, over w; `above` has that of w
+    below *= e  # times the smaller probability, over w; the larger one over w is 1
     q_log = tl.where(p_leads, below, above)
     if KIND == "jsd":
         if EVEN:
@@ -111,7 +111,7 @@ def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr
 
 @triton.jit
 def _units(rest, KIND: tl.constexpr, EVEN: tl.constexpr):
-    """What the sums of `_terms` are multiplied by, once."""
+    """The factors of the two sums of `_terms`."""
     if KIND == "tvd":
         return 0.5, 1.0
     if KIND == "jsd":
@@ -137,7 +137,7 @@ def terms_kernel(
     T,
     V,
     lam,
-    rest,  # 1 - lam, for of 1 - 1e-9 it would be 0 here
+    rest,  # 1 - lam, from the host: in float32 1 - (1 - 1e-9) would be 0
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
     FAST: tl.constexpr,  # see `log2`
@@ -175,7 +175,7 @@ def terms_kernel(
         term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
-    if whole < end:  # the tail; what is not there has no probability
+    if whole < end:  # the tail; columns beyond it have no probability
         inside = whole + columns < end
         t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
         s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
@@ -209,11 +209,11 @@ def _gradient(
     w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
     if KIND == "forward_kl":
         apart = w * (1 - e)
-        # What the student excludes has no gradient, though the teacher may want it.
+        # A column that the student excludes has no gradient, even if the teacher gives it probability.
         return tl.where(s == -float("inf"), 0.0, tl.where(p_leads, -apart, apart) * factor)
     q = tl.where(p_leads, w * e, w)
     if KIND == "reverse_kl":
-        # Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+        # An infinite loss makes each column's gradient infinite, not inf - inf = NaN; 0 where q rounds to 0.
         pull = tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre)
         return tl.where(q == 0, 0.0, q * pull) * factor
     return q * (_slope(e, gap, p_leads, lam, rest, KIND, EVEN, FAST) - centre) * factor
@@ -237,7 +237,7 @@ def gradient_kernel(
     T,
     V,
     lam,
-    rest,  # 1 - lam, for of 1 - 1e-9 it would be 0 here
+    rest,  # 1 - lam, from the host: in float32 1 - (1 - 1e-9) would be 0
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
     FAST: tl.constexpr,  # see `log2`

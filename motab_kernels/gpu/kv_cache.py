@@ -33,7 +33,7 @@ def _realign_kernel(
     BLOCK_D: tl.constexpr,
     CLEAR_PADDING: tl.constexpr,
 ):
-    # One program owns a head of a row, so that the order of its overlapping moves is its own.
+    # One program owns a head of a row, so that it can order the overlapping moves.
     row = (tl.program_id(0) // num_heads).to(tl.int64)
     head = (tl.program_id(0) % num_heads).to(tl.int64)
     table = table_ptr + tl.program_id(1) * 6

@@ -1,19 +1,19 @@
-"""The pieces of a pass over the vocabulary that keeps running maxima, a lane at a time.
+"""Parts of a pass over the vocabulary that keeps running maxima in each lane.
 
-Logits are worked on in units of log2, scaled by c = log2(e) / temperature, for the hardware's exponential is 2^x.
+Logits are in units of log2, scaled by c = log2(e) / temperature, because the hardware's exponential is 2^x.
 """
 
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, less itself it is 0
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, minus itself it is 0
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def moved(f, total, shift, z):
-    """A sum of terms w * x after x has grown by `shift`. Nothing is left where f is 0, not even of inf."""
+    """A sum of terms w * x after x has grown by `shift` and w by the factor f; 0 where f is 0, even if it was inf."""
     return tl.where(f != 0, f * (total + shift * z), 0.0)
 
 
@@ -28,11 +28,11 @@ def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
 
 @triton.jit
 def tile_columns(GROUPS: tl.constexpr, LANES: tl.constexpr, VECTOR: tl.constexpr):
-    """(GROUPS, LANES, VECTOR): the columns of a tile, of which a thread has whole lanes."""
+    """(GROUPS, LANES, VECTOR): the columns of a tile. A thread holds whole lanes."""
     group, lane, column = tl.arange(0, GROUPS), tl.arange(0, LANES), tl.arange(0, VECTOR)
     columns = group[:, None, None] * (LANES * VECTOR) + lane[None, :, None] * VECTOR + column[None, None, :]
-    # Of the lanes it is not so: they step by VECTOR. But of axes that tie in this, Triton 3.6 spreads the groups over
-    # the threads, which then have to shuffle for each tile. What a load may take at once follows from the last axis.
+    # For the lanes, which step by VECTOR, 2 is not true. But where axes tie in contiguity, Triton 3.6 spreads the
+    # groups over the threads, which must then shuffle for each tile. The width of a load depends on the last axis only.
     return tl.max_contiguous(columns, [1, 2, VECTOR])
 
 
@@ -48,13 +48,13 @@ def tile_max(x):
 
 @triton.jit
 def scaled(top, c):
-    """A maximum in units of log2, finite: -inf less itself would be NaN."""
+    """A maximum in units of log2, finite, because -inf minus itself would be NaN."""
     return tl.maximum(top * c, LOWEST)
 
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
-    """FAST: by NVIDIA's own instruction, within 2^-22 on [1/2, 2]; tl.log2 takes 35."""
+    """FAST: NVIDIA's own instruction, within 2^-22 on [1/2, 2]; tl.log2 takes 35 instructions."""
     if FAST:
         return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
     return tl.log2(x)

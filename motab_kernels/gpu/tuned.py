@@ -1,4 +1,4 @@
-"""Settings that were measured: data, by a device's name and an op, written by `python -m benchmarks.tune`."""
+"""Measured settings, by a device's name and an op, as `python -m benchmarks.tune` writes them."""
 
 from __future__ import annotations
 

@@ -38,8 +38,8 @@ def fused_kl_div_loss(
         raise ValueError(f"reduction: expected batchmean or sum, got {reduction!r}")
     if target_weight.requires_grad:
         raise ValueError(
-            "target_weight: expected a tensor without gradient, for none flows to the teacher, got requires_grad=True: "
-            "detach it"
+            "target_weight: expected a tensor without gradient, because none flows to the teacher, got "
+            "requires_grad=True: detach it"
         )
     return fused_linear_divergence(
         *head_inputs(x, weight)[:2],
@@ -63,15 +63,15 @@ class FusedKLDivLoss(torch.nn.Module):
 
 PEER = "flash-linear-attention 0.6"
 TARGETS = [
-    # The first is what fla's own class calls, the second what others import.
+    # fla's own class calls the first; other code imports the second.
     patching.Target("fla.modules.fused_kl_div.ops", "fused_kl_div_loss", fused_kl_div_loss),
     patching.Target("fla.modules.fused_kl_div", "fused_kl_div_loss", fused_kl_div_loss),
 ]
 
 
 def patch() -> patching.Undo:
-    """Let fla's `FusedKLDivLoss`, and who imports `fused_kl_div_loss` from now on, call ours; call what is returned
-    to undo it."""
+    """Let fla's `FusedKLDivLoss`, and code that imports `fused_kl_div_loss` from now on, call ours; call the returned
+    function to undo it."""
     return patching.patch(PEER, TARGETS)
 
 

@@ -35,7 +35,7 @@ class LigerJSD(torch.nn.Module):
 
     The gradient by `log_q` is the projected one, that of `divergence_loss(log_q, ...)` by its logits, which sums to 0:
     through the caller's `log_softmax` it becomes the same gradient by the logits as Liger's.
-    Where you have the logits, pass them to `divergence_loss` instead, and make no log-probabilities.
+    If you have the logits, pass them to `divergence_loss` instead, and make no log-probabilities.
     """
 
     def __init__(self, beta: float = 0.5, ignore_index: int = -100) -> None:
@@ -52,7 +52,7 @@ class LigerJSD(torch.nn.Module):
 class LigerKLDIVLoss(torch.nn.KLDivLoss):
     """`divergence_loss(..., divergence="forward_kl")` of log-probabilities, with the gradient of `LigerJSD`.
 
-    `eps` is accepted and without effect: a probability of 0 adds nothing here, and a smaller one than `eps` is exact.
+    `eps` is accepted without effect: a probability of 0 adds nothing here, and one smaller than `eps` is exact.
     """
 
     def __init__(self, eps: float = 1e-10, *args: Any, **kwargs: Any) -> None:
@@ -103,7 +103,7 @@ class LigerTVDLoss(torch.nn.Module):
 class LigerFusedLinearJSD(torch.nn.Module):
     """`fused_linear_divergence(..., divergence="jsd")`.
 
-    `accum_dtype` is accepted and without effect: see `fused_linear_divergence` for what the sums are kept in.
+    `accum_dtype` is accepted without effect: for the dtype of the sums see `fused_linear_divergence`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
     `liger_kernel.chunked_loss`.
 
     The hard loss costs matrix products of its own, three of the student's head, and is left out at a weight of 0.
-    `compiled` is accepted and without effect.
+    `compiled` is accepted without effect.
     """
 
     def __init__(
@@ -201,7 +201,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
             logits = wide(F.linear(hidden, weight, bias))
             return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
 
-        # Its logits are made again in the backward pass, so that they exist for one chunk at a time.
+        # The logits are computed again in the backward pass, so that they exist for one chunk at a time.
         chunks = zip(hidden.split(self.chunk_size), true_labels.split(self.chunk_size), strict=True)
         sums = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         hard = torch.stack(sums).sum() / (true_labels != self.ignore_index).sum().clamp_min(1)
@@ -224,7 +224,7 @@ TARGETS = [
 
 
 def patch() -> patching.Undo:
-    """Give Liger's five classes our forward passes; call what is returned to undo it."""
+    """Give Liger's five classes our forward passes; call the returned function to undo it."""
     return patching.patch(PEER, TARGETS)
 
 

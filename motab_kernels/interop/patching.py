@@ -1,4 +1,4 @@
-"""Put our function where a peer's caller looks its own up, and take it out again."""
+"""Replace the functions that a peer's code calls by ours, and undo it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Target(NamedTuple):
 
 
 def patch(peer: str, targets: list[Target]) -> Undo:
-    """Replace all targets, or none and raise; returns a function that puts back what was there.
+    """Replace all targets, or none and raise; returns a function that restores the originals.
 
     Patches of one peer nest: they are undone last first. Undoing twice does nothing.
 
@@ -50,7 +50,7 @@ def patched(patch: Callable[[], Undo]) -> Iterator[None]:
 
 
 def find(peer: str, target: Target) -> tuple[Any, str, Any]:
-    """Whose attribute a target is, its name there, and what stands there: a staticmethod as such, not its function."""
+    """The owner of a target's attribute, its name there, and its value: a staticmethod itself, not its function."""
     try:
         owner: Any = importlib.import_module(target.module)
     except ImportError as error:
@@ -68,6 +68,6 @@ def find(peer: str, target: Target) -> tuple[Any, str, Any]:
 
 
 def _parameters(function: Any) -> list[str]:
-    """Names, without those that can only be given by keyword, of which ours may have more."""
+    """The names, without keyword-only ones, of which ours may have more."""
     function = getattr(function, "__func__", function)
     return [x.name for x in inspect.signature(function).parameters.values() if x.kind is not x.KEYWORD_ONLY]

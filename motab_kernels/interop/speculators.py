@@ -51,8 +51,8 @@ TARGETS = [
 
 
 def patch() -> patching.Undo:
-    """Let speculators' loss functions, which look theirs up by name at each call, find ours; call what is returned
-    to undo it."""
+    """Let speculators' loss functions, which look theirs up by name at each call, find ours; call the returned
+    function to undo it."""
     return patching.patch(PEER, TARGETS)
 
 

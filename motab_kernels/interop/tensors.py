@@ -1,4 +1,4 @@
-"""What peers leave to the caller or to autocast, and our ops ask for."""
+"""Conversions that peers leave to the caller or to autocast, and our ops need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 
 
 def wide(x: Tensor) -> Tensor:
-    """float32 at least: a logarithm rounded to bfloat16 is a probability some per cent off."""
+    """At least float32: a logarithm rounded to bfloat16 makes the probability some per cent wrong."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -38,7 +38,7 @@ def generalized_jsd_loss(
     but by B where there are no labels; "mean" divides by the valid positions times V.
 
     Raises:
-        ValueError: reduction "none", for no tensor of single terms is made; and as `divergence_loss`.
+        ValueError: reduction "none", because no tensor of single terms is made; and as `divergence_loss`.
     """
     mask = valid(labels, -100)
     total = divergence_loss(
@@ -156,7 +156,7 @@ PEER = "trl 1.16"
 
 
 def patch(*, entropy: bool = True) -> patching.Undo:
-    """Let DistillationTrainer and GKDTrainer call ours; call what is returned to undo it.
+    """Let DistillationTrainer and GKDTrainer call ours; call the returned function to undo it.
 
     Without `entropy` the student's entropy is neither computed nor logged: see `chunked_divergence_loss`.
     """

@@ -49,7 +49,7 @@ def forward_kl_topk(student_logits: Tensor, teacher_topk_log_probs: Tensor, teac
 def compute_topk_loss(
     config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str
 ) -> dict[str, Tensor]:
-    """What verl's function of this name does for its own modes, in its place beside the student's logits.
+    """verl's function of this name, for `LOSS_MODE`: it runs where the student's logits are.
 
     Raises:
         ValueError: a strategy that splits the vocabulary, `log_prob_min_clamp`, or teacher and student of different
@@ -59,7 +59,7 @@ def compute_topk_loss(
         raise ValueError('strategy: expected logits of the whole vocabulary, got "megatron": use "fsdp"')
     clamp = distillation_config.distillation_loss.log_prob_min_clamp
     if clamp is not None:
-        raise ValueError(f"log_prob_min_clamp: expected None, for nothing here overflows, got {clamp}")
+        raise ValueError(f"log_prob_min_clamp: expected None, because nothing here overflows, got {clamp}")
     log_probs, ids = (
         x.values().unsqueeze(0) if x.is_nested else x for x in (data["teacher_logprobs"], data["teacher_ids"])
     )
@@ -89,7 +89,7 @@ PEER = "verl's trainer/distillation/losses.py of 2026"
 
 
 def patch() -> patching.Undo:
-    """Register `LOSS_MODE` with verl; call what is returned to undo it. Every worker process has to call this."""
+    """Register `LOSS_MODE` with verl; call the returned function to undo it. Every worker process must call this."""
 
     def dispatch(
         config: Any, distillation_config: Any, data: Any, student_logits: Tensor, data_format: str

@@ -1,5 +1,4 @@
-"""Definition of `fused_kl_boundary` in plain PyTorch. B rows, T tokens, V shared vocabulary, R = B * T
-positions.
+"""Definition of `fused_kl_boundary` in plain PyTorch. B rows, T tokens, V shared vocabulary, R = B * T positions.
 
 With p, q the teacher's and the student's distributions at a position, y its token:
 
@@ -40,8 +39,8 @@ class Statistics(NamedTuple):
 def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | None) -> Statistics:
     """Student and teacher (R, V), token and temperature (R,), to (R,) each.
 
-    With the logits less their maximum written x, and w = exp(x), Z = sum w, so that log p = x - log Z: from
-    these and not from `log_softmax`, whose float32 normaliser is off by 1.5e-5 for V = 151936 on the CPU.
+    With x the logits minus their maximum, w = exp(x) and Z = sum w, log p = x - log Z. `log_softmax` is not used,
+    because its float32 normaliser is off by 1.5e-5 for V = 151936 on the CPU.
     """
     V = student.shape[1]
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
@@ -51,7 +50,7 @@ def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | No
     z_s, z_t = row_sums(w_s), row_sums(w_t)
     log_z_s, log_z_t = z_s.log(), z_t.log()
 
-    # Where a logit is -inf, 0 * inf is to be 0. The host looks first, for two passes more over each product.
+    # Where a logit is -inf, 0 * inf must be 0. The host checks first, because a mask takes two more passes.
     excludes = any(bool((x.amin(-1) == -torch.inf).any()) for x in (x_s, x_t))
 
     def weighted_sum(w: Tensor, x: Tensor) -> Tensor:
@@ -117,7 +116,7 @@ def top_k_entropy(teacher_logits: Tensor, k: int, temperature: Tensor | None) ->
 
 
 def contributions(stats: Statistics, score: str) -> Tensor:
-    """What each token brings to its step's score, (B, T) float64; NaN for a token without probability."""
+    """Each token's contribution to its step's score, (B, T) float64; NaN for a token without probability."""
     value = {
         "teacher_value": lambda: stats.teacher_logprob,
         "value_ratio": lambda: stats.teacher_logprob.double() - stats.student_logprob.double(),
@@ -136,8 +135,7 @@ def walk(
     rule: Rule,
     state: S,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Decide (B, T) positions in order, and update the state: running score, threshold and stray, (B, T)
-    each.
+    """Decide (B, T) positions in order, and update the state: running score, threshold and stray, (B, T) each.
 
     The fall of an accepted or breaching step k >= 1 is safety_k - safety_{k-1}, where safety is the score,
     negated if low is safe; -inf for a NaN score, 0 between two equal infinities. Step t* is the one with the

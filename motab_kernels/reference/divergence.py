@@ -41,7 +41,7 @@ from motab_kernels.reference.rows import CHUNK, row_sums
 
 
 def chunks(student: Tensor, teacher: Tensor, tau: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Some positions at a time: which of the R, their student's and teacher's logits and their temperature (r, 1)."""
+    """For some positions at a time: their slice of the R, student's and teacher's logits, and temperatures (r, 1)."""
     B, T, V = student.shape
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     tau = torch.ones((), device=student.device) if tau is None else tau
@@ -54,14 +54,14 @@ def chunks(student: Tensor, teacher: Tensor, tau: Tensor | None) -> Iterator[tup
 
 
 def product(weight: Tensor, value: Tensor) -> Tensor:
-    """weight * value, where nothing of a value counts under a weight of 0, not even inf."""
+    """weight * value, and 0 for a weight of 0, even if the value is inf."""
     return torch.where(weight == 0, 0.0, weight * value)
 
 
 def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str) -> Tensor:
     parts = []
     for _, s, t, tau_r in chunks(student, teacher, tau):
-        # Finite, for a slice may lack finite logits where its row does not.
+        # Finite, because a slice may lack finite logits where its row has some.
         top_s, top_t = (x.amax(-1).clamp_min(torch.finfo(x.dtype).min) for x in (s, t))
         x_s, x_t = (s - top_s[:, None]) / tau_r, (t - top_t[:, None]) / tau_r
         w_s, w_t = x_s.exp(), x_t.exp()
@@ -74,7 +74,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
     top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
-    # No softmax on a side: NaN or +inf makes z NaN, a lack of finite logits makes it 0.
+    # A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
     loss = g_t / z_t - log_ratio if kind == "forward_kl" else log_ratio - g_s / z_s
     loss = torch.where(loss < 0, 0.0, loss)  # rounding; NaN stays
@@ -87,25 +87,25 @@ def distributions(s: Tensor, t: Tensor, tau: Tensor, saved: Tensor) -> tuple[Ten
     top_t, top_s = saved[:, TOP_T, None], saved[:, TOP_S, None]
     p = ((t - top_t) / tau).exp() * saved[:, RECIPROCAL_T, None]
     q = ((s - top_s) / tau).exp() * saved[:, RECIPROCAL_S, None]
-    # Not log p - log q: where p and q nearly agree, and the gap is all there is, the two would be rounded apart.
+    # Not log p - log q: where p and q nearly agree, the rounding of the two would exceed their difference.
     gap = torch.where(t == s, 0.0, t - s) / tau - ((top_t - top_s) / tau + saved[:, LOG_RATIO, None])
     return p, q, gap
 
 
 def by_mixture(gap: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(q / m) for m = lam p + (1 - lam) q, accurate also where p and q nearly agree."""
-    gap = gap.clamp(-200, 200)  # beyond which the smaller one is nothing, and inf * 0 would be NaN
-    smaller = torch.where(gap > 0, 1 - lam, lam)  # its share in the mixture
-    log_m = torch.log1p(smaller * torch.expm1(-gap.abs()))  # over the larger one
+    gap = gap.clamp(-200, 200)  # beyond, the smaller is 0 to rounding; inf * 0 would be NaN
+    smaller = torch.where(gap > 0, 1 - lam, lam)  # the share in the mixture of the smaller of p and q
+    log_m = torch.log1p(smaller * torch.expm1(-gap.abs()))  # m over the larger of p and q
     log_p_m = torch.where(gap > 0, 0.0, gap) - log_m
     log_q_m = torch.where(gap > 0, -gap, 0.0) - log_m
     return log_p_m, log_q_m
 
 
 def terms_and_slopes(p: Tensor, q: Tensor, gap: Tensor, kind: str, lam: float) -> tuple[Tensor, Tensor]:
-    """What each column adds to the divergence, and g, of which a constant may be taken, for p / m - 1 and q / m - 1
-    keep what p / m and q / m would lose. To a lone p log(p / m) it adds m - p, which is 0 in sum and
-    keeps each column positive, so that little is lost where p and q nearly agree."""
+    """Each column's term of the divergence, and g up to a constant: p / m - 1 and q / m - 1 keep the digits that p / m
+    and q / m would lose. m - p is added to p log(p / m), and m - q to q log(q / m): it is 0 in sum and keeps each term
+    positive, so that little is lost where p and q nearly agree."""
     if kind == "tvd":
         return (p - q).abs() / 2, -torch.where(gap.isnan(), gap, gap.sign()) / 2
     log_p_m, log_q_m = by_mixture(gap, lam)
@@ -146,7 +146,7 @@ def divergence_gradient(
         if kind == "forward_kl":
             result = torch.where(gap.abs() < 0.5, -q * torch.expm1(gap), q - p)
         elif kind == "reverse_kl":
-            # Of an infinite loss each column pulls infinitely, none as inf - inf, and one that rounds to 0 not at all.
+            # An infinite loss makes each column's gradient infinite, not inf - inf = NaN; 0 where q rounds to 0.
             result = torch.where(q == 0, 0.0, q * torch.where(gap == -torch.inf, torch.inf, -gap - centre))
         else:
             result = q * (terms_and_slopes(p, q, gap, kind, lam)[1] - centre)
