@@ -27,14 +27,20 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
             raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
         if value.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        if not (value > minimum if strict else value >= minimum).all():
-            raise ValueError(f"{name}: expected values{bound}, got {value.tolist()}")
+        if not ((value > minimum if strict else value >= minimum) & value.isfinite()).all():
+            raise ValueError(f"{name}: expected finite values{bound}, got {value.tolist()}")
     elif isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     else:
         too_low = value <= minimum if strict else value < minimum
-        if too_low or not value < math.inf:  # isfinite is not for symbolic numbers
+        if too_low or not -math.inf < value < math.inf:  # isfinite is not for symbolic numbers
             raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+
+
+def check_number(name: str, value: float) -> None:
+    """A finite number, and no tensor, whose gradient would be lost and whose value the host would have to wait for."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> None:

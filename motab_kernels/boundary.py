@@ -110,7 +110,8 @@ def fused_kl_boundary(
             Other values raise on the CPU; on a GPU, where a check would make the host wait, such a token has NaN
             log-probabilities and its step strays.
         boundary: `EntropyBoundary` (None: with its defaults), `FixedBoundary` or `MovingAverageBoundary`.
-        state: changed in place. None: a fresh one, discarded after the call.
+        state: changed in place; it belongs to one boundary (`reset_` it before another's use). None: a fresh one,
+            discarded after the call.
         step_ends: (B,) or (B, T) bool, whether the token ends a step. None: every token is a step.
         temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
             device.
@@ -128,7 +129,7 @@ def fused_kl_boundary(
         logits, or within 1e-6 of their size where that is more.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, a state for another batch size or boundary, an
+        ValueError: shapes, dtypes or devices that do not fit, a state for another batch size or window, an
             unknown backend, on the CPU a token or a temperature out of range. Nothing has been changed then.
 
     Source: MOTAB, arXiv 2605.19433.

@@ -42,9 +42,21 @@ def check_state(state: BoundaryState, B: int, window: int, device: torch.device)
     if not isinstance(state, BoundaryState):
         raise ValueError(f"state: expected a BoundaryState, got {type(state).__name__}")
     history = state.history
-    if history.shape != (B, window) or history.device != device:
+    if history.shape != (B, window) or history.device != device or history.dtype != torch.float64:
         expected = f"one for {B} rows with window {window} on {device}: boundary.new_state({B}, device)"
-        raise ValueError(f"state: expected {expected}, got {state!r}")
+        raise ValueError(f"state: expected {expected}, got {state!r} with a history of {history.dtype}")
+    # Tensors that were put in place of those it was made with; kernels would write beyond them.
+    for name, columns, dtype in (("counters", 6, torch.int32), ("scores", 5, torch.float64)):
+        x = getattr(state, name)
+        if (
+            x.dtype != dtype
+            or x.shape != (B, columns)
+            or x.device != device
+            or not (x.is_contiguous() and history.is_contiguous())
+        ):
+            expected = f"contiguous {dtype} of shape {(B, columns)} on {device}"
+            got = f"{x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}, on {x.device}"
+            raise ValueError(f"state.{name}: expected {expected}, got {got}")
 
 
 def check_out(out: Mapping[str, Tensor], dtypes: Sequence[torch.dtype], token_ids: Tensor) -> None:

@@ -225,15 +225,13 @@ class BoundaryState:
             The state itself.
 
         Raises:
-            ValueError: `rows` of another shape, dtype or device, or an index outside the batch in a sequence.
+            ValueError: `rows` of another shape, dtype or device; on the CPU an index outside the batch.
         """
         B = self.counters.shape[0]
         if rows is None:
             rows = torch.ones(B, dtype=torch.bool, device=self.counters.device)
         elif not isinstance(rows, Tensor):
-            if any(isinstance(row, bool) or not -B <= row < B for row in rows):
-                raise ValueError(f"rows: expected indices into {B} rows, got {list(rows)}")
-            rows = torch.tensor(rows, dtype=torch.int64, device=self.counters.device)
+            rows = torch.tensor(_indices(rows, B), dtype=torch.int64, device=self.counters.device)
         if rows.device != self.counters.device:
             raise ValueError(f"rows: expected a tensor on {self.counters.device}, got one on {rows.device}")
         if rows.dtype == torch.bool:
@@ -247,6 +245,8 @@ class BoundaryState:
             self.history.masked_fill_(chosen, 0)
         elif rows.dtype in (torch.int32, torch.int64) and rows.dim() <= 1:
             rows = rows.reshape(-1).long()
+            if rows.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere the host would wait
+                _indices(rows.tolist(), B)
             self.counters.index_fill_(0, rows, 0)
             self.counters[:, self.BREACH_POSITION :].index_fill_(0, rows, -1)
             self.scores.index_fill_(0, rows, 0)
@@ -259,3 +259,14 @@ class BoundaryState:
     def __repr__(self) -> str:
         B, window = self.history.shape
         return f"BoundaryState(batch_size={B}, device='{self.counters.device}', window={window})"
+
+
+def _indices(rows: Sequence[int], B: int) -> list[int]:
+    """Numbers of rows as ints; bool, an int to Python, is refused."""
+    try:
+        found = [B if isinstance(row, bool) else operator.index(row) for row in rows]
+    except TypeError:  # neither a sequence nor of integers
+        found = [B]
+    if not all(-B <= row < B for row in found):
+        raise ValueError(f"rows: expected indices into {B} rows, a ({B},) bool tensor or None, got {rows!r}")
+    return found

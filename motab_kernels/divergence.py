@@ -67,7 +67,7 @@ def divergence_loss(
     The gradient is the only new tensor of the size of the logits: the forward pass saves its inputs and 24 bytes a
     position, from which the backward pass recomputes. forward_kl and reverse_kl read the logits once, the others
     twice, because they need the normalisers first; the backward pass reads them once. Differentiable once, by
-    backward(): second derivatives and forward-mode derivatives are refused.
+    backward(): second derivatives and forward-mode derivatives are refused, and `torch.func` has no transform of it.
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
@@ -76,14 +76,16 @@ def divergence_loss(
         divergence: "forward_kl" | "reverse_kl" | "jsd" | "skew_forward_kl" | "skew_reverse_kl" | "tvd".
         beta: of jsd, 0 to 1.
         alpha: of the skew kinds, at least 0 and below 1; DistiLLM takes 0.1.
-        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the device.
+        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor without gradient, 0-d or (B,),
+            on the device.
         mask: bool, the leading shape. A position where it is False does not count, whatever its logits: its loss and
             its gradient are 0. None: all count.
         weights: floating-point, the leading shape; multiply the positions' losses. Without gradient.
         reduction: "none" (each position's, in the leading shape), "sum", "mean" (the sum over the number of positions
             in the mask) or "batchmean" (the sum over B).
         num_items: replaces the divisor of "mean" and "batchmean": with gradient accumulation, the number of positions
-            of all micro-batches together, so that the loss does not depend on how a batch is split.
+            of all micro-batches together, so that the loss does not depend on how a batch is split. A number > 0, or
+            a 0-d tensor, which may be 0 where no position counts.
         vocab_size: how many columns count, at most. None: all that both sides have. Other columns are padding, with no
             probability and a gradient of 0.
         inplace_backward: write the gradient over `student_logits`, whose values are then lost: for logits that are not
@@ -129,7 +131,7 @@ def divergence_loss(
     )
     if weights is not None:
         loss = weighted(loss, weights, mask)
-    return loss if reduction == "none" else loss.sum() / divide
+    return loss if reduction == "none" else (loss.sum() / divide).to(loss.dtype)
 
 
 def weighted(loss: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -266,10 +268,20 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
         gradient = divergence_backward_op(*arguments)
     else:
         # Rows of an expanded tensor share memory.
-        over = inplace and student.stride(-1) == 1 and 0 not in student.stride()
+        over = inplace and student.stride(-1) == 1 and not _overlaps(student)
         gradient = student.detach() if over else torch.empty_like(student, memory_format=torch.contiguous_format)
         write_gradient(*arguments, gradient)
     return (gradient, *(None,) * 10)
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements may share memory, as in an expanded or unfolded tensor."""
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 divergence_op.register_autograd(_backward, setup_context=_setup_context)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DTYPES, check_logits, check_parameter, check_place, shared_columns
+from motab_kernels.arguments import DTYPES, check_logits, check_number, check_parameter, check_place, shared_columns
 from motab_kernels.vocab_parallel import gather
 
 # In the order of the enum in cpu/divergence.cpp.
@@ -17,6 +17,8 @@ def resolve(divergence: str, beta: float, alpha: float) -> tuple[str, float]:
     """The kind that runs, and lam, the teacher's share in its mixture. At its limits a mixture's kind is a KL."""
     if divergence not in DIVERGENCES:
         raise ValueError(f"divergence: expected one of {', '.join(DIVERGENCES)}, got {divergence!r}")
+    check_number("beta", beta)
+    check_number("alpha", alpha)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta: expected 0 to 1, got {beta}")
     if not 0 <= alpha < 1:
@@ -45,8 +47,8 @@ def check_tensors(
 def check_no_gradient(name: str, x: Tensor | None) -> None:
     if x is not None and x.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            f"{name}: expected a tensor without gradient, because none flows to the teacher, got requires_grad=True: "
-            "run the teacher under torch.no_grad(), or detach"
+            f"{name}: expected a tensor without gradient, because none flows to it, got requires_grad=True: "
+            "detach it, or run what makes it under torch.no_grad()"
         )
 
 
@@ -68,6 +70,7 @@ def temperature_tensor(temperature: float | Tensor, B: int, device: torch.device
     if not isinstance(temperature, Tensor):
         return None if temperature == 1.0 else torch.full((), temperature, dtype=torch.float64, device=device)
     check_place("temperature", temperature, B, device)
+    check_no_gradient("temperature", temperature)
     return temperature.detach()
 
 
@@ -79,11 +82,14 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
         if reduction in ("none", "sum"):
             raise ValueError(f'num_items: expected None with reduction "{reduction}", which does not divide')
         if isinstance(num_items, Tensor):
-            if num_items.dim():
-                raise ValueError(f"num_items: expected a number or a 0-d tensor, got shape {tuple(num_items.shape)}")
-            return num_items.to(student.device)
-        if not num_items > 0:
-            raise ValueError(f"num_items: expected a number > 0, got {num_items}")
+            if num_items.dim() or num_items.dtype == torch.bool or num_items.is_complex():
+                got = f"{num_items.dtype} of shape {tuple(num_items.shape)}"
+                raise ValueError(f"num_items: expected a number or a 0-d tensor of one, got {got}")
+            if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items >= 0:
+                raise ValueError(f"num_items: expected a number >= 0, got {num_items}")
+            num_items = num_items.to(student.device)
+            return torch.where(num_items > 0, num_items, 1)  # of micro-batches without a position
+        check_parameter("num_items", num_items, minimum=0, strict=True)
         return num_items
     if reduction == "batchmean":
         return max(1, student.shape[0])
@@ -95,12 +101,14 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
 def check_heads(
     student: tuple[Tensor, Tensor, Tensor | None],
     teacher: tuple[Tensor, Tensor, Tensor | None],
+    scales: tuple[float, float],
     softcaps: tuple[float | None, float | None],
     mask: Tensor | None,
     weights: Tensor | None,
 ) -> None:
     """Check hidden states, weight and bias of both sides, and the tensors over the positions."""
-    for side, (hidden, weight, bias), softcap in zip(("student", "teacher"), (student, teacher), softcaps, strict=True):
+    sides = zip(("student", "teacher"), (student, teacher), scales, softcaps, strict=True)
+    for side, (hidden, weight, bias), scale, softcap in sides:
         if hidden.dtype not in DTYPES:
             raise ValueError(f"{side}_hidden: expected float32, bfloat16, float16 or float64, got {hidden.dtype}")
         if hidden.dim() not in (2, 3):
@@ -114,8 +122,10 @@ def check_heads(
         if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
             expected = f"{weight.dtype} of shape ({weight.shape[0]},)"
             raise ValueError(f"{side}_bias: expected {expected}, got {bias.dtype} of shape {tuple(bias.shape)}")
-        if softcap is not None and not softcap > 0:
-            raise ValueError(f"{side}_softcap: expected None or a number > 0, got {softcap}")
+        check_number(f"{side}_logit_scale", scale)
+        if softcap is not None:
+            check_parameter(f"{side}_softcap", softcap, minimum=0, strict=True)
+            check_number(f"{side}_softcap", softcap)
     leading, device = student[0].shape[:-1], student[0].device
     if teacher[0].shape[:-1] != leading or teacher[0].device != device:
         expected = f"the student's leading shape, {(*leading, 'H')}, on {device}"

@@ -77,7 +77,8 @@ def fused_linear_divergence(
     gradient of each position is known. The gradient by the logits is rounded to the hidden states' dtype, once. The
     weight's gradient is summed in the weight's own dtype over five chunks at a time, except for float16: it is summed
     in float32, so that nothing is lost to its narrow range before the upstream gradient, as from a GradScaler, is
-    applied. Differentiable once, by backward(): second derivatives and forward-mode derivatives are refused.
+    applied. Differentiable once, by backward(): second derivatives and forward-mode derivatives are refused. A reduced
+    loss hands its gradients out in place: a second backward pass (``retain_graph=True``) raises.
 
     Args:
         student_hidden, teacher_hidden: (B, H) or (B, T, H), each with its own H; the dtype of their weight. Under
@@ -113,7 +114,8 @@ def fused_linear_divergence(
     student_hidden, student_weight, student_bias = autocast(student_hidden, student_weight, student_bias)
     teacher_hidden, teacher_weight, teacher_bias = autocast(teacher_hidden, teacher_weight, teacher_bias)
     heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
-    check_heads(*heads, (student_softcap, teacher_softcap), mask, weights)
+    scales, softcaps = (student_logit_scale, teacher_logit_scale), (student_softcap, teacher_softcap)
+    check_heads(*heads, scales, softcaps, mask, weights)
     leading = student_hidden.shape[:-1]
     N = leading.numel()
     V = shared_columns(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
@@ -132,9 +134,9 @@ def fused_linear_divergence(
     tensors = (student_hidden.reshape(N, student_hidden.shape[-1]), student_weight, student_bias)
     bias = None if teacher_bias is None else teacher_bias.detach()
     others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), teacher_weight.detach(), bias)
-    scales = [student_logit_scale, student_softcap or 0.0], [teacher_logit_scale, teacher_softcap or 0.0]
+    factors = [student_logit_scale, student_softcap or 0.0], [teacher_logit_scale, teacher_softcap or 0.0]
     name = "" if group is None else group.group_name
-    options = (*scales, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
+    options = (*factors, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
         loss = rows_op(*tensors, *others, keep, tau, *options)

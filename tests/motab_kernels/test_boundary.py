@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from boundary_cases import (
@@ -377,7 +378,9 @@ def test_a_breached_row_is_frozen_until_it_is_reset():
     assert (state.breach_position.item(), state.rollback_position.item()) == (1, 0)
 
 
-@pytest.mark.parametrize("rows", [[1, 3], torch.tensor([1, 3]), torch.tensor([False, True, False, True])])
+@pytest.mark.parametrize(
+    "rows", [[1, 3], (np.int64(1), 3), torch.tensor([1, 3]), torch.tensor([False, True, False, True])]
+)
 def test_reset_of_some_rows(rows):
     boundary = mk.MovingAverageBoundary(0.5, 2)
     inputs = random_inputs(4, 6, 20)
@@ -420,6 +423,12 @@ GOOD = {
 }
 
 
+def state_with(**tensors):
+    """Two rows, and another tensor in place of one of the state's own."""
+    state = mk.BoundaryState(2)
+    return mk.BoundaryState.of(*({**vars(state), **tensors}[name] for name in ("counters", "scores", "history")))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -445,7 +454,8 @@ GOOD = {
         ({"step_ends": torch.zeros(2, 2, dtype=torch.bool)}, r"step_ends: .*\(2, 3\).*got .*\(2, 2\)"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
         ({"temperature": NAN}, "temperature: expected a finite number > 0, got nan"),
-        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected values > 0"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected finite values > 0"),
+        ({"temperature": torch.tensor([1.0, INF])}, "temperature: expected finite values > 0"),
         ({"temperature": torch.ones(3)}, r"temperature: expected a number or a tensor, 0-d or \(2,\)"),
         ({"temperature": torch.ones(2, 3)}, r"temperature: expected a floating-point tensor, 0-d or \(B,\)"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
@@ -454,6 +464,12 @@ GOOD = {
         ({"state": mk.BoundaryState(3)}, r"state: expected one for 2 rows.*batch_size=3"),
         ({"state": mk.BoundaryState(2, window=4)}, "state: expected .*window 0.*window=4"),
         ({"state": 3}, "state: expected a BoundaryState, got int"),
+        ({"state": state_with(scores=torch.zeros(2, 5))}, r"state.scores: expected .*float64 of .*\(2, 5\).*float32"),
+        ({"state": state_with(counters=torch.zeros(1, 6).int())}, r"state.counters: .*\(2, 6\).*got .*\(1, 6\)"),
+        (
+            {"state": state_with(counters=torch.zeros(4, 6).int()[::2])},
+            r"state.counters: .*contiguous.*strides \(12, 1",
+        ),
         ({"out": poisoned_output((2, 2))}, r"out.forward_kl: expected .*\(2, 3\).*got .*\(2, 2\)"),
         ({"backend": "cuda"}, "backend: expected one of torch.* or None, got 'cuda'"),
     ],
@@ -471,15 +487,24 @@ def test_bad_input_is_refused_before_anything_changes(change, message):
     [
         (lambda: mk.EntropyBoundary(-0.1, 1.0), "epsilon0: expected a finite number >= 0, got -0.1"),
         (lambda: mk.EntropyBoundary(0.2, NAN), "theta: expected a finite number >= 0, got nan"),
-        (lambda: mk.EntropyBoundary(torch.tensor(-1.0)), "epsilon0: expected values >= 0, got -1.0"),
+        (lambda: mk.EntropyBoundary(torch.tensor(-1.0)), "epsilon0: expected finite values >= 0, got -1.0"),
+        (lambda: mk.FixedBoundary(-INF), "threshold: expected a finite number >= -inf, got -inf"),
+        (lambda: mk.FixedBoundary(torch.tensor(INF)), "threshold: expected finite values >= -inf, got inf"),
         (lambda: mk.EntropyBoundary(torch.tensor(1)), "epsilon0: expected a floating-point tensor"),
         (lambda: mk.EntropyBoundary("0.2"), "epsilon0: expected a number or a tensor, got str"),
         (lambda: mk.EntropyBoundary(0.2, 1.0, 0), "entropy_top_k: expected an integer >= 1, got 0"),
         (lambda: mk.FixedBoundary(0.2, score="kl"), "score: expected one of teacher_value, .*got 'kl'"),
         (lambda: mk.MovingAverageBoundary(2.0, 0), "window: expected an integer >= 1, got 0"),
         (lambda: mk.BoundaryState(-1), "batch_size: expected an integer >= 0, got -1"),
-        (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, got \[2\]"),
-        (lambda: mk.BoundaryState(2).reset_([True, False]), r"rows: expected indices into 2 rows, got \[True, False\]"),
+        (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, .* got \[2\]"),
+        (
+            lambda: mk.BoundaryState(2).reset_([True, False]),
+            r"rows: expected indices into 2 rows, .* got \[True, False\]",
+        ),
+        (lambda: mk.BoundaryState(2).reset_(np.array([True, False])), r"rows: expected indices .* got array\(\[ True"),
+        (lambda: mk.BoundaryState(2).reset_([0.5]), r"rows: expected indices .* got \[0.5\]"),
+        (lambda: mk.BoundaryState(2).reset_(1), "rows: expected indices into 2 rows, .* got 1"),
+        (lambda: mk.BoundaryState(2).reset_(torch.tensor([5])), "rows: expected indices into 2 rows, .* got .*5"),
         (lambda: mk.BoundaryState(2).reset_(torch.ones(3, dtype=torch.bool)), r"rows: .*\(2,\), got \(3,\)"),
         (
             lambda: mk.BoundaryState(2).reset_(torch.ones(2)),

@@ -271,6 +271,9 @@ def test_reductions(backend):
     torch.testing.assert_close(reduced(reduction="batchmean"), rows.sum() / 3)
     torch.testing.assert_close(reduced(num_items=40), rows.sum() / 40)
     torch.testing.assert_close(reduced(num_items=torch.tensor(40)), rows.sum() / 40)
+    torch.testing.assert_close(reduced(num_items=torch.tensor(2.5).double()), rows.sum() / 2.5)  # in float32
+    masked = {"mask": torch.zeros_like(mask).to(DEVICE), "num_items": torch.tensor(0), "backend": backend}
+    assert mk.divergence_loss(student.to(DEVICE), teacher.to(DEVICE), **masked) == 0
 
 
 def test_expanded_mask_and_upstream(backend):
@@ -359,6 +362,19 @@ def test_inplace_backward(backend, kind, monkeypatch):
     assert torch.equal(leaf.grad.cpu(), gradient)
     with pytest.raises(RuntimeError, match="inplace operation"):
         loss.backward()  # the logits are gone, and no second gradient can be wrong in silence
+
+
+def test_inplace_backward_leaves_logits_that_share_memory(backend):
+    """Rows of an unfolded tensor: one's gradient would be written over another's."""
+    generator = torch.Generator().manual_seed(18)
+    line, teacher = torch.randn(60, generator=generator).to(DEVICE), torch.randn(3, 50, generator=generator).to(DEVICE)
+    gradients = []
+    for inplace in (False, True):
+        leaf = line.clone().requires_grad_()
+        logits = (leaf * 1).unfold(0, 50, 5)
+        mk.divergence_loss(logits, teacher, divergence="jsd", inplace_backward=inplace, backend=backend).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
 
 
 @every_kind
@@ -504,12 +520,19 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"divergence": "jsd", "beta": 1.5}, "beta: expected 0 to 1, got 1.5"),
         ({"alpha": 1.0}, "alpha: expected at least 0 and below 1, got 1.0"),
         ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
-        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected values > 0"),
+        ({"divergence": "jsd", "beta": "a"}, "beta: expected a finite number, got 'a'"),
+        ({"alpha": None}, "alpha: expected a finite number, got None"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected finite values > 0"),
+        ({"temperature": torch.tensor(2.0, requires_grad=True)}, "temperature: expected a tensor without gradient"),
         ({"temperature": torch.ones(3)}, r"0-d or \(2,\), on cpu, got shape \(3,\)"),
         ({"reduction": "avg"}, "reduction: expected one of none, sum, mean, batchmean, got 'avg'"),
         ({"reduction": "sum", "num_items": 3}, 'num_items: expected None with reduction "sum"'),
-        ({"num_items": 0}, "num_items: expected a number > 0, got 0"),
-        ({"num_items": torch.ones(2)}, r"num_items: expected a number or a 0-d tensor, got shape \(2,\)"),
+        ({"num_items": 0}, "num_items: expected a finite number > 0, got 0"),
+        ({"num_items": INF}, "num_items: expected a finite number > 0, got inf"),
+        ({"num_items": True}, "num_items: expected a number or a tensor, got bool"),
+        ({"num_items": torch.tensor(-2)}, "num_items: expected a number >= 0, got -2"),
+        ({"num_items": torch.tensor(True)}, "num_items: .* or a 0-d tensor of one, got torch.bool"),
+        ({"num_items": torch.ones(2)}, r"num_items: .* a 0-d tensor of one, got torch.float32 of shape \(2,\)"),
         ({"mask": torch.ones(2)}, r"mask: expected bool of shape \(2,\) on cpu, got torch.float32"),
         ({"weights": torch.ones(3)}, r"weights: expected floating-point of shape \(2,\).*shape \(3,\)"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
