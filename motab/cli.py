@@ -150,7 +150,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     if result.overlong > _MANY_OVERLONG and state.is_main_process:
         print(
             f"motab evaluate: {result.overlong:.1%} of the answers ran out of their budget of {args.max_new_tokens} "
-            "tokens, and count only where the answer was already stated; raise --max_new_tokens",
+            "tokens, and count only if the answer was already stated; raise --max_new_tokens",
             file=sys.stderr,
         )
 
@@ -173,7 +173,7 @@ def export(arguments: list[str], console: Console) -> None:
     require(output_file=args.output_file)
     check_output_file(args.output_file)
     if Path(args.output_file).resolve() == args.file.resolve():
-        raise ValueError(f"--output_file must be another than the trajectories' own, got {args.output_file!r}")
+        raise ValueError(f"--output_file must not be the trajectories' own file, got {args.output_file!r}")
     _warn_of_unfinished("export", args.file)
     dataset = TrajectoryDataset(args.file, args.ignore_authors, args.max_length)
     if not len(dataset):

@@ -279,7 +279,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
         """
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
-            raise ValueError(f"give --train_file, or --dataset_name to write on as it trains: one of them, got {got}")
+            raise ValueError(f"give either --train_file or --dataset_name (to write during training), got {got}")
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
         writing += ["dataset_split", *_ROLLOUT_FLAGS]
@@ -287,7 +287,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
         if self.train_file and given:
             raise ValueError(
                 f"--train_file is trained on as it was written, got {', '.join(given)} besides: leave them out, or "
-                "give --dataset_name in place of --train_file to write as it trains"
+                "give --dataset_name instead of --train_file to write during training"
             )
         for name in ("train_file", "eval_file"):
             if path := getattr(self, name):

@@ -70,7 +70,7 @@ def load_problems(
     given = {name: column for name, column in given.items() if column is not None}
     if dataset_name.startswith("reasoning-gym:"):
         if given:
-            raise ValueError(f"{dataset_name} is a task, of which no column is to be named, got {given}")
+            raise ValueError(f"{dataset_name} is a task without columns to name, got {given}")
         return _reasoning_gym(dataset_name)
     columns, rows = _table(dataset_name, split, config)
     for name, column in given.items():

@@ -347,9 +347,9 @@ def synthesize(
     sampling = Sampling(temperature, top_k, top_p, min_p)
     rules = policy.rules
     if student is None and needs_student(policy):
-        raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly does without")
+        raise ValueError(f"{type(policy).__name__} needs a student, got None; only TeacherOnly needs none")
     if teacher is None and needs_teacher(policy):
-        raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated do without")
+        raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated need none")
     if student is not None and not needs_student(policy):
         check_vocabulary(student, tokenizer)  # it is to be trained on what the teacher writes
         student = None

@@ -90,7 +90,7 @@ def check_answers(problems: Sequence[Problem]) -> None:
     if lacking := [row for row, problem in enumerate(problems) if problem.answer is None]:
         raise ValueError(
             f"evaluate needs an answer to each problem, in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
-            f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows together; leave them out, or give another "
+            f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows in total; leave them out, or give another "
             "answer_column"
         )
 

@@ -68,6 +68,6 @@ def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
             token = min(set(first.get_vocab().items()) ^ set(other.get_vocab().items()))[0]
             raise ValueError(
                 f"student and teacher must share one tokenizer, but {names_or_paths[0]!r} has {len(first)} tokens and "
-                f"{name!r} {len(other)}; {token!r}, for one, differs"
+                f"{name!r} {len(other)}; they differ in {token!r}, for example"
             )
     return first

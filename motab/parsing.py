@@ -106,7 +106,7 @@ def _settings_in(config: str, known: list[str], command: str) -> dict[str, Any]:
     try:
         values = load_yaml(Path(config).read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
-        raise ValueError(f"{config} must hold settings in YAML, got what is none: {error}") from error
+        raise ValueError(f"{config} must hold settings in YAML, got invalid YAML: {error}") from error
     unknown = [name for name in values if name not in known] if isinstance(values, dict) else []
     if unknown or not isinstance(values, dict):
         got = ", ".join(_with_nearest(str(name), known) for name in unknown) or type(values).__name__

@@ -149,8 +149,7 @@ class StepSKD:
     A step is accepted while ``V_teacher >= gamma * V_student``, the geometric means of its tokens' probabilities.
 
     Args:
-        gamma: >= 0; 0 accepts every step that is not NaN, 1 one that the teacher finds at least as likely as the
-            student.
+        gamma: >= 0; 0 accepts every step that is not NaN, 1 only those at least as likely under the teacher.
         delimiter: the text that ends a step.
     """
 

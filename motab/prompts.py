@@ -70,13 +70,13 @@ class PromptFormat:
         if self.suffix:
             places = [place for place, message in enumerate(messages) if message["role"] == "user"]
             if not places:
-                raise ValueError(f"prompt_suffix needs a message of the user to end, got {messages!r}")
+                raise ValueError(f"prompt_suffix needs a message by the user, got {messages!r}")
             last = messages[places[-1]]
             messages[places[-1]] = {**last, "content": last["content"] + self.suffix}
         if tokenizer.chat_template is None:
             if self.system_prompt is not None or self.template_kwargs:
                 raise ValueError(
-                    "system_prompt and chat_template_kwargs are for a chat template, got a tokenizer without one; put "
+                    "system_prompt and chat_template_kwargs need a chat template, got a tokenizer without one; put "
                     "the text into the problems or into prompt_suffix"
                 )
             return "\n".join(message["content"] for message in messages)
@@ -86,7 +86,8 @@ class PromptFormat:
         if self.template_kwargs:
             if given := [name for name in self.template_kwargs if name in _OURS]:
                 raise ValueError(
-                    f"chat_template_kwargs are what the template reads, as enable_thinking, got {', '.join(given)}"
+                    "chat_template_kwargs must be variables of the template, such as enable_thinking, got "
+                    + ", ".join(given)
                 )
             return _from_template(tokenizer, messages, **self.template_kwargs)
         return messages

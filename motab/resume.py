@@ -68,7 +68,7 @@ def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str |
         raise ValueError(
             f"{folder} holds checkpoints of a training with other settings "
             f"({different if known else f'unknown: there is no {FILE}'}); give another --output_dir, remove it to "
-            "start anew, or name the checkpoint to go on from, by --resume_from_checkpoint"
+            "start again, or name the checkpoint to continue from with --resume_from_checkpoint"
         )
     return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not different
 

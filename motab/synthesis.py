@@ -110,7 +110,7 @@ def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[
             before |= {name: begun[name] for name in ("prompts", "prompts' hash")}
         if different := differences(before, begun):
             raise ValueError(
-                f"{path} was begun with other settings ({different}); give another path, or remove it to start anew"
+                f"{path} was begun with other settings ({different}); give another path, or remove it to start again"
             )
         if grown:
             write_whole(beside, json.dumps(begun, indent=1))
@@ -144,8 +144,8 @@ def _bring_in_order(path: Path) -> set[int]:
                 begin += len(line)
     if damaged:
         warnings.warn(
-            f"no whole trajectory in {len(damaged)} line(s), the first is line {damaged[0]}: what they held is written "
-            "again",
+            f"{len(damaged)} line(s) hold no whole trajectory, the first is line {damaged[0]}; the missing ones are "
+            "written again",
             stacklevel=2,
         )
     own = [index for index, line in lines.items() if line.path == path]

@@ -60,19 +60,22 @@ def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: 
         raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
     if teacher_model is not None and not by_divergence and not has_rollouts:
         raise ValueError(
-            "MotabTrainer trains by cross-entropy on trajectories that are already written, got a teacher_model "
-            "besides; leave it out, or set loss_type to a divergence, as forward_kl"
+            "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model "
+            "besides; leave it out, or set loss_type to a divergence such as forward_kl"
         )
     if not has_rollouts:
         return
     if not needs_student(train_dataset.policy):
         name = type(train_dataset.policy).__name__
-        raise ValueError(f"Rollouts are the student's, got policy {name}; write those once, by synthesize")
+        raise ValueError(
+            f"Rollouts need a policy under which the student writes, got {name}; write its trajectories once with "
+            "synthesize"
+        )
     if processing_class is None:
         raise ValueError("Rollouts need the tokenizer; give processing_class")
     if args.max_length is not None:
         raise ValueError(
-            f"max_length is of trajectories that are written, got {args.max_length} with Rollouts; give them "
+            f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
             "max_new_tokens"
         )
 
@@ -178,7 +181,7 @@ class MotabTrainer(Trainer):
         self.teacher_model = teacher_model
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if is_sharded and self.rollouts is not None:
-            raise ValueError("Rollouts need whole models, got sharded ones; take DDP, or write trajectories beforehand")
+            raise ValueError("Rollouts need whole models, got sharded ones; use DDP, or write trajectories beforehand")
         if isinstance(dataset, Rollouts):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]

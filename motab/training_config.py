@@ -91,7 +91,7 @@ class MotabConfig(TrainingArguments):
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be finite and above 0, got {self.temperature}: it divides the logits of a "
-                "divergence, and that of what is written as it trains is another setting"
+                "divergence; generation during training has a temperature of its own"
             )
         self.ignore_authors = ignored_authors(self.ignore_authors)
         if self.max_length is not None and self.max_length < 1:

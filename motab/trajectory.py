@@ -113,7 +113,7 @@ class Trajectory:
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"what is no JSON ({error.msg.removesuffix(' at')} at character {error.pos})") from error
+            raise ValueError(f"invalid JSON ({error.msg.removesuffix(' at')} at character {error.pos})") from error
         found = _filled(cls, record)
         lists = {name: getattr(found, name) for name in ("prompt_ids", "token_ids", "author", "steps")}
         if wrong := [name for name, value in lists.items() if not isinstance(value, list)]:

@@ -91,7 +91,7 @@ def unfinished(path: str | Path) -> str | None:
     total = json.loads(beside.read_text(encoding="utf-8"))["prompts"] if beside.exists() else None
     if cut or (total is not None and written < total):
         of_all = "trajectories and a line cut short" if total is None else f"of {total} trajectories"
-        return f"{path} holds {written} {of_all}, unfinished: run the same motab synthesize again, which goes on"
+        return f"{path} holds {written} {of_all}, unfinished: run the same motab synthesize again to continue"
     return None
 
 

@@ -175,7 +175,7 @@ def test_problems_without_an_answer(last, named, tmp_path, capsys, monkeypatch):
     command = ["evaluate", "--model_name_or_path", str(TINY / "student"), "--dataset_name", str(path)]
     assert main(command) == 2
     assert "evaluate needs an answer to each problem, in a column answer or" in (error := capsys.readouterr().err)
-    assert f"got none in {named} rows together" in error
+    assert f"got none in {named} rows in total" in error
 
 
 def test_verify_finds_a_changed_file(config, tmp_path, capsys):

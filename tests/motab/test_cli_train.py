@@ -20,7 +20,7 @@ def test_an_unfinished_synthesis(training, tmp_path, capsys):
     settings = tmp_path / "trajectories.jsonl.settings.json"
     settings.write_text('{"prompts": 12}')
     AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
-    missing = f"{path} holds 4 of 12 trajectories, unfinished: run the same motab synthesize again, which goes on"
+    missing = f"{path} holds 4 of 12 trajectories, unfinished: run the same motab synthesize again to continue"
     assert main(["verify", "--output_dir", str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", f"motab verify: {missing}\n")
     assert main(["report", "--output_dir", str(tmp_path)]) == 0
@@ -46,7 +46,7 @@ def test_training_as_it_writes(tmp_path, capsys):
     command += ["--max_new_tokens", "24", "--per_device_train_batch_size", "3", "--report_to", "none"]
     command += ["--save_steps", "1", "--logging_steps", "1", "--num_train_epochs", "1"]
     assert main(command) == 2
-    assert "give --train_file, or --dataset_name to write on as it trains" in capsys.readouterr().err
+    assert "give either --train_file or --dataset_name" in capsys.readouterr().err
     command += ["--dataset_name", TASK, "--policy", "step_skd"]
     assert main(command) == 2
     assert "give --gamma" in capsys.readouterr().err
@@ -133,7 +133,7 @@ def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named
     error = capsys.readouterr().err
     assert f"{model} holds checkpoints of a training with other settings (" in error
     assert named in error
-    assert "give another --output_dir, remove it to start anew, or name the checkpoint to go on from" in error
+    assert "give another --output_dir, remove it to start again, or name the checkpoint to continue from" in error
 
 
 def test_where_a_training_goes_on(training, tmp_path, capsys):
@@ -175,7 +175,7 @@ def test_files_that_are_not_there(tmp_path, capsys):
     assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("stitch: [")
     assert main([*command, "--config", str(tmp_path / "bad.yaml")]) == 2
-    assert "bad.yaml must hold settings in YAML, got what is none" in capsys.readouterr().err
+    assert "bad.yaml must hold settings in YAML, got invalid YAML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -203,4 +203,4 @@ def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, n
     assert main([*command, "--train_file", "none.jsonl", *flags]) == 2
     error = capsys.readouterr().err
     assert f"--train_file is trained on as it was written, got {named}" in error
-    assert "leave them out, or give --dataset_name in place of --train_file" in error
+    assert "leave them out, or give --dataset_name instead of --train_file" in error

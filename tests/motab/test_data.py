@@ -75,7 +75,7 @@ def test_columns_of_other_names(jsonl):
     for name in ("question_column", "answer_column"):
         with pytest.raises(ValueError, match=f"{name} must be a column of .*, question or ask or .*, got 'none'"):
             load(**{name: "none"})
-        with pytest.raises(ValueError, match="is a task, of which no column is to be named, got {'" + name):
+        with pytest.raises(ValueError, match="is a task without columns to name, got {'" + name):
             load_problems("reasoning-gym:chain_sum?size=1&seed=1", **{name: "question"})
 
 

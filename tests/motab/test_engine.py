@@ -244,7 +244,7 @@ def test_logits_that_are_no_numbers(student, teacher, tokenizer, policy, with_te
     trajectories = motab.synthesize(
         *models.values(), tokenizer, [[1, 2], [1, 8, 3]], policy=policy, **{**SETTINGS, "temperature": temperature}
     )
-    message = f"got NaN, infinity or none that is finite from the {broken} at token 0 of trajectory 1: .* float16"
+    message = f"got NaN, infinity or only -inf from the {broken} at token 0 of trajectory 1: .* float16"
     with pytest.raises(ValueError, match=message):
         list(trajectories)
 

@@ -107,7 +107,7 @@ def test_trajectories_that_are_too_long(tmp_path, run):
             "trajectories.jsonl does not exist; motab synthesize",
         ),
         (["--output_file", "data.jsonl", "--ignore_authors", "flawd"], "ignore_authors must be among student, flawed"),
-        (["--output_file", "trajectories.jsonl", "--output_dir", "."], "--output_file must be another than the traj"),
+        (["--output_file", "trajectories.jsonl", "--output_dir", "."], "--output_file must not be the traj"),
     ],
 )
 def test_refusals_leave_nothing(tmp_path, capsys, monkeypatch, run, flags, message):

@@ -260,9 +260,9 @@ def test_words_that_are_no_tokens(student, teacher, tokenizer, prompts):
 
 @pytest.mark.parametrize("policy", [motab.StepSKD(0.5), motab.RelayOPD(words=("a",))])
 def test_who_must_be_there(student, teacher, tokenizer, prompts, policy):
-    with pytest.raises(ValueError, match="needs a teacher, got None; only OnPolicy and Truncated do without"):
+    with pytest.raises(ValueError, match="needs a teacher, got None; only OnPolicy and Truncated need none"):
         run(student, None, tokenizer, prompts, policy)
-    with pytest.raises(ValueError, match="needs a student, got None; only TeacherOnly does without"):
+    with pytest.raises(ValueError, match="needs a student, got None; only TeacherOnly needs none"):
         run(None, teacher, tokenizer, prompts, policy)
 
 

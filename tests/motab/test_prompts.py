@@ -26,7 +26,7 @@ def test_without_a_template(tokenizer):
     assert PromptFormat().render(tokenizer, Problem(CONVERSATION, None, {})) == "a\nb"
     assert PromptFormat(suffix=",").render(tokenizer, Problem("c", None, {})) == "c,"
     for wrong in ({"system_prompt": "a"}, {"template_kwargs": {"quiet": True}}):
-        with pytest.raises(ValueError, match=r"for a chat template, got a tokenizer without .* prompt_suffix"):
+        with pytest.raises(ValueError, match=r"need a chat template, got a tokenizer without .* prompt_suffix"):
             PromptFormat(**wrong).render(tokenizer, Problem("c", None, {}))
 
 
@@ -48,7 +48,7 @@ def test_settings_of_the_template(chat_tokenizer):
 
 @pytest.mark.parametrize("name", ["conversation", "add_generation_prompt", "continue_final_message", "return_tensors"])
 def test_settings_that_are_not_of_the_template(chat_tokenizer, name):
-    with pytest.raises(ValueError, match=f"chat_template_kwargs are what the template reads, .* got {name}"):
+    with pytest.raises(ValueError, match=f"chat_template_kwargs must be variables of the template, .* got {name}"):
         PromptFormat(template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
 
 
@@ -65,7 +65,7 @@ def test_a_template_that_refuses(chat_tokenizer, settings):
 def test_the_suffix_ends_what_the_user_says(tokenizer):
     messages = [CONVERSATION[1], CONVERSATION[0]]
     assert PromptFormat(suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
-    with pytest.raises(ValueError, match=r"prompt_suffix needs a message of the user to end, got \[\{'role': 'system'"):
+    with pytest.raises(ValueError, match=r"prompt_suffix needs a message by the user, got \[\{'role': 'system'"):
         PromptFormat(suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
 
 

@@ -155,10 +155,10 @@ def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
         ({"train_dataset": motab.Rollouts([])}, "at least one trajectory or prompt, got none"),
         (
             {"train_dataset": motab.Rollouts([[1]], motab.TeacherOnly())},
-            "Rollouts are the student's, got .*TeacherOnly",
+            "Rollouts need a policy under which the student writes, got TeacherOnly",
         ),
         ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
-        ({"max_length": 9}, "max_length is of trajectories that are written, got 9 with Rollouts; give them max_new"),
+        ({"max_length": 9}, "max_length applies to finished trajectories, got 9 with Rollouts; give them max_new"),
         ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
     ],
 )

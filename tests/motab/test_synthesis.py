@@ -166,7 +166,7 @@ def test_damaged_lines_are_written_again(tmp_path, student, teacher, tokenizer, 
     lines[2] = lines[2][: len(lines[2]) // 2] + b"\n"
     lines[5] = lines[5].replace(b'"author"', b'"writer"')
     path.write_bytes(b"".join(lines))
-    with pytest.warns(UserWarning, match=r"no whole trajectory in 2 line\(s\), the first is line 3 of .*t.jsonl"):
+    with pytest.warns(UserWarning, match=r"2 line\(s\) hold no whole trajectory, the first is line 3 of .*t.jsonl"):
         again = write()
     assert [t.index for t in again] == [2, 5]
     assert_same(motab.read_trajectories(path), first)

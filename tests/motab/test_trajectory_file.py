@@ -18,8 +18,8 @@ def changed(**changes):
 
 
 DAMAGED = [
-    (WHOLE.to_json()[:40], r"got what is no JSON \(Invalid control character at character 40\)"),
-    (WHOLE.to_json()[:20] + WHOLE.to_json(), "got what is no JSON"),
+    (WHOLE.to_json()[:40], r"got invalid JSON \(Invalid control character at character 40\)"),
+    (WHOLE.to_json()[:20] + WHOLE.to_json(), "got invalid JSON"),
     ("5", "got int in place of a trajectory"),
     (changed(index="0"), "got index '0'"),
     (changed(index=...), "got a trajectory without index"),
