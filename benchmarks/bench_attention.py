@@ -1,9 +1,9 @@
-"""New tokens over a cache with rows of several lengths: ours beside what transformers and PyTorch do with it.
+"""New tokens attend to a cache whose rows differ in length: ours, transformers and PyTorch.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_attention.py
 
-B rows of T new tokens, heads as Qwen3-0.6B has them (16 of queries, 8 of keys and values, D = 128), rows of a quarter
-of S tokens to all of them. "Half of the rows" feeds every second row: transformers copies their keys and values first.
+B rows of T new tokens, heads as in Qwen3-0.6B (16 of queries, 8 of keys and values, D = 128), rows of S / 4 to S
+tokens. "Half of the rows" feeds every second row: transformers copies their keys and values first.
 Each provider is compared with float64 before it is timed. The bytes are those of the keys and values of these rows.
 `test_forward_pass` is a whole model on a RaggedKVCache, with this attention and with transformers' own.
 `python -m benchmarks.gpu` races the same providers on a GPU.
@@ -99,7 +99,7 @@ def compiled_flex():
 
 
 def flex_attention(x):
-    """PyTorch's own attention for masks that are functions."""
+    """PyTorch's attention with a mask that is a function."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     sizes = (len(x.lengths), None, x.query.shape[2], x.visible_length)
@@ -107,7 +107,7 @@ def flex_attention(x):
     return lambda: compiled_flex()(x.query, *visible(x), block_mask=mask, enable_gqa=True).transpose(1, 2)
 
 
-#: By name, what makes the call for inputs like these, and a mask beforehand: one serves all layers.
+#: By name, functions that make the call for given inputs; they also make the mask, which serves all layers.
 PROVIDERS = {"ours": ours, "transformers": transformers_sdpa, "flex_attention": flex_attention}
 
 
@@ -122,7 +122,7 @@ def check(call, x):
         )
         scores = (x.query[i].double() @ keys.mT * D**-0.5).masked_fill(~mask[i], -torch.inf)
         exact = (scores.softmax(-1) @ values).transpose(0, 1)
-        tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2  # what rounded weights are off by
+        tolerance = 1e-5 if found.dtype == torch.float32 else 2e-2  # the error of rounded weights
         torch.testing.assert_close(found[i].double(), exact, rtol=0, atol=tolerance)
 
 

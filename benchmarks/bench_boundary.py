@@ -1,10 +1,10 @@
-"""The monitor's numbers for a batch of positions: ours beside what is written today.
+"""The monitor's numbers for a batch of positions: ours, eager PyTorch and torch.compile.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_boundary.py
 
 B rows of T tokens, vocabulary V. Every provider yields both KLs, both entropies and both log-probabilities; ours also
 rank, argmax and the decision. Each is compared with float64 before it is timed. `read` only reads both sides' logits.
-The bytes are those of reading them once, whatever is read: 2 B T V times the element's size. No call finds its inputs
+The bytes are those of reading the logits once: 2 B T V times the element's size. No call finds its inputs
 in a cache. `python -m benchmarks.gpu` races the same providers on a GPU.
 """
 
@@ -48,7 +48,7 @@ def compiled():
 
 
 def in_place(student, teacher, tokens):
-    """Ours as a loop over tokens calls it: state, outputs and workspace are there already."""
+    """Ours as called in a loop over tokens: state, outputs and workspace are allocated before."""
     boundary = mk.EntropyBoundary()
     state = boundary.new_state(len(tokens), tokens.device)
     out = mk.fused_kl_boundary(student, teacher, tokens, boundary=boundary)
@@ -58,11 +58,11 @@ def in_place(student, teacher, tokens):
 
 
 def merely_read(student, teacher, tokens):
-    """No more than every byte of both, once."""
+    """Reads every byte of both once, and nothing else."""
     return [x.view(torch.float32).sum() for x in (student, teacher)]
 
 
-#: By name, what makes the call for inputs like these.
+#: By name, functions that make the call for given inputs.
 PROVIDERS = {
     "ours": lambda *example: mk.fused_kl_boundary,
     "ours, buffers given": in_place,

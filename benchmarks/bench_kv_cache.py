@@ -1,8 +1,8 @@
-"""Dropping a ragged tail from a batch: ours beside what people do today.
+"""Dropping a ragged tail from a batch: ours, cropping row by row, and a new prefill.
 
     OMP_NUM_THREADS=1 pytest benchmarks/bench_kv_cache.py
 
-B rows of S tokens, each keeping its own number, in a DynamicCache of L layers of H heads of D.
+B rows of S tokens, each of which keeps a different number, in a DynamicCache of L layers, H heads, head size D.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
 
 B, S, L, H, D = 8, 512, 4, 2, 32
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-KEPT = [S - 37 * row for row in range(B)]  # evenly from all to about half
+KEPT = [S - 37 * row for row in range(B)]  # in equal steps from all to about half
 
 
 @pytest.fixture(scope="module")

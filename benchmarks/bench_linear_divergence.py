@@ -1,4 +1,4 @@
-"""A divergence of two language-model heads, with gradients for hidden states and weight: ours beside the peers.
+"""A divergence of two language-model heads, with gradients for hidden states and weight: ours and the peers.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_linear_divergence.py
 
@@ -88,7 +88,7 @@ def products(hidden, weight, teacher_hidden, teacher_weight):
     logits.T @ hidden.detach()
 
 
-#: By name, what makes the call for a divergence.
+#: By name, functions that make the call for a divergence.
 PROVIDERS = {
     "ours": ours,
     "eager": lambda kind: functools.partial(eager, kind),
@@ -100,7 +100,7 @@ PROVIDERS = {
 
 
 def without(kind):
-    """The providers that lack it."""
+    """The providers that lack the divergence."""
     return () if kind == "forward_kl" else ("fla",)
 
 
@@ -149,7 +149,7 @@ def example(kind):
 
 
 def check(found, name, expected):
-    """The relative errors of what `gradients` gave. Of logits in bfloat16 a gradient is off by many per cent."""
+    """The relative errors of loss and gradients. Logits in bfloat16 make a gradient wrong by many per cent."""
     errors = {
         what: ((x.float() - y).norm() / y.norm()).item()
         for what, x, y in zip(("loss", "hidden", "weight"), found, expected, strict=True)
@@ -174,7 +174,7 @@ def test_linear_divergence(benchmark, provider, kind):
         return
     call = PROVIDERS[provider](kind)
     if provider in ("ours", "torch.compile"):
-        gradients(call, leaves)  # compiles; ours takes 149 MiB more the first time, others as much as ever
+        gradients(call, leaves)  # compiles; the first call of ours takes 149 MiB more
     found = []
 
     def run():
@@ -183,8 +183,8 @@ def test_linear_divergence(benchmark, provider, kind):
         synchronise(DEVICE)
 
     for x in leaves[:2]:
-        x.grad = torch.ones_like(x)  # the run before left some, also that of another provider
-    # Calls of half a minute are not made for one purpose alone.
+        x.grad = torch.ones_like(x)  # an earlier run, or another provider's, left some
+    # A call takes half a minute, so one serves several purposes.
     start = time.perf_counter()
     benchmark.extra_info["peak MiB"] = peak_mib(run, DEVICE)
     seconds = time.perf_counter() - start

@@ -1,8 +1,8 @@
-"""How the cost grows with B, T and V, of the monitor and of a loss with its gradient: ours beside eager PyTorch.
+"""How the cost grows with B, T and V, of the monitor and of a loss with its gradient: ours and eager PyTorch.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_scaling.py
 
-Along an axis the other two sizes stay as they are in BASE. `python -m benchmarks.report` draws it.
+Along an axis the other two sizes are those of BASE. `python -m benchmarks.report` draws it.
 """
 
 import pytest

@@ -1,20 +1,19 @@
-"""Monitored generation from end to end on the tiny pair: ours beside what is done today, and beside no monitoring.
+"""Monitored generation from end to end on the tiny pair: ours, the usual ways, and no monitoring.
 
     OMP_NUM_THREADS=2 pytest benchmarks/bench_synthesis.py
 
-The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a time, on one thread. Who takes part:
+The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a time, on one thread. The providers:
 
 - ours: `motab.synthesize` with `MotabPolicy`; compiled: the same with ``torch_compile``, after its compilation.
-- sent anew: the same trajectories, made as the paper's pipeline does: one at a time whatever the batch, no cache kept
-  between steps, the whole context sent for each, the teacher asked twice a step. On plain `generate` and forward
+- sent anew: the same trajectories, made as in the paper's pipeline: one at a time whatever the batch, no cache kept
+  between steps, the whole context sent for each, the teacher asked twice a step. By plain `generate` and forward
   passes in this process, so without the cost of a server.
-- ours, no teacher: `OnPolicy`; what the engine costs beside `generate`, which writes the same.
-- generate: transformers' own, the student alone. With a forward pass of the teacher over its text as well: "generate,
-  then score". Nobody intervenes, so after a breach they write something else than ours: a lower bound of what
-  monitoring may cost.
+- ours, no teacher: `OnPolicy`; it writes the same as `generate`, and shows the cost of the engine.
+- generate: transformers' `generate` on the student. "generate, then score" adds a forward pass of the teacher over the
+  text. Without interventions their text differs from ours after a breach: a lower bound of the cost of monitoring.
 
-What each writes is compared token by token before it is timed. Texts differ in length and number, so the report's
-ratios are of the time for a token: of those in the result that a model wrote, so not the stitched phrase.
+Each provider's text is compared token by token before it is timed. Texts differ in length and number, so the report's
+ratios are of the time per token that a model wrote, which excludes the stitched phrase.
 """
 
 import functools
@@ -63,7 +62,7 @@ class Result:
     scores: list[float] | None = None
 
 
-# ---------------------------------------------------------------- who takes part: a result for each prompt
+# ---------------------------------------------------------------- the providers: a result for each prompt
 
 
 def ours(pair, prompts, batch_size, policy=POLICY, teacher=True, **options):
@@ -99,7 +98,7 @@ def write(model, context, count, stopping=()):
 
 @torch.no_grad()
 def logprobs(model, ids, kept):
-    """Of the tokens that may follow each of the last ``kept``."""
+    """Log-probabilities of the next token after each of the last ``kept`` ones."""
     return model(torch.tensor([ids], device=DEVICE), logits_to_keep=kept).logits[0].log_softmax(-1)
 
 
@@ -182,7 +181,7 @@ PROVIDERS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Of models this small a second one gains a sixth on an idle machine, and spins on a busy one."""
+    """A second thread gains a sixth on models this small on an idle machine, and spins on a busy one."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -196,8 +195,8 @@ def pair():
 
 @functools.cache
 def expected(monitored):
-    """Of the first prompts: what monitored generation must write, and what the student writes alone with the teacher's
-    log-probabilities."""
+    """For the first prompts: the text that monitored generation must write, and the student's own text with the
+    teacher's log-probabilities."""
     if monitored:
         return [sent_anew(pair(), prompt) for prompt in pair().prompts[:FEW]]
     return generate_then_score(pair(), pair().prompts[:FEW], 1)
@@ -226,7 +225,7 @@ def test_synthesis(benchmark, provider, batch_size):
         synchronise(DEVICE)
         return results
 
-    # What is sent anew is what ours must write too, and takes long.
+    # Its text is the one that ours must write too, and takes long.
     results = expected(monitored=True) if provider == "sent anew" else run()
     check(provider, results)
     benchmark.group = f"synthesis, {batch_size} at a time, one thread"

@@ -1,12 +1,12 @@
-"""All that a GPU has to say of this repository, in one command from its root.
+"""Every test and benchmark that needs a GPU, in one command from the repository's root.
 
     python -m benchmarks.gpu --out DIR [--minutes 9]
 
 Runs the tests that need a GPU, then races every op beside eager, torch.compile and the peers that are installed. Needs
 torch, triton, transformers, accelerate, numpy, pytest, pytest-benchmark and matplotlib; motab itself need not be
-installed. DIR gets results.json (everything), table.md, boundary.png and losses.png, which are whole at any time and
-written anew after each stage, and the tests' output. Each stage is a process of its own with a share of the time, so
-that none takes the others with it.
+installed. DIR gets results.json (everything), table.md, boundary.png and losses.png, which are complete at any time and
+rewritten after each stage, and the tests' output. Each stage is a process of its own with a share of the time, so that
+its failure does not stop the others.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.gpu_races import STAGES, Plan, Record
 
 ROOT = Path(__file__).parents[1]
 TESTS = ("-m", "gpu", "tests/motab_kernels", "tests/motab/test_engine.py")
-#: Parts of the time that is left when the tests are through.
+#: Shares of the time that is left after the tests.
 SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
 
@@ -74,8 +74,8 @@ def installed() -> dict[str, str]:
 
 
 def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
-    """pytest's verdicts, read line by line, so that a test that never ends costs no other's."""
-    # Another version's warnings are no failure of the kernels.
+    """pytest's verdicts, read line by line, so that a test that hangs does not lose those of others."""
+    # Warnings of other versions are not failures of the kernels.
     options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
     command = [sys.executable, "-u", "-m", "pytest", *options, *arguments]
     checks: Record = {}
@@ -98,12 +98,12 @@ def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
 
 
 def in_a_process(stage: str, plan: Plan, seconds: float) -> Iterator[Record]:
-    """The stage's records; one more where it was stopped or broke."""
+    """The stage's records, with one more if it was stopped or failed."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=serve, args=(stage, plan, sender))
     process.start()
-    sender.close()  # ours; else the end of the process would not be seen
+    sender.close()  # our end; otherwise the end of the process would go unnoticed
     deadline = time.monotonic() + seconds
     try:
         while receiver.poll(max(0.0, deadline - time.monotonic())):
@@ -127,13 +127,13 @@ def serve(stage: str, plan: Plan, sender: multiprocessing.connection.Connection)
 
 
 def write(results: Record, out: Path) -> None:
-    """The files are whole at any time: a kill leaves the last ones."""
+    """The files are complete at any time: after a kill the last ones remain."""
     for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", gpu_report.table(results))):
         with whole_path(out / name) as unfinished:
             unfinished.write_text(text.rstrip("\n") + "\n")
     try:
         gpu_report.plots(results, out)
-    except Exception as error:  # the numbers are what counts
+    except Exception as error:  # the numbers matter more
         print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What `python -m benchmarks.gpu` measures: stages that yield one record a case and provider.
+"""The measurements of `python -m benchmarks.gpu`: stages that yield one record per case and provider.
 
 Sizes are in a `Plan`; providers, inputs and checks are those of the `bench_*` files. A provider whose check fails, that
 is not installed or that runs out of memory has an "error" in its record and no figure.
@@ -22,7 +22,7 @@ QWEN = 151936
 
 
 class Plan(NamedTuple):
-    """Sizes of each stage; the defaults are what is published."""
+    """Sizes of each stage; the defaults are those of published results."""
 
     device: str = "cuda"
     providers: tuple[str, ...] | None = None  # None: all
@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 def race(record: Record, body: Callable[[], Record]) -> Record:
-    """The record with the body's figures, or with why there are none."""
+    """The record with the body's figures, or with the reason why there are none."""
     try:
         return record | body()
     except Exception as error:
@@ -59,7 +59,7 @@ def race(record: Record, body: Callable[[], Record]) -> Record:
         return record | {"error": f"{type(error).__name__}: {text[:300]}"}
     finally:
         if record.get("provider") in ("torch.compile", "flex_attention"):
-            torch.compiler.reset()  # which would run eagerly, in silence, from the ninth size on
+            torch.compiler.reset()  # it would silently run eagerly from the ninth size on
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -88,13 +88,13 @@ def boundary(plan: Plan) -> Iterator[Record]:
 
 
 def scaling(plan: Plan) -> Iterator[Record]:
-    """More sizes, without the compiler, which takes seconds for each."""
+    """More sizes, without torch.compile, which takes seconds for each."""
     for case in plan.scaling:
         yield from boundary_case(plan, case, chosen(plan, bench_boundary.PROVIDERS, ("ours", "torch.compile")))
 
 
 def boundary_case(plan: Plan, case: tuple[int, int, int, torch.dtype], providers: dict[str, Any]) -> Iterator[Record]:
-    """`ms` is a CUDA graph's where there is one, `call_ms` that of a call from Python."""
+    """`ms` is the time in a CUDA graph where there is one, `call_ms` that of a call from Python."""
     B, T, V, dtype = case
     read = 2 * B * T * V * dtype.itemsize
     batches = [
@@ -118,7 +118,7 @@ def boundary_case(plan: Plan, case: tuple[int, int, int, torch.dtype], providers
 
 
 def attention(plan: Plan) -> Iterator[Record]:
-    """As the boundary: `ms` of a CUDA graph where there is one."""
+    """As for the boundary, `ms` is the time in a CUDA graph where there is one."""
     for case, dtype in plan.attention:
         x = bench_attention.inputs(case, dtype, plan.device)
         others = [

@@ -1,4 +1,4 @@
-"""A table and pictures of what `benchmarks.gpu` measured, with the targets beside it."""
+"""A table and pictures of what `benchmarks.gpu` measured, with the targets."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ TARGETS = (
 
 
 def table(results: Record) -> str:
-    """Markdown: what ran where, the checks, the targets, every race."""
+    """Markdown: the machine and versions, the checks, the targets, and every measurement."""
     records = results["records"]
     device = next((r for r in records if r["op"] == "device"), {})
     checks = results["checks"]
@@ -136,7 +136,7 @@ def shown(x: float | None) -> str:
 
 
 def plots(results: Record, out: Path) -> None:
-    """Of the boundary: time by B, by T and by V. Of the losses: time by provider."""
+    """The boundary's time by B, by T and by V; the losses' time by provider."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -146,7 +146,7 @@ def plots(results: Record, out: Path) -> None:
     boundary = [r for r in records if r["op"] == "boundary" and r["dtype"] == "bf16"]
     figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for axis, x in zip(axes, "BTV", strict=True):
-        # Along an axis the other two sizes are those of most cases: a row each for B, B = 8 for T, B = 64 for V.
+        # Along an axis the other two sizes are those that most cases have.
         fixed = {"B": {"T": 1, "V": 151936}, "T": {"B": 8, "V": 151936}, "V": {"B": 64, "T": 1}}[x]
         line = [r for r in boundary if all(r[name] == value for name, value in fixed.items())]
         for provider in dict.fromkeys(r["provider"] for r in line):

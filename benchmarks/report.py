@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=2 pytest benchmarks/ --benchmark-only --benchmark-json=run.json
     python -m benchmarks.report run.json --out benchmarks/results
 
-Writes NAME.json (the figures, and what they were measured on), NAME.md and NAME-scaling.png, where NAME is the file's.
+Writes NAME.json (the figures and the machine), NAME.md and NAME-scaling.png, where NAME is that of the file.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def machine(run: Record) -> Record:
 
 
 def table(facts: Record, records: list[Record]) -> str:
-    """Each provider's time and what it is of ours: above 1 we are faster, below 1 we lose. Where tokens were counted it
-    is the time for one that is compared."""
+    """Each provider's time, and its ratio to ours: above 1 we are faster, below 1 we lose. Where tokens were counted,
+    the ratio is of the time per token."""
 
     def cost(r: Record) -> float:
         return r["ms"] / r.get("tokens", 1)
@@ -65,7 +65,7 @@ def table(facts: Record, records: list[Record]) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in records:
-        if "op" in r:  # of the scaling: in the picture
+        if "op" in r:  # a point of the scaling: in the picture
             continue
         ratio = f"{cost(r) / ours[r['case']]:.2f}" if r["case"] in ours else ""
         cells = [shown(r["ms"]), ratio, shown(r.get("GB/s")), "" if "peak MiB" not in r else f"{r['peak MiB']:.0f}"]
@@ -79,7 +79,7 @@ def shown(x: float | None) -> str:
 
 
 def picture(records: list[Record], path: Path) -> None:
-    """Time over each size, the others fixed; a line of slope 1 is what grows with the size alone."""
+    """Time over each size, the others fixed; a line of slope 1 is proportional growth."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -92,7 +92,7 @@ def picture(records: list[Record], path: Path) -> None:
         for axis, x in zip(row, "BTV", strict=True):
             others = [y for y in "BTV" if y != x]
             of_op = [r for r in points if r["op"] == op]
-            # The sizes that an axis is drawn at are those at which most points lie.
+            # The other two sizes are those that most points have.
             seen = [tuple(r[y] for y in others) for r in of_op]
             fixed = max(set(seen), key=seen.count)
             for provider in dict.fromkeys(r["provider"] for r in of_op):

@@ -1,14 +1,14 @@
-"""What the compilers make of our Triton kernels, on a machine without a GPU.
+"""The machine code of the Triton kernels, inspected on a machine without a GPU.
 
     python -m benchmarks.static [--json]
 
-Each kernel is compiled ahead of time for each target. Columns: registers a thread; bytes spilled; and of the
-main loop, the longest in the machine code, per column of one position (a pair of a student's and a teacher's
-logit): instructions, special-function instructions; then how often, in one turn, it loads 128 bits, loads
-fewer, waits at a barrier or passes a value between lanes. Then, *predicted* and not measured, for each device the time
-to issue the loop's instructions and that of its special functions, over the time of its bytes. The kernels of ragged
-attention have a table of their own: shared memory, and how often the main loop loads 128 bits, straight into shared
-memory or not, and fewer. To be run without TRITON_INTERPRET.
+Each kernel is compiled ahead of time for each target. Columns: registers per thread; bytes spilled; for the main loop,
+the longest in the machine code, the instructions and special-function instructions per column of one position (a pair
+of a student's and a teacher's logit); then how often one iteration loads 128 bits, loads fewer, waits at a barrier or
+passes a value between lanes; then, *predicted* and not measured, for each device the time to issue the loop's
+instructions and that of its special functions, over the time of its bytes. The kernels of ragged attention have their
+own table: shared memory, and how often the main loop loads 128 bits, directly into shared memory or not, and fewer. Run
+it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ TARGETS = {
 BYTES = {"fp32": 4, "bf16": 2}
 V = 151936
 
-# What each kind of instruction is called: NVIDIA's SASS, then AMD's.
+# The names of each kind of instruction: NVIDIA's SASS, then AMD's.
 SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|sqrt|rsq)_")
 WIDE_LOAD = re.compile(r"LDG(STS)?\.E(\.\w+)*\.128\b|(buffer|global)_load_dwordx4")
-COPY = re.compile(r"LDGSTS")  # from global to shared memory, while the program goes on
+COPY = re.compile(r"LDGSTS")  # from global to shared memory, asynchronously
 LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
 BARRIER = re.compile(r"BAR\.|s_barrier")
 SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
 
 
 class Device(NamedTuple):
-    """What a prediction needs, from the makers' data sheets."""
+    """Figures for predictions, from the makers' data sheets."""
 
     target: str
     units: int  # multiprocessors, compute units
     clock: float  # GHz
-    lanes: int  # that a unit issues to in a clock
-    special: int  # special functions of a unit in a clock
+    lanes: int  # to which a unit issues per clock
+    special: int  # special functions of a unit per clock
     bandwidth: float  # TB/s, nine tenths of the data sheet's
 
 
@@ -74,7 +74,7 @@ def count(pattern: re.Pattern[str], lines: list[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One kernel on one target; the loop's figures are 0 where a kernel has no loop over the vocabulary."""
+    """One kernel on one target; the loop's figures are 0 if the kernel has no loop over the vocabulary."""
 
     kernel: str
     dtype: str
@@ -91,7 +91,7 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionReport:
-    """One kernel of ragged attention on one target; no loop's figures where it does not read the cache."""
+    """One kernel of ragged attention on one target; no figures of a loop if it does not read the cache."""
 
     kernel: str
     dtype: str
@@ -134,7 +134,7 @@ def lines_of(binary: Any, target: str) -> list[str]:
 
 
 def main_loop(lines: list[str]) -> list[str]:
-    """The longest stretch between a branch back and where it goes to: a label, or an address of NVIDIA's, whose
+    """The longest stretch between a backward branch and its target: a label, or an address in NVIDIA's code, whose
     instructions have 16 bytes each."""
     labels: dict[str, int] = {}
     code: list[str] = []
@@ -209,8 +209,7 @@ def partial_report(dtype: str, target: str) -> Report:
 
 
 def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
-    """Both passes of the forward direction, and the gradient, of each kind that has one of its own; jsd leans with a
-    beta other than 1/2."""
+    """Both forward passes and the gradient, for each kind that is compiled apart; "jsd leaning": beta is not 1/2."""
     settings = divergence.HIP if target.startswith("gfx") else divergence.DEFAULT
     for name in ("forward_kl", "reverse_kl", "normalisers"):
         constants = {"HAS_KEEP": True, "FORWARD": name == "forward_kl", "REVERSE": name == "reverse_kl"}
@@ -224,7 +223,7 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
 
 
 def decide_report(target: str) -> Report:
-    """The walk, with all there is to decide by; its logits are a token's alone."""
+    """The walk with every option; it reads only the token's logits."""
     settings = boundary.DEFAULT
     S_BLOCK = triton.next_power_of_2(boundary.workspace_shape(1, V, settings)[2])
     doubles = ("scale_ptr", "theta_ptr", "scores_ptr", "history_ptr")
@@ -270,7 +269,7 @@ def attention_report(
         **tiles,
     }
     if T == 1:
-        constants["T"] = 1  # as a launch has it
+        constants["T"] = 1  # as in a launch
     binary = compiled(kernel, target, types, constants, num_warps, aligned, num_stages=settings.num_stages)
     loop = main_loop(lines_of(binary, target))
     threads = num_warps * TARGETS[target].warp_size
@@ -302,8 +301,7 @@ def combine_report(target: str) -> AttentionReport:
 
 
 def attention_reports() -> Iterator[AttentionReport]:
-    """A token drafted and a block scored by models like Qwen3; like gpt-oss and Gemma 2, with what those have; a
-    prompt, which is not split, on pages."""
+    """A drafted token and a scored block for models like Qwen3, gpt-oss and Gemma 2; a prompt in pages, not split."""
     for target in TARGETS:
         for T in (1, 16):
             yield attention_report("bf16", target, 128, 4, T, HAS_WINDOW=False, softcap=False)
@@ -315,12 +313,12 @@ def attention_reports() -> Iterator[AttentionReport]:
 
 
 def predicted(report: Report, name: str) -> str:
-    """Issue and special-function time of the main loop over the time of its bytes; memory sets the pace below 1."""
+    """Issue and special-function time of the main loop over the time of its bytes; below 1 it is bound by memory."""
     device = DEVICES[name]
     if report.target != device.target or not report.instructions:
         return ""
     bytes_a_pair = BYTES[report.dtype] * (3 if report.kernel.startswith("gradient") else 2)
-    pairs = device.bandwidth * 1e3 / bytes_a_pair / (device.units * device.clock)  # a clock and unit, kept up with
+    pairs = device.bandwidth * 1e3 / bytes_a_pair / (device.units * device.clock)  # per clock and unit
     return f"{report.instructions * pairs / device.lanes:.2f}, {report.special * pairs / device.special:.2f}"
 
 

@@ -22,18 +22,18 @@ def synchronise(device: str) -> None:
 
 
 def settle(device: str) -> None:
-    """Touch memory and free it: the first to use what a virtual machine was not given yet would pay for it."""
+    """Touch memory and free it: otherwise the first provider would pay for memory that is new to a virtual machine."""
     if device != "cuda":
         torch.empty(2 << 30, dtype=torch.uint8).fill_(1)
 
 
 def rotations(bytes_a_call: int, device: str) -> int:
-    """How many sets of inputs take three times the last cache, so that no call finds its own there."""
+    """How many sets of inputs fill three times the last cache, so that no call finds its inputs there."""
     return min(256, max(1, -(-3 * last_cache(device) // bytes_a_call)))
 
 
 def last_cache(device: str) -> int:
-    """Bytes: a GPU's second level, a CPU's third (Linux; 32 MiB where it does not say)."""
+    """Bytes of a GPU's second-level cache, or a CPU's third-level one (Linux; 32 MiB if unknown)."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
@@ -41,12 +41,12 @@ def last_cache(device: str) -> int:
 
 
 def rounds(seconds: float) -> int:
-    """How often to time a call that takes so long: 5 times, or fewer for some six seconds in all; once at least."""
+    """How often to time a call of this length: 5 times, or fewer so that all take about 6 s, but at least once."""
     return max(1, min(5, round(6 / seconds)))
 
 
 def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float:
-    """Of one call of many, with its launch by the host where that takes longer. The calls are taken in turn."""
+    """The median time of a call, including the launch where the host takes longer. The calls are made in turn."""
     for i in range(2):
         calls[i % len(calls)]()
     synchronise(device)
@@ -71,7 +71,7 @@ def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float
 
 
 def replayed_ms(calls: Sequence[Call]) -> float:
-    """Of one call, from replays of a CUDA graph of them all: what the GPU takes where the host does not hold it up."""
+    """The time of one call in replays of a CUDA graph of all calls: the GPU's time, without waits for the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -86,10 +86,10 @@ def replayed_ms(calls: Sequence[Call]) -> float:
 
 
 def peak_mib(call: Call, device: str) -> float:
-    """What was held at most during a call, beyond what was held before: on a GPU by the allocator, on a CPU (Linux) by
-    the process."""
+    """The peak of memory during a call beyond the memory held before: on a GPU the allocator's, on a CPU (Linux) the
+    process's."""
     if device != "cuda":
-        # Free memory goes back to the system first, and the peak is counted anew.
+        # Return free memory to the system first, and reset the peak.
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -109,7 +109,7 @@ def resident_kib(name: str) -> int:
 
 
 def copy_tb_s(device: str, size: int = 2 << 30) -> float:
-    """Bytes read and written a second by a copy on the device, the yardstick of what reads memory."""
+    """TB/s read and written by a copy on the device, the yardstick for calls that are bound by memory."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2 * size / median_ms([lambda: target.copy_(source)], device) / 1e9

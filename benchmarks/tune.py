@@ -2,8 +2,8 @@
 
     python -m benchmarks.tune [--out motab_kernels/gpu/tuned.json]
 
-Of each op every candidate is checked, then timed at several sizes; the one with the least geometric mean is written
-under the device's name, beside what the file has of other devices. Opt-in: nothing is measured when kernels are used.
+Each op's candidates are checked, then timed at several sizes; the one with the least geometric mean is written under
+the device's name, next to the settings of other devices. Opt-in: nothing is measured when kernels are used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def exact(kind: str, positions: int, vocabulary: int, device: str) -> tuple[floa
 
 
 def candidates(default: Any) -> Iterator[Any]:
-    """Of a pass over the vocabulary; the default first, so that a tie leaves it."""
+    """Settings of a pass over the vocabulary; the default first, so that it wins a tie."""
     yield default
     for lanes, per_lane, tiles, num_warps in itertools.product((128, 256, 512), (8, 16, 32), (1, 2, 4, 8, 16), (4, 8)):
         settings = default._replace(lanes=lanes, per_lane=per_lane, tiles=tiles, num_warps=num_warps)
@@ -89,7 +89,7 @@ def attention_candidates(default: Any) -> Iterator[Any]:
 
 
 def best(module: ModuleType, choices: Iterable[Any], times: Callable[[], Iterator[float]]) -> Any:
-    """The settings with the least geometric mean of the times. One that fails its check or does not compile is out."""
+    """The settings with the least geometric mean of the times, without those that fail the check or do not compile."""
     found, least = None, math.inf
     for settings in choices:
         try:
@@ -105,7 +105,7 @@ def best(module: ModuleType, choices: Iterable[Any], times: Callable[[], Iterato
 
 
 def write(out: Path, name: str, ops: dict[str, Any]) -> None:
-    """What was found for a device; other devices' settings stay."""
+    """Write the settings found for a device; those of other devices stay."""
     table = json.loads(out.read_text()) if out.exists() else {}
     table[name] = {op: settings._asdict() for op, settings in ops.items() if settings is not None}
     with whole_path(out) as unfinished:
