@@ -69,7 +69,8 @@ class RaggedKVCache(Cache):
 
     Raises:
         ValueError: the model has a layer that keeps anything but keys and values of its own tokens (recurrent,
-            convolutional, chunked or shared), or is an encoder-decoder.
+            convolutional, chunked or shared), or is an encoder-decoder; its positions are biases (ALiBi), or longrope
+            and ``max_length`` is more than the length that its short factors serve.
     """
 
     def __init__(

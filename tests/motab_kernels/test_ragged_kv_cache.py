@@ -441,11 +441,26 @@ def test_which_models_take_ragged_attention():
         (transformers.MambaConfig(num_hidden_layers=2), "layer 0 of"),
         (transformers.Lfm2Config(num_hidden_layers=2, layer_types=["full_attention", "conv"]), "layer 1 of 'conv'"),
         (transformers.Gemma3nTextConfig(num_hidden_layers=20, num_kv_shared_layers=10), "layer 10 sharing"),
+        (transformers.FalconConfig(alibi=True), "got 'falcon', which adds a bias by distance"),
+        (transformers.BloomConfig(), "got 'bloom', which adds a bias by distance"),
+        (transformers.GPTNeoConfig(), "got 'gpt_neo', which counts the windows of its local attention"),
+        (transformers.OpenAIGPTConfig(), "got 'openai-gpt', which takes no cache"),
     ],
 )
 def test_models_that_cannot_roll_back(config, message):
     with pytest.raises(ValueError, match=message):
         mk.RaggedKVCache(config, BATCH, 8)
+
+
+def test_longrope_keeps_its_short_factors():
+    """Beyond them the keys of all rows would change, those in the cache too."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
+    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "max_position_embeddings": 128}
+    config = transformers.Phi3Config(**sizes, rope_parameters=rope)
+    mk.RaggedKVCache(config, BATCH, 32)
+    with pytest.raises(ValueError, match="max_length: expected at most 32 for 'phi3', .* got 33: use shorter"):
+        mk.RaggedKVCache(config, BATCH, 33)
 
 
 def test_importing_the_package_imports_no_transformers():
