@@ -84,7 +84,7 @@ class CompiledWriter(Writer):
 
     def _run(self, ragged_step: Step, **inputs: Any) -> Any:
         assert ragged_step.rows is not None
-        for x in (inputs["input_ids"], ragged_step.slots, ragged_step.places, ragged_step.rows):
+        for x in (inputs["input_ids"], inputs["position_ids"], ragged_step.slots, ragged_step.places, ragged_step.rows):
             _vary(x, *range(x.dim()))
         torch.compiler.cudagraph_mark_step_begin()
         # A module's float, as the epsilon of a norm, would otherwise be an input on the CPU, to copy at each call.

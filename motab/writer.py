@@ -48,6 +48,9 @@ class Writer:
             dtype=dtype,
             **({} if pages is None else pages._asdict()),
         )
+        # Padding behind a row's budget may lie beyond the positions that a model with a table of them has.
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.last_position = None if limit is None or limit >= max_length else limit - 1
         self.lengths = [0] * batch_size
         self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device
         self.row_numbers: Tensor | None = None
@@ -64,6 +67,8 @@ class Writer:
         """Feed (b, q) tokens to the given rows, none longer than `longest`; return (b, q, V) logits over the shared
         vocabulary."""
         inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
+        if self.last_position is not None:
+            inputs["position_ids"] = inputs["position_ids"].clamp(max=self.last_position)
         logits: Tensor = call(input_ids=token_ids, **options, **inputs).logits
         return logits[..., : self.vocab_size]
 

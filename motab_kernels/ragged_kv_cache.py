@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, Step
 from motab_kernels.page_table import PageTable
-from motab_kernels.ragged_layer import RaggedLayer, at_one_address, layer_types
+from motab_kernels.ragged_layer import RaggedLayer, at_one_address, check_positions, layer_types
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
@@ -90,6 +90,7 @@ class RaggedKVCache(Cache):
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("config: expected a decoder-only model, got an encoder-decoder, with cross-attention")
         self.config = config.get_text_config(decoder=True)
+        check_positions(self.config, max_length)
         self.layer_types = layer_types(self.config)
         with torch.inference_mode(False):
             self.lengths = at_one_address(torch.zeros(batch_size, dtype=torch.int64, device=device))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -77,6 +78,33 @@ def at_one_address(x: Tensor) -> Tensor:
     if x.is_cuda and not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(x)
     return x
+
+
+#: Models whose attention needs more than keys, values and a mask, or that keep none of these.
+_UNFIT = {
+    "bloom": "adds a bias by distance (ALiBi)",
+    "mpt": "adds a bias by distance (ALiBi)",
+    "gpt_neo": "counts the windows of its local attention from the end of the cache",
+    "openai-gpt": "takes no cache",
+    "rwkv": "keeps a recurrent state",
+}
+
+
+def check_positions(config: Any, max_length: int) -> None:
+    """Refuse models whose keys or masks depend on more than a token's own position."""
+    unfit = "adds a bias by distance (ALiBi)" if getattr(config, "alibi", False) else _UNFIT.get(config.model_type)
+    if unfit is not None:
+        raise ValueError(f"config: expected attention by keys and a mask, got {config.model_type!r}, which {unfit}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *rope.values()):  # of all layers, or of each kind
+        if isinstance(parameters, Mapping) and parameters.get("rope_type") == "longrope":
+            short = parameters["original_max_position_embeddings"]
+            if max_length > short:
+                raise ValueError(
+                    f"max_length: expected at most {short} for {config.model_type!r}, got {max_length}: its rotary "
+                    "embeddings (longrope) change for all rows beyond that, and cached keys keep the former ones; use "
+                    "shorter prompts and fewer new tokens"
+                )
 
 
 def layer_types(config: Any) -> list[str]:

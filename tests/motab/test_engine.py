@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 from tokenizers import Tokenizer
-from transformers import MambaConfig, MambaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausalLM
 
 import motab
 from motab.engine import Engine
@@ -196,6 +196,21 @@ def test_a_long_prompt_arrives_beside_a_long_text(student, teacher, tokenizer, p
     alone = run(student, teacher, tokenizer, prompts, policy, temperature=1.0, batch_size=1)
     assert [t.token_ids for t in together] == [t.token_ids for t in alone]
     assert len({len(t.token_ids) for t in together}) > 2  # they end one by one
+
+
+@pytest.mark.parametrize("policy", [POLICY, motab.TokenSKD(2), motab.TeacherOnly()])
+def test_a_table_of_positions_that_ends_with_the_budget(tokenizer, policy):
+    """GPT-2's has as many as prompt and budget need, and rows with less left to write are padded beyond them."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    config = GPT2Config(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=0, **sizes)
+    pair = [GPT2LMHeadModel(config).double().eval() for _ in range(2)]
+    prompts = [[1 + (7 * i + j) % 11 for j in range(length)] for i, length in enumerate((20, 3, 11, 20, 19, 1))]
+    settings = {"max_new_tokens": 20, "temperature": 1.0}
+    alone = run(*pair, tokenizer, prompts, policy, **settings, batch_size=1, block_size=1)
+    together = run(*pair, tokenizer, prompts, policy, **settings, batch_size=4, block_size=16)
+    assert any(len(t.prompt_ids) + len(t.token_ids) >= 40 for t in alone)
+    assert [t.token_ids for t in together] == [t.token_ids for t in alone]
 
 
 @pytest.mark.parametrize("max_cached_tokens", [None, 8 * 64])

@@ -454,12 +454,11 @@ def test_models_that_cannot_roll_back(config, message):
 
 def test_longrope_keeps_its_short_factors():
     """Beyond them the keys of all rows would change, those in the cache too."""
-    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "factor": 4.0}
-    rope |= {"rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 1e4}
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1, "max_position_embeddings": 128}
-    config = transformers.Phi3Config(**sizes, rope_parameters=rope)
+    config = transformers.Phi3Config(**sizes, original_max_position_embeddings=32, rope_parameters=rope)
     mk.RaggedKVCache(config, BATCH, 32)
-    with pytest.raises(ValueError, match="max_length: expected at most 32 for 'phi3', .* got 33: use shorter"):
+    with pytest.raises(ValueError, match=r"max_length: expected at most 32 for 'phi3', got 33: its rotary.*"):
         mk.RaggedKVCache(config, BATCH, 33)
 
 
