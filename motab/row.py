@@ -183,8 +183,7 @@ class Row:
     def _left_out_of_flawed(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Tokens to drop from flawed text: an end token inside the target would teach to stop there, and a </think> to
         continue thinking after it."""
-        closing = (token for text, token in tokenizer.get_added_vocab().items() if text.startswith("</"))
-        return {*self.end_ids, *closing}
+        return {*self.end_ids, *_thinking_tags(tokenizer).values()}
 
     def _renumber_turn(self, stays: Sequence[bool]) -> None:
         """Let the steps of this turn count places in the target, given which of its records go there."""
@@ -229,10 +228,8 @@ class Row:
         )
 
     def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """If the flawed text opened a tag such as `<think>`, drop its later re-openings until it is closed."""
-        added = tokenizer.get_added_vocab()
-        partner = {token: added.get("</" + text[1:]) for text, token in added.items() if text.startswith("<")}
-        closing = {token: closes for token, closes in partner.items() if closes is not None}
+        """If the flawed text opened the thinking, drop later `<think>` until it is closed."""
+        closing = _thinking_tags(tokenizer)
         opened: set[int] = set()  # by flawed tokens, which close none
         stays = []
         for author, (token, _) in self.target:
@@ -248,8 +245,23 @@ class Row:
         before = tokenizer.decode([token for _, (token, _) in self.target])
         breaks = len(before) - len(before.rstrip("\n"))
         blank = "\n" * max(2 - breaks, 0) if before else ""
-        ids = tokenizer.encode(f"{blank}{stitch}\n\n", add_special_tokens=False)
+        ids = _encode_behind("" if not before else "a" if blank else "\n", f"{blank}{stitch}\n\n", tokenizer)
         return [(token, [None] * len(STATISTICS)) for token in ids]
+
+
+def _encode_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens of a text that follows another; some tokenizers begin what stands alone with a space."""
+    first, whole = (tokenizer.encode(part, add_special_tokens=False) for part in (before, before + text))
+    if before and whole[: len(first)] == first:
+        return whole[len(first) :]
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _thinking_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
+    """The tokens that open the thinking, such as <think> and <thinking>, each with the one that closes it."""
+    added = tokenizer.get_added_vocab()
+    opening = [text for text in added if text.startswith("<") and "think" in text and "</" + text[1:] in added]
+    return {added[text]: added["</" + text[1:]] for text in opening}
 
 
 def _renumber(steps: Sequence[Step], stays: Sequence[bool], old_start: int = 0, new_start: int = 0) -> None:

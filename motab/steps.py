@@ -33,7 +33,8 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[byt
         elif index in added:
             texts.append(token.encode())
         elif byte_level is not None:
-            texts.append(bytes(byte_level[char] for char in token))
+            # A token that holds other characters, as some were added to vocabularies by hand, writes them.
+            texts.append(b"".join(bytes([byte_level[c]]) if c in byte_level else c.encode() for c in token))
         elif match := _BYTE_TOKEN.fullmatch(token):
             texts.append(bytes([int(match[1], 16)]))
         else:

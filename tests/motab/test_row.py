@@ -4,6 +4,8 @@ import copy
 from dataclasses import replace
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import motab
 from motab.row import Row
@@ -24,6 +26,30 @@ def test_one_blank_line_before_the_phrase(tokenizer, end, blank):
     row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (token, [])) for token in tokenizer.encode(end)])
     phrase = row._phrase(tokenizer, "ab,")
     assert tokenizer.decode([token for token, _ in phrase]) == f"{blank}ab,\n\n"
+
+
+def metaspace_tokenizer():
+    """As SentencePiece's: a text that stands alone begins with a space, and line breaks are bytes."""
+    words = ["<eos>", "<0x0A>", "▁", "a", "b", ",", "ab", "▁ab"]
+    model = models.BPE(
+        vocab={word: index for index, word in enumerate(words)},
+        merges=[("a", "b"), ("▁", "ab")],
+        byte_fallback=True,
+        unk_token="<eos>",
+    )
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
+@pytest.mark.parametrize(("end", "blank"), [(["ab"], "\n\n"), (["ab", "<0x0A>"], "\n"), (["<0x0A>"] * 2, "")])
+def test_no_space_before_the_phrase(end, blank):
+    tokenizer = metaspace_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids(end)
+    row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (token, [])) for token in ids])
+    phrase = [token for token, _ in row._phrase(tokenizer, "ab,")]
+    assert tokenizer.convert_ids_to_tokens(phrase) == ["<0x0A>"] * len(blank) + ["ab", ",", "<0x0A>", "<0x0A>"]
 
 
 def test_the_flawed_part_closes_no_tag(thinking_tokenizer):
@@ -73,6 +99,22 @@ def test_a_stitched_target_opens_its_thinking_once(thinking_tokenizer):
         *(100.0 + place for place in range(1, 8)),
     ]
     assert [(s.start, s.end) for s in t.steps] == [(0, 5)]
+
+
+def test_other_tags_stay_as_they_were_written(tokenizer):
+    """Only thinking goes on behind the phrase: a tool that the teacher calls is called anew."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    opening, closing = tokenizer.convert_tokens_to_ids(["<tool>", "</tool>"])
+    row = strayed(tokenizer, [opening, 7, closing, opening, 8, 4], POLICY.rules)
+    for token in (opening, 9, closing, 0):
+        row.write(token, [None] * len(STATISTICS))
+    phrase = tokenizer.encode("ab,\n\n")
+    assert row.trajectory(tokenizer).token_ids == [
+        *[opening, 7, closing, opening, 8, 4],
+        *phrase,
+        *[opening, 9, closing, 0],
+    ]
 
 
 def test_nor_does_the_student_open_it_again(thinking_tokenizer):

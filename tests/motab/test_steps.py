@@ -47,6 +47,14 @@ def test_special_token_ends_what_stood_before(tokenizer):
     assert not ends.any()
 
 
+def test_a_token_outside_of_the_byte_alphabet():
+    """As some vocabularies hold by hand; byte-level ones write a space as \u0120."""
+    inner = Tokenizer(models.BPE(vocab={"<unk>": 0, "\u0120a": 1, "a b": 2}, merges=[], unk_token="<unk>"))
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+    assert token_bytes(tokenizer, 3) == [b"", b" a", b"a b"]
+
+
 def test_sentencepiece_bytes():
     words = {"<unk>": 0, "\u2581the": 1, "<0x0A>": 2, "\u00e9": 3}
     inner = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
