@@ -69,7 +69,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written before or during training."""
-    from motab.models import load_model, load_tokenizer
+    from motab.models import load_model, load_tokenizer, with_lora
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
     from motab.trainer import MotabTrainer
@@ -97,13 +97,18 @@ def train(arguments: list[str], console: Console) -> None:
         return
     attention = {"attn_implementation": args.attn_implementation}
     model = load_model(args.model_name_or_path, args.dtype, **attention)
+    if lora := args.lora():
+        model = with_lora(model, **lora)
     teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
     held_out = args.eval_file or None
     if state.is_main_process:
         _warn_of_unfinished("train", *filter(None, (args.train_file, args.eval_file)))
-    trainer = MotabTrainer(
-        model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
-    )
+    try:
+        trainer = MotabTrainer(
+            model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
+        )
+    except (ImportError, RuntimeError) as error:  # as for a --report_to or --optim whose package is missing
+        raise ValueError(str(error)) from error
     processes.from_main(lambda: record(folder, settings, finished=False))
     trainer.train(resume_from_checkpoint=last)
     trainer.save_model()

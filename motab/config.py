@@ -211,8 +211,11 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_samples < 1:
-            raise ValueError(f"--num_samples must be at least 1, got {self.num_samples}")
+        if self.num_samples < 1 or (self.num_samples > 1 and self.temperature == 0):
+            raise ValueError(
+                f"--num_samples must be at least 1, and 1 at --temperature 0, where all are equal, got "
+                f"{self.num_samples} at {self.temperature}"
+            )
 
 
 @dataclass
@@ -266,6 +269,14 @@ class TrainArguments(PolicyArguments, PromptArguments):
     )
     dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
     teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
+    use_peft: bool = setting(False, "Train low-rank adapters (LoRA) instead of the weights; needs the package peft.")
+    lora_r: int = setting(16, "LoRA: rank.")
+    lora_alpha: int = setting(32, "LoRA: scale of the adapters, over the rank.")
+    lora_dropout: float = setting(0.05, "LoRA: dropout.")
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "LoRA: names of the modules to adapt. (default: all linear layers but the head)"},
+    )
     attn_implementation: str | None = setting(None, _ATTENTION)
 
     def __post_init__(self) -> None:
@@ -292,6 +303,18 @@ class TrainArguments(PolicyArguments, PromptArguments):
         for name in ("train_file", "eval_file"):
             if path := getattr(self, name):
                 require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
+
+    def lora(self) -> dict[str, Any] | None:
+        """The settings of `motab.models.with_lora`, None without."""
+        if not self.use_peft:
+            return None
+        modules = self.lora_target_modules or "all-linear"
+        return {
+            "r": self.lora_r,
+            "alpha": self.lora_alpha,
+            "dropout": self.lora_dropout,
+            "target_modules": modules,
+        }
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
         """The `Rollouts` of these settings."""

@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl, urlsplit
 from motab.yaml_values import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
-ANSWER_COLUMNS = ("answer", "output", "solution")
+ANSWER_COLUMNS = ("answer", "output", "solution", "reward_model")
 #: Roles in ShareGPT conversations; OpenThoughts-114k uses the role names of messages.
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -58,11 +58,12 @@ def load_problems(
 
     Returns:
         The problems in order. A question is a text or a list of messages, as ``{"role": "user", "content": "a text"}``
-        or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped.
+        or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped. An
+        answer is a text or a number, or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``.
 
     Raises:
-        ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
-            configuration for something that is not on the hub.
+        ValueError: an unknown task or setting, another file type, no question column, a row without a question or with
+            an answer that is no text, a configuration for something that is not on the hub.
     """
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
@@ -85,12 +86,8 @@ def load_problems(
             f"{', '.join(columns) or 'no columns'}; give the one that holds the question as question_column"
         )
     return [
-        Problem(
-            _prompt(row[question], f"row {index} of {dataset_name}"),
-            None if answer is None or row[answer] is None else str(row[answer]),
-            row,
-        )
-        for index, row in enumerate(rows)
+        Problem(_prompt(row[question], where), None if answer is None else _answer(row[answer], where), row)
+        for row, where in ((row, f"row {index} of {dataset_name}") for index, row in enumerate(rows))
     ]
 
 
@@ -169,6 +166,17 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
     if not messages:
         raise ValueError(f"{where} has no message but the assistant's: a prompt must end with the user's")
     return [_message(message, where) for message in messages]
+
+
+def _answer(answer: Any, where: str) -> str | None:
+    """The text of an answer; verl's stands in ``{"ground_truth": ...}``."""
+    found = answer.get("ground_truth") if isinstance(answer, Mapping) else answer
+    if isinstance(found, Mapping | list) or (found is None and answer is not None):
+        raise ValueError(
+            f'{where} must have a text, a number or {{"ground_truth": ...}} as its answer, got {_shown(answer)}; '
+            "rewrite it, or give another answer_column"
+        )
+    return None if found is None else str(found)
 
 
 def _renamed(message: Any, where: str) -> Any:

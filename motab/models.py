@@ -46,10 +46,37 @@ def load_model(
     except (OSError, ValueError, ImportError) as error:  # ImportError: an attention whose package is missing
         raise ValueError(
             f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
-            f"folder with config.json and weights): {error}"
+            f"folder with config.json and weights): {_short(error)}"
         ) from error
     is_split = (model.tp_size or 1) > 1  # and already on its devices
     return model.eval() if is_split else model.to(device).eval()
+
+
+def _short(error: Exception) -> str:
+    """What an error says, without the list of all models that transformers has."""
+    text = str(error)
+    return text if len(text) <= 500 else text[:500] + "..."
+
+
+def with_lora(
+    model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: str | list[str]
+) -> PreTrainedModel:
+    """The model with low-rank adapters (LoRA), which alone are trained and saved; `load_model` loads them with it.
+
+    Raises:
+        ValueError: peft is not installed, or settings that it refuses.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("use_peft needs the package peft: pip install peft") from error
+    try:
+        config = peft.LoraConfig(
+            r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"
+        )
+        return peft.get_peft_model(model, config)
+    except ValueError as error:
+        raise ValueError(f"LoRA with r={r} on {target_modules} does not fit {type(model).__name__}: {error}") from error
 
 
 def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
@@ -58,10 +85,12 @@ def load_tokenizer(*names_or_paths: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: there is no tokenizer, or the vocabularies differ.
     """
-    try:
-        tokenizers = [AutoTokenizer.from_pretrained(name) for name in names_or_paths]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer found at {' or '.join(names_or_paths)}: {error}") from error
+    tokenizers = []
+    for name in names_or_paths:
+        try:
+            tokenizers.append(AutoTokenizer.from_pretrained(name))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"no tokenizer found at {name}: {_short(error)}") from error
     first = tokenizers[0]
     for name, other in zip(names_or_paths[1:], tokenizers[1:], strict=True):
         if first.get_vocab() != other.get_vocab():

@@ -22,6 +22,7 @@ class MotabConfig(TrainingArguments):
     Attributes:
         lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
             learning rate if that is less. Other schedules have no such default.
+        logging_steps: 10, as in TRL.
         save_steps, save_total_limit, eval_steps: ten checkpoints per run, of which the last is kept, and with
             ``eval_strategy`` "steps" as many evaluations.
         ddp_find_unused_parameters: False, since a causal language model uses all of its parameters, and the search for
@@ -46,6 +47,9 @@ class MotabConfig(TrainingArguments):
         },
     )
     num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the trajectories or prompts."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Steps between entries of the log; below 1, as a share of the run."}
+    )
     save_steps: float = field(
         default=0.1, metadata={"help": "Steps between checkpoints; below 1, as a share of the run."}
     )

@@ -287,8 +287,15 @@ def test_a_policy_that_hands_back(config, tmp_path, capsys):
         (["--model_name_or_path", "."], "no tokenizer found at ."),
         (["--dataset_name", ""], "give --dataset_name, as a flag or in the file"),
         (["--epsilon0", "-1"], "epsilon0"),
-        (["--num_samples", "0"], "--num_samples must be at least 1, got 0"),
-        (["--num_samples", "-1"], "--num_samples must be at least 1, got -1"),
+        (
+            ["--num_samples", "0"],
+            "--num_samples must be at least 1, and 1 at --temperature 0, where all are equal, got 0",
+        ),
+        (
+            ["--num_samples", "-1"],
+            "--num_samples must be at least 1, and 1 at --temperature 0, where all are equal, got -1",
+        ),
+        (["--num_samples", "2", "--temperature", "0"], "1 at --temperature 0, where all are equal, got 2 at 0.0"),
         (["--delimiter", ""], "the step delimiter must hold at least one character"),
         (["--max_new_tokens", "100000"], "reads at most"),
         (["--policy", "step_skd"], "--policy step_skd has no epsilon0; it takes gamma, delimiter"),

@@ -4,12 +4,14 @@ import json
 import shutil
 
 import pytest
+import torch
 from test_cli import TASK, TINY
 from transformers import AutoTokenizer
 
 import motab
 from motab.cli import main
 from motab.config import TrainArguments
+from motab.models import load_model
 from motab.parsing import parse
 from motab.resume import decisive_settings, last_checkpoint, record
 
@@ -84,6 +86,34 @@ def training(tmp_path):
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--train_file", str(path), "--use_cpu"]
     command += ["--num_train_epochs", "1", "--per_device_train_batch_size", "1", "--report_to", "none"]
     return [*command, "--output_dir", str(tmp_path / "model")], path
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
+def test_low_rank_adapters(training, tmp_path, capsys):
+    """They alone are trained and saved, and load with the model they adapt, in every command."""
+    command, path = training
+    command += ["--use_peft", "--lora_r", "4", "--lora_alpha", "16", "--learning_rate", "0.01", "--save_steps", "2"]
+    assert main(command) == 0
+    folder = tmp_path / "model"
+    assert (folder / "adapter_model.safetensors").stat().st_size < 200_000
+    assert not (folder / "model.safetensors").exists()
+    tokens = torch.tensor([motab.read_trajectories(path)[0].token_ids])
+    base, adapted = (load_model(str(name)) for name in (TINY / "student", folder))
+    with torch.no_grad():
+        losses = [model(tokens, labels=tokens).loss for model in (base, adapted)]
+    assert losses[1] < losses[0]
+    main([*command[:-2], "--lora_r", "8"])
+    there = "lora: {'r': 4, 'alpha': 16, 'dropout': 0.05, 'target_modules': 'all-linear'} there"
+    assert there in capsys.readouterr().err
+    generate = ["--model_name_or_path", str(folder), "--dataset_name", TASK, "--max_new_tokens", "4"]
+    assert main(["evaluate", *generate]) == 0
+    assert main([*command, "--lora_target_modules", "nowhere", "--output_dir", str(tmp_path / "other")]) == 2
+    assert "LoRA with r=4 on ['nowhere'] does not fit" in capsys.readouterr().err
+
+
+def test_what_the_trainer_cannot_do_here(training, capsys):
+    assert main([*training[0], "--report_to", "comet_ml"]) == 2
+    assert "comet" in capsys.readouterr().err
 
 
 def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):

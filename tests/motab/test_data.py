@@ -29,6 +29,11 @@ def jsonl(tmp_path, monkeypatch):
         ({"category": "math", "source": "s", "input": "1+1?", "output": "2"}, "1+1?", "2"),  # AceReason-1.1-SFT
         ({"prompt": [{"role": "user", "content": "1+1?"}]}, [{"role": "user", "content": "1+1?"}], None),
         (
+            {"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"style": "rule", "ground_truth": 2}},
+            [{"role": "user", "content": "1+1?"}],
+            "2",
+        ),  # verl
+        (
             {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]},
             [{"role": "user", "content": "1+1?"}],
             None,
@@ -180,6 +185,13 @@ def test_files_that_cannot_be_read(tmp_path, content, name, message):
     with pytest.raises(ValueError, match=f"{path} must hold rows of one kind, each a problem, {message}") as error:
         load_problems(str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("answer", [{"value": "2"}, ["2"], {"ground_truth": ["2", "two"]}])
+def test_an_answer_that_is_no_text(jsonl, answer):
+    """Its text would be graded, and no answer be right."""
+    with pytest.raises(ValueError, match=r"row 0 of .* must have a text, a number or .* as its answer, got [{\[]"):
+        load_problems(jsonl({"question": "1+1?", "answer": answer}))
 
 
 @pytest.mark.parametrize("name", ["reasoning-gym:no_such_task", "reasoning-gym:chain_sum?no_such_setting=1"])
