@@ -61,17 +61,18 @@ def cross_entropy_from_head(
     """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
     ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
     head = model.get_output_embeddings()
-    hidden, labels = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    counted = labels[:, 1:] != IGNORED
+    hidden, labels = hidden[:, :-1][counted], labels[:, 1:][counted]  # no logits of prompts and padding
 
     def part(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = linear(hidden, head.weight, head.bias).float()
-        return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+        return cross_entropy(logits, labels, reduction="sum")
 
     # Logits, their float32, and the gradients of both.
     size = max(1, BUDGET // (len(head.weight) * (8 + 2 * head.weight.element_size())))
     pairs = zip(hidden.split(size), labels.split(size), strict=True)
     total = torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
-    return total / ((labels != IGNORED).sum().clamp(min=1) if num_items is None else num_items)
+    return total / (max(1, len(labels)) if num_items is None else num_items)
 
 
 def loss_from_heads(
@@ -83,7 +84,7 @@ def loss_from_heads(
 ) -> Tensor:
     """The divergence from (B, T, H) hidden states and output embeddings; logits exist for some positions at a time."""
     heads = [model.get_output_embeddings() for model in models]
-    student, teacher = (x[:, :-1] for x in hidden)
+    student, teacher = (x[:, :-1][mask] for x in hidden)  # no logits of prompts and padding
     return mk.fused_linear_divergence(
         student,
         heads[0].weight,
@@ -91,7 +92,6 @@ def loss_from_heads(
         heads[1].weight,
         student_bias=heads[0].bias,
         teacher_bias=heads[1].bias,
-        mask=mask,
         num_items=num_items,
         **settings._asdict(),
     )

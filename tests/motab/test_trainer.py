@@ -10,6 +10,8 @@ from conftest import make_model
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
 
 import motab
+import motab_kernels as mk
+from motab import distillation
 from motab.distillation import has_plain_head
 from motab.training_config import LOSS_TYPES
 
@@ -186,6 +188,23 @@ def test_cross_entropy_makes_logits_for_some_positions_at_a_time(tmp_path, monke
     assert (fused, fused_then) == (True, False)
     assert (length, length_then) == (1, 7)
     assert numbers == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("ignored", [[], ["student"]])
+def test_no_logits_of_prompts_and_padding(tmp_path, monkeypatch, ignored):
+    """The heads see what counts: of 7 targets in two rows of 7 tokens those of authors that are not ignored."""
+    seen = []
+    divergence, product = mk.fused_linear_divergence, distillation.linear
+
+    def noting(student, *tensors, **settings):
+        seen.append(tuple(student.shape))
+        return divergence(student, *tensors, **settings)
+
+    monkeypatch.setattr(mk, "fused_linear_divergence", noting)
+    monkeypatch.setattr(distillation, "linear", lambda x, *rest: seen.append(tuple(x.shape)) or product(x, *rest))
+    for name, teacher in (("jsd", make_model(4)), ("cross_entropy", None)):
+        step(tmp_path / name, make_model(3), teacher, 2, loss_type=name, ignore_authors=ignored)
+    assert {n for n, _ in seen} == {7 - 3 * len(ignored)}
 
 
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "jsd"])
