@@ -171,6 +171,8 @@ def _state(console: Console) -> PartialState:
 
 def export(arguments: list[str], console: Console) -> None:
     """Write trajectories for another trainer."""
+    import datasets
+
     from motab.dataset import TrajectoryDataset
     from motab.export import check_output_file, export_dataset
 
@@ -181,6 +183,7 @@ def export(arguments: list[str], console: Console) -> None:
         raise ValueError(f"--output_file must not be the trajectories' own file, got {args.output_file!r}")
     _warn_of_unfinished("export", args.file)
     dataset = TrajectoryDataset(args.file, args.ignore_authors, args.max_length)
+    datasets.disable_progress_bars()  # for a second's work
     if not len(dataset):
         raise ValueError(f"{args.file} holds no trajectory yet")
     rows, longest = export_dataset(dataset, args.output_file), max(map(len, dataset.ids))

@@ -122,8 +122,9 @@ class MotabTrainer(Trainer):
             the dtype it was saved in. Refused for cross-entropy on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
-        eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over batches
-            of the mean over their tokens, is logged as ``eval_strategy`` says and returned by `evaluate`.
+        eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over
+            trajectories of the mean over the tokens of their batch, is logged as ``eval_strategy`` says and returned by
+            `evaluate`.
         processing_class: the tokenizer, saved with the model; needed for `Rollouts`.
 
     Raises:
