@@ -216,9 +216,10 @@ def show(arguments: list[str], console: Console) -> None:
     from motab.models import load_tokenizer
 
     args: ShowArguments = parse(ShowArguments, arguments, "show")
-    trajectories = read_some_trajectories(args.file)
-    if not 0 <= args.index < len(trajectories):
-        raise ValueError(f"--index must lie in 0..{len(trajectories) - 1}, got {args.index}")
+    trajectories = {trajectory.index: trajectory for trajectory in read_some_trajectories(args.file)}
+    if args.index not in trajectories:
+        there = f"{len(trajectories)} from {min(trajectories)} to {max(trajectories)}"
+        raise ValueError(f"--index must be that of a trajectory in {args.file}, {there}, got {args.index}")
     trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
     console.print(Text(tokenizer.decode(trajectory.prompt_ids), style="dim"))
     for author, text in trajectory.segments(tokenizer.decode):

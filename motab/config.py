@@ -308,12 +308,12 @@ class TrainArguments(PolicyArguments, PromptArguments):
         """The settings of `motab.models.with_lora`, None without."""
         if not self.use_peft:
             return None
-        modules = self.lora_target_modules or "all-linear"
+        modules = self.lora_target_modules or ["all-linear"]
         return {
             "r": self.lora_r,
             "alpha": self.lora_alpha,
             "dropout": self.lora_dropout,
-            "target_modules": modules,
+            "target_modules": "all-linear" if modules == ["all-linear"] else modules,  # a name that peft knows
         }
 
     def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:

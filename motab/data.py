@@ -59,11 +59,11 @@ def load_problems(
     Returns:
         The problems in order. A question is a text or a list of messages, as ``{"role": "user", "content": "a text"}``
         or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped. An
-        answer is a text or a number, or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``.
+        answer is a text or a number, or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``; None otherwise.
 
     Raises:
-        ValueError: an unknown task or setting, another file type, no question column, a row without a question or with
-            an answer that is no text, a configuration for something that is not on the hub.
+        ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
+            configuration for something that is not on the hub.
     """
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
@@ -86,8 +86,12 @@ def load_problems(
             f"{', '.join(columns) or 'no columns'}; give the one that holds the question as question_column"
         )
     return [
-        Problem(_prompt(row[question], where), None if answer is None else _answer(row[answer], where), row)
-        for row, where in ((row, f"row {index} of {dataset_name}") for index, row in enumerate(rows))
+        Problem(
+            _prompt(row[question], f"row {index} of {dataset_name}"),
+            None if answer is None else _answer(row[answer]),
+            row,
+        )
+        for index, row in enumerate(rows)
     ]
 
 
@@ -168,15 +172,10 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
     return [_message(message, where) for message in messages]
 
 
-def _answer(answer: Any, where: str) -> str | None:
-    """The text of an answer; verl's stands in ``{"ground_truth": ...}``."""
+def _answer(answer: Any) -> str | None:
+    """The text of an answer, which in verl's columns is ``{"ground_truth": ...}``; None if it is none."""
     found = answer.get("ground_truth") if isinstance(answer, Mapping) else answer
-    if isinstance(found, Mapping | list) or (found is None and answer is not None):
-        raise ValueError(
-            f'{where} must have a text, a number or {{"ground_truth": ...}} as its answer, got {_shown(answer)}; '
-            "rewrite it, or give another answer_column"
-        )
-    return None if found is None else str(found)
+    return None if found is None or isinstance(found, Mapping | list) else str(found)
 
 
 def _renamed(message: Any, where: str) -> Any:

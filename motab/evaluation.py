@@ -89,7 +89,7 @@ def check_answers(problems: Sequence[Problem]) -> None:
     """
     if lacking := [row for row, problem in enumerate(problems) if problem.answer is None]:
         raise ValueError(
-            f"evaluate needs an answer to each problem, in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
+            f"evaluate needs an answer to each problem, a text in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
             f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows in total; leave them out, or give another "
             "answer_column"
         )
@@ -98,9 +98,9 @@ def check_answers(problems: Sequence[Problem]) -> None:
 def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
     """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
 
-    Only text after the thinking counts; if the thinking was not closed, nothing does. What counts there is the stated
-    answer (`stated_answer`), or else what math-verify finds in the whole text, such as its last number, or the set of
-    all boxes.
+    Only text after the thinking counts; if the thinking was not closed, nothing does. A text is right if its stated
+    answer is (`stated_answer`) or, unless it was cut off, what math-verify finds in the whole of it: the set of all
+    boxes, or the last number.
 
     Args:
         finish_reason: for ``"length"``, a text that ran out of budget, only the stated answer counts: the last number

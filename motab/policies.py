@@ -280,7 +280,7 @@ def token_budget(policy: Policy, max_new_tokens: int) -> int:
 
 def check_policy(policy: object) -> None:
     """Refuse anything but an instance of a policy, such as its name or its class."""
-    if not isinstance(policy, type) and isinstance(getattr(policy, "rules", policy), Rules | None):
+    if not isinstance(policy, type) and isinstance(getattr(policy, "rules", ""), Rules | None):
         return
     kind: object = POLICIES.get(policy) if isinstance(policy, str) else policy
     name = kind.__name__ if isinstance(kind, type) and kind in POLICIES.values() else "MotabPolicy"

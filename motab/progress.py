@@ -1,4 +1,4 @@
-"""A progress bar over trajectories, with tokens per second, breach rate and mean rollback."""
+"""Progress over trajectories, with tokens per second, breach rate and mean rollback: a bar, or lines of a log."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from motab.trajectory import Trajectory
 
+LOG_SECONDS = 60.0  # between lines where there is no terminal to draw a bar on
+
 
 def watch(
     trajectories: Iterable[Trajectory], total: int, title: str, console: Console, *, before: int = 0
 ) -> Iterator[Trajectory]:
-    """Yield the trajectories unchanged, with a bar on ``console`` that begins at ``before`` of ``total``."""
+    """Yield the trajectories unchanged, with a bar on ``console`` that begins at ``before`` of ``total``; if that is no
+    terminal, with a line a minute."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -24,6 +27,7 @@ def watch(
         TextColumn("{task.fields[figures]}"),
     )
     began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
+    logged = began
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
@@ -35,4 +39,7 @@ def watch(
             if breaches:
                 figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"
             progress.update(task, advance=1, figures=figures)
+            if not console.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
+                logged = time.monotonic()
+                console.print(f"{title}: {before + done} of {total}  {figures}")
             yield trajectory

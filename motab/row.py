@@ -116,7 +116,7 @@ class Row:
         if token == BROKEN:
             who = "teacher" if self.author == TEACHER else "student"
             raise ValueError(
-                f"expected finite logits, got NaN, infinity or only -inf from the {who} at token "
+                f"expected logits to draw from, got NaN, infinity or only -inf from the {who} at token "
                 f"{len(self.records)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
                 "dtype (bfloat16 or float32 instead of float16)"
             )

@@ -59,6 +59,8 @@ def synthesize_to_file(
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
+    if "in_order" in settings:
+        raise ValueError("synthesize_to_file yields trajectories as they are finished, and takes no in_order")
     options: dict[str, Any] = {"policy": policy, **settings, "in_order": False}  # what is finished is to be kept
     synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
     models = {"student": student, "teacher": teacher}

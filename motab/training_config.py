@@ -64,8 +64,13 @@ class MotabConfig(TrainingArguments):
     loss_type: LossType = field(
         default="cross_entropy", metadata={"help": "Cross-entropy, or a divergence from the teacher."}
     )
-    beta: float = field(default=0.5, metadata={"help": "jsd: weight of the teacher; 0 is forward_kl, 1 reverse_kl."})
-    alpha: float = field(default=0.1, metadata={"help": "skew_forward_kl, skew_reverse_kl: weight of the mixture."})
+    beta: float = field(
+        default=0.5, metadata={"help": "jsd: share of the teacher in the mixture; 0 is forward_kl, 1 reverse_kl."}
+    )
+    alpha: float = field(
+        default=0.1,
+        metadata={"help": "skew_forward_kl, skew_reverse_kl: share of the teacher, or of the student, in the mixture."},
+    )
     temperature: float = field(default=1.0, metadata={"help": "Divisor of both models' logits in a divergence."})
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}

@@ -6,6 +6,7 @@ B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
             return
         if not ((value > minimum if strict else value >= minimum) & value.isfinite()).all():
             raise ValueError(f"{name}: expected finite values{bound}, got {value.tolist()}")
-    elif isinstance(value, bool) or not isinstance(value, (int, float)):
+    elif not is_number(value):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
     else:
         too_low = value <= minimum if strict else value < minimum
@@ -37,9 +38,14 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
             raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
 
 
+def is_number(value: object) -> bool:
+    """NumPy's are numbers too, and bool is none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def check_number(name: str, value: float) -> None:
     """A finite number, and no tensor, whose gradient would be lost and whose value the host would have to wait for."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -math.inf < value < math.inf:
+    if not is_number(value) or not -math.inf < value < math.inf:
         raise ValueError(f"{name}: expected a finite number, got {value!r}")
 
 

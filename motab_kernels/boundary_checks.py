@@ -42,18 +42,14 @@ def check_state(state: BoundaryState, B: int, window: int, device: torch.device)
     if not isinstance(state, BoundaryState):
         raise ValueError(f"state: expected a BoundaryState, got {type(state).__name__}")
     history = state.history
-    if history.shape != (B, window) or history.device != device or history.dtype != torch.float64:
+    if history.shape != (B, window) or history.device != device:
         expected = f"one for {B} rows with window {window} on {device}: boundary.new_state({B}, device)"
-        raise ValueError(f"state: expected {expected}, got {state!r} with a history of {history.dtype}")
+        raise ValueError(f"state: expected {expected}, got {state!r}")
     # Tensors that were put in place of those it was made with; kernels would write beyond them.
-    for name, columns, dtype in (("counters", 6, torch.int32), ("scores", 5, torch.float64)):
+    doubles = torch.float64
+    for name, columns, dtype in (("counters", 6, torch.int32), ("scores", 5, doubles), ("history", window, doubles)):
         x = getattr(state, name)
-        if (
-            x.dtype != dtype
-            or x.shape != (B, columns)
-            or x.device != device
-            or not (x.is_contiguous() and history.is_contiguous())
-        ):
+        if x.dtype != dtype or x.shape != (B, columns) or x.device != device or not x.is_contiguous():
             expected = f"contiguous {dtype} of shape {(B, columns)} on {device}"
             got = f"{x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}, on {x.device}"
             raise ValueError(f"state.{name}: expected {expected}, got {got}")

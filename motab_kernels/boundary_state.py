@@ -225,7 +225,8 @@ class BoundaryState:
             The state itself.
 
         Raises:
-            ValueError: `rows` of another shape, dtype or device; on the CPU an index outside the batch.
+            ValueError: `rows` of another shape, dtype or device; an index outside the batch, in a sequence or in a
+                tensor on the CPU.
         """
         B = self.counters.shape[0]
         if rows is None:

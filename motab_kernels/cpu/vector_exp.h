@@ -1,4 +1,4 @@
-// e^x for x <= 88, to 2e-7 relative; 0 below -87.68, just above the subnormal numbers; NaN for NaN. Included once per
+// e^x for x <= 88, to 2e-7 relative; 0 below -87.68, just below the smallest normal number; NaN for NaN. Included once per
 // level, in its namespace.
 //
 // x = n ln 2 + r with |r| <= ln 2 / 2; 2^n is assembled from its bits; e^r = 1 + r + r^2 q(r), q minimax (3e-9).

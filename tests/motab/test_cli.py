@@ -7,12 +7,14 @@ import pathlib
 import re
 
 import pytest
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import motab
 from motab.cli import COMMANDS, main
 from motab.data import Problem, load_problems
 from motab.models import load_model
+from motab.progress import watch
 from motab.prompts import PromptFormat, encode_prompts
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
@@ -99,6 +101,31 @@ def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
         assert " 6/6 " in capsys.readouterr().out
 
 
+def test_show_finds_a_trajectory_by_its_index(tmp_path, capsys):
+    """In an unfinished file the lines are in the order in which trajectories were finished."""
+    path = tmp_path / "trajectories.jsonl"
+    AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
+    lines = [motab.Trajectory(i, [1], [2], ["student"], "", [], None, None, "eos").to_json() for i in (5, 2)]
+    path.write_text(lines[0].replace("[1]", "[20]") + "\n" + lines[1] + "\n")
+    assert main(["show", "--output_dir", str(tmp_path), "--index", "5"]) == 0
+    five = capsys.readouterr().out
+    assert main(["show", "--output_dir", str(tmp_path), "--index", "2"]) == 0
+    assert five != capsys.readouterr().out
+    assert main(["show", "--output_dir", str(tmp_path), "--index", "0"]) == 2
+    assert "of a trajectory in" in (err := capsys.readouterr().err)
+    assert "2 from 2 to 5, got 0" in err
+
+
+def test_a_log_has_a_line_a_minute(tmp_path, monkeypatch):
+    """Where there is no terminal to draw a bar on."""
+    found = [motab.Trajectory(i, [1], [2, 3], ["student"] * 2, "", [], None, None, "eos") for i in range(3)]
+    monkeypatch.setattr("motab.progress.LOG_SECONDS", 0.0)
+    with (tmp_path / "log").open("w") as file:
+        assert list(watch(found, 5, "write", Console(file=file, width=200), before=1)) == found
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition("  ")[0] for line in lines[:3]] == ["write: 2 of 5", "write: 3 of 5", "write: 4 of 5"]
+
+
 def test_show_prints_digits_of_what_is_small(tmp_path, capsys):
     path = tmp_path / "trajectories.jsonl"
     AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
@@ -174,7 +201,8 @@ def test_problems_without_an_answer(last, named, tmp_path, capsys, monkeypatch):
     path.write_text(f'{first}\n{{"question": "b", {last}}}\n')
     command = ["evaluate", "--model_name_or_path", str(TINY / "student"), "--dataset_name", str(path)]
     assert main(command) == 2
-    assert "evaluate needs an answer to each problem, in a column answer or" in (error := capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert "evaluate needs an answer to each problem, a text in a column answer or" in error
     assert f"got none in {named} rows in total" in error
 
 

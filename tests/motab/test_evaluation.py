@@ -178,7 +178,7 @@ def test_a_real_model_runs_out_of_budget(student, tokenizer):
         (
             [Problem("a", "1", {}), Problem("b", None, {}), Problem("c", None, {})],
             {"max_new_tokens": 2},
-            "answer to each problem, in a column answer or .*, got none in row 1 and in 2 of 3 rows in total",
+            "answer to each problem, a text in a column answer or .*, got none in row 1 and in 2 of 3 rows in total",
         ),
     ],
 )

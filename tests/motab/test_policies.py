@@ -279,5 +279,6 @@ def test_who_must_be_there(student, teacher, tokenizer, prompts, policy):
 def test_what_is_no_policy(student, teacher, tokenizer, prompts, policy, message):
     with pytest.raises(ValueError, match=message):
         run(student, teacher, tokenizer, prompts, policy)
-    with pytest.raises(ValueError, match=message):
-        motab.Rollouts(prompts, policy)
+    for nothing_either in (policy, None):
+        with pytest.raises(ValueError, match=message if nothing_either else "got None"):
+            motab.Rollouts(prompts, nothing_either)

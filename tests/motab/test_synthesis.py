@@ -96,6 +96,8 @@ def test_one_that_takes_long_holds_back_no_other(tmp_path, student, teacher, tok
     assert motab.read_trajectories(path) == [first]
     assert len(list(written)) == len(prompts) - 1
     assert_same(motab.read_trajectories(path), expected)
+    with pytest.raises(ValueError, match="takes no in_order"):
+        motab.synthesize_to_file(path, *pair, prompts, **settings, in_order=True)
 
 
 def test_lines_of_several_processes_are_brought_in_order(tmp_path, student, teacher, tokenizer):

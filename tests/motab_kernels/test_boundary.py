@@ -470,6 +470,7 @@ def state_with(**tensors):
             {"state": state_with(counters=torch.zeros(4, 6).int()[::2])},
             r"state.counters: .*contiguous.*strides \(12, 1",
         ),
+        ({"state": state_with(history=torch.zeros(2, 0))}, "state.history: expected .* torch.float64 .* torch.float32"),
         ({"out": poisoned_output((2, 2))}, r"out.forward_kl: expected .*\(2, 3\).*got .*\(2, 2\)"),
         ({"backend": "cuda"}, "backend: expected one of torch.* or None, got 'cuda'"),
     ],

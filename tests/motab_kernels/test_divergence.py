@@ -7,6 +7,7 @@ of a small vocabulary, many for a large one.
 import math
 import os
 
+import numpy as np
 import pytest
 import torch
 from divergence_cases import KINDS, definition, every_kind, expected, logits, options, relative_error
@@ -271,6 +272,7 @@ def test_reductions(backend):
     torch.testing.assert_close(reduced(reduction="batchmean"), rows.sum() / 3)
     torch.testing.assert_close(reduced(num_items=40), rows.sum() / 40)
     torch.testing.assert_close(reduced(num_items=torch.tensor(40)), rows.sum() / 40)
+    torch.testing.assert_close(reduced(num_items=np.int64(40)), rows.sum() / 40)
     torch.testing.assert_close(reduced(num_items=torch.tensor(2.5).double()), rows.sum() / 2.5)  # in float32
     masked = {"mask": torch.zeros_like(mask).to(DEVICE), "num_items": torch.tensor(0), "backend": backend}
     assert mk.divergence_loss(student.to(DEVICE), teacher.to(DEVICE), **masked) == 0
