@@ -1,5 +1,7 @@
 """The settings of the commands as policies and dtypes."""
 
+import pathlib
+
 import pytest
 
 import motab
@@ -24,6 +26,22 @@ from motab.parsing import parse
 )
 def test_policies_by_flags(flags, policy):
     assert parse(SynthesizeArguments, flags, "synthesize").make_policy() == policy
+
+
+def test_the_papers_recipe():
+    """Its files hold settings that there are, and those of the paper."""
+    folder = pathlib.Path(__file__).parents[2] / "examples" / "limo"
+    write = parse(SynthesizeArguments, ["--config", str(folder / "synthesize.yaml")], "synthesize")
+    assert write.make_policy() == motab.MotabPolicy(epsilon0=0.2, theta=1.0, stitch="However,", delimiter=".\n\n")
+    assert (write.num_samples, write.temperature, write.max_new_tokens) == (5, 0.6, 32768)
+    assert write.prompt_format().suffix.endswith("within \\boxed{}.")
+    train, config = parse((TrainArguments, motab.MotabConfig), ["--config", str(folder / "train.yaml")], "train")
+    assert train.train_file == f"{write.output_dir}/trajectories.jsonl"
+    assert (config.loss_type, config.learning_rate, config.num_train_epochs) == ("cross_entropy", 5e-5, 6)
+    assert config.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    measure = parse(EvaluateArguments, ["--config", str(folder / "evaluate.yaml")], "evaluate")
+    assert measure.model_name_or_path == config.output_dir
+    assert measure.prompt_format() == write.prompt_format()
 
 
 @pytest.mark.parametrize(
