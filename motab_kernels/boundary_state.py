@@ -170,25 +170,54 @@ class BoundaryState:
             `boundary.new_state(batch_size, device)` sets it.
     """
 
-    # `counters` (B, 6) int32: tokens, step tokens, steps, fall start, breach position, rollback position.
-    # `scores` (B, 5) float64: step total, score, threshold, safety, fall. Double, so that blocks of any length add up
-    # to the same sums and a float64 reference decides in float64; a few operations a token do not show.
+    # Scores are double, so that blocks of any length add up to the same sums.
     TOKENS, STEPS, BREACH_POSITION, ROLLBACK_POSITION = 0, 2, 4, 5
 
     def __init__(self, batch_size: int, device: torch.device | str | None = None, window: int = 0) -> None:
         check_count("batch_size", batch_size, minimum=0)
         check_count("window", window, minimum=0)
-        self.counters = torch.zeros(batch_size, 6, dtype=torch.int32, device=device)
-        self.counters[:, self.BREACH_POSITION :] = -1
-        self.scores = torch.zeros(batch_size, 5, dtype=torch.float64, device=device)
-        self.history = torch.zeros(batch_size, window, dtype=torch.float64, device=device)
+        self._counters = torch.zeros(batch_size, 6, dtype=torch.int32, device=device)
+        self._counters[:, self.BREACH_POSITION :] = -1
+        self._scores = torch.zeros(batch_size, 5, dtype=torch.float64, device=device)
+        self._history = torch.zeros(batch_size, window, dtype=torch.float64, device=device)
 
     @classmethod
     def of(cls, counters: Tensor, scores: Tensor, history: Tensor) -> BoundaryState:
-        """The state in these tensors, which it shares."""
+        """The state in these tensors, which it shares.
+
+        Raises:
+            ValueError: another shape, dtype or device than those of a fresh state, or strides with gaps.
+        """
         state = cls.__new__(cls)
-        state.counters, state.scores, state.history = counters, scores, history
+        state._counters, state._scores, state._history = counters, scores, history
+        B, window = len(counters), history.shape[-1]
+        for name, columns, dtype in (
+            ("counters", 6, torch.int32),
+            ("scores", 5, torch.float64),
+            ("history", window, torch.float64),
+        ):
+            x: Tensor = getattr(state, name)
+            if x.dtype != dtype or x.shape != (B, columns) or x.device != counters.device or not x.is_contiguous():
+                expected = f"contiguous {dtype} of shape {(B, columns)} on {counters.device}"
+                got = f"{x.dtype} of shape {tuple(x.shape)}, strides {x.stride()}, on {x.device}"
+                raise ValueError(f"{name}: expected {expected}, got {got}")
         return state
+
+    # Not to be replaced by others: kernels take their shapes and dtypes for granted.
+    @property
+    def counters(self) -> Tensor:
+        """(B, 6) int32: tokens, step tokens, steps, fall start, breach position, rollback position."""
+        return self._counters
+
+    @property
+    def scores(self) -> Tensor:
+        """(B, 5) float64: step total, score, threshold, safety, fall."""
+        return self._scores
+
+    @property
+    def history(self) -> Tensor:
+        """(B, window) float64: the last accepted scores."""
+        return self._history
 
     @property
     def breached(self) -> Tensor:

@@ -423,12 +423,6 @@ GOOD = {
 }
 
 
-def state_with(**tensors):
-    """Two rows, and another tensor in place of one of the state's own."""
-    state = mk.BoundaryState(2)
-    return mk.BoundaryState.of(*({**vars(state), **tensors}[name] for name in ("counters", "scores", "history")))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -464,13 +458,6 @@ def state_with(**tensors):
         ({"state": mk.BoundaryState(3)}, r"state: expected one for 2 rows.*batch_size=3"),
         ({"state": mk.BoundaryState(2, window=4)}, "state: expected .*window 0.*window=4"),
         ({"state": 3}, "state: expected a BoundaryState, got int"),
-        ({"state": state_with(scores=torch.zeros(2, 5))}, r"state.scores: expected .*float64 of .*\(2, 5\).*float32"),
-        ({"state": state_with(counters=torch.zeros(1, 6).int())}, r"state.counters: .*\(2, 6\).*got .*\(1, 6\)"),
-        (
-            {"state": state_with(counters=torch.zeros(4, 6).int()[::2])},
-            r"state.counters: .*contiguous.*strides \(12, 1",
-        ),
-        ({"state": state_with(history=torch.zeros(2, 0))}, "state.history: expected .* torch.float64 .* torch.float32"),
         ({"out": poisoned_output((2, 2))}, r"out.forward_kl: expected .*\(2, 3\).*got .*\(2, 2\)"),
         ({"backend": "cuda"}, "backend: expected one of torch.* or None, got 'cuda'"),
     ],
@@ -516,6 +503,25 @@ def test_bad_input_is_refused_before_anything_changes(change, message):
 def test_bad_boundaries_and_rows_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("scores", torch.zeros(2, 5), r"scores: expected .*float64 of shape \(2, 5\).*got torch.float32"),
+        ("scores", torch.zeros(1, 5).double(), r"scores: expected .*\(2, 5\).*got .*\(1, 5\)"),
+        ("counters", torch.zeros(4, 6).int()[::2], r"counters: expected contiguous.*strides \(12, 1"),
+        ("history", torch.zeros(2, 3), "history: expected .*float64 .*got torch.float32"),
+    ],
+)
+def test_other_tensors_make_no_state(name, other, message):
+    """Kernels would write beyond them."""
+    tensors = {"counters": torch.zeros(2, 6).int(), "scores": torch.zeros(2, 5).double()}
+    tensors |= {"history": torch.zeros(2, 3).double(), name: other}
+    with pytest.raises(ValueError, match=message):
+        mk.BoundaryState.of(**tensors)
+    with pytest.raises(AttributeError, match=name):
+        setattr(mk.BoundaryState(2), name, other)
 
 
 def op_arguments():
