@@ -241,7 +241,7 @@ def decide_report(target: str) -> Report:
         "WINDOW_BLOCK": 8,
         "SPLIT": settings.lanes * settings.per_lane * settings.tiles,
         "S_BLOCK": S_BLOCK,
-        "T_BLOCK": max(1, settings.sums // S_BLOCK),
+        "T_BLOCK": boundary.positions_at_a_time(S_BLOCK, settings),
     }
     binary = compiled(boundary.decide_kernel, target, types, constants, num_warps=1)
     return Report("decide", "bf16", target, *registers_and_spills(binary, target))

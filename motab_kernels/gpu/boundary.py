@@ -43,6 +43,12 @@ def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, in
     return positions, PARTIALS.value, triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
 
 
+def positions_at_a_time(S_BLOCK: int, settings: Settings) -> int:
+    """How many the deciding warp takes, at most one a thread. By V alone, not T: the layout of a sum, and so its last
+    bit, must not depend on how a text is cut."""
+    return max(1, min(32, settings.sums // S_BLOCK))
+
+
 def fused_kl_boundary(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -119,8 +125,7 @@ def fused_kl_boundary(
             WINDOW_BLOCK=triton.next_power_of_2(max(1, rule.window)),
             SPLIT=settings.lanes * settings.per_lane * settings.tiles,
             S_BLOCK=S_BLOCK,
-            # By V alone, not T: the layout of a sum, and so its last bit, must not depend on how a text is cut.
-            T_BLOCK=max(1, settings.sums // S_BLOCK),
+            T_BLOCK=positions_at_a_time(S_BLOCK, settings),
             num_warps=1,
         )
 

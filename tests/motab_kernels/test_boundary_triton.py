@@ -4,6 +4,7 @@ The interpreter takes some 40 ms for a tile and 80 ms for a position, whatever t
 choose the lanes: few for the many paths of a small vocabulary, many for a large one.
 """
 
+import os
 import subprocess
 import sys
 
@@ -204,13 +205,14 @@ def test_a_row_does_not_depend_on_its_batch(lanes):
             assert_equal(alone, row, mk.BoundaryOutput._fields[:8])
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has one order of adding up")
 @pytest.mark.parametrize("V", [200, 2000, 9000])
 def test_a_position_does_not_depend_on_its_block(V, lanes):
     """To the last bit, with 1, 8 and 36 splits: `decide_kernel` adds them up in one order, whatever else it adds."""
     lanes(8)
-    student, teacher, tokens = random_inputs(1, 9, V, seed=9)
+    student, teacher, tokens = random_inputs(1, 5, V, seed=9)
     together = triton(student, teacher, tokens)
-    for first, last in ((0, 1), (1, 3), (3, 9)):
+    for first, last in ((0, 1), (1, 5)):
         apart = triton(*(x[:, first:last] for x in (student, teacher, tokens)))
         for name in STATISTICS:
             assert torch.equal(getattr(apart, name), getattr(together, name)[:, first:last]), name
