@@ -1,6 +1,7 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, which is asked for before triton is imported; or, with
 MOTAB_PTX=80, as they are compiled for such a GPU, see `ptx`."""
 
+import gc
 import importlib
 import os
 import warnings
@@ -76,6 +77,13 @@ def round_as_a_gpu_rounds(monkeypatch):
         return TensorHandle(numbers.float().numpy(), tl.float32)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_there_stays():
+    """Modules and what they hold: else each of the many collections walks through all of it, half a second long."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -88,6 +88,8 @@ class _Reader:
         assert match, operand
         kind = TYPES[self.registers[match[0]]]
         own = kind if kind == BOOL else UNSIGNED[kind.itemsize]
+        # What a register holds that was never written: NaN in each format.
+        poison = np.full((1, 1), np.iinfo(own).max if own != BOOL else False, own)
 
         def write(group: Group, x: Array) -> None:
             x = np.asarray(x)
@@ -95,7 +97,7 @@ class _Reader:
                 x = x.view(UNSIGNED[x.itemsize]) if x.itemsize == own.itemsize else x.astype(own)
             mask = self.mask(group)
             if not mask.all():
-                x = np.where(mask, x, group.registers.get(operand, _poison(own)))
+                x = np.where(mask, x, group.registers.get(operand, poison))
             group.registers[operand] = x
 
         return write
@@ -250,11 +252,6 @@ class _Reader:
                 write(group, (rows + c[i]).astype(np.float32).reshape(-1, group.threads))
 
         return multiply
-
-
-def _poison(dtype: np.dtype) -> Array:
-    """What a register holds that was never written: NaN in each format."""
-    return np.full((1, 1), np.iinfo(dtype).max if dtype != BOOL else False, dtype)
 
 
 def _special(group: Group, name: str, axis: int) -> Array:
