@@ -218,11 +218,12 @@ SINKS = torch.linspace(-1, 4, 8)
 )
 def test_attention(dtype, T, group, D, options, seed):
     """Rows of no token, of a split of 256 to the slot, and of many; aligned and not."""
-    if DEVICE == "cpu" and dtype != torch.bfloat16 and (T > 1 or options):
+    if DEVICE == "cpu" and ((dtype != torch.bfloat16 and (T > 1 or options)) or (T == 64 and options)):
         pytest.skip("one dtype with every option is enough where each takes seconds")
     H = 1 if "sinks" in options or T > 16 else 2
-    for gap in (8, 3):
-        lengths = [0, 256 - T, 63, 1900] if T < 64 else [5, 700]
+    long = 1900 if DEVICE == "cuda" else 1000
+    for gap in (8, 3) if T < 64 or DEVICE == "cuda" else (8,):
+        lengths = [0, 256 - T, 63, long] if T < 64 else [5, long]
         case = random_case(lengths, T, H, group, D, dtype, seed=seed, gap=gap)
         assert_attention(attention(*case, **options), *case, **options)
 
@@ -230,7 +231,7 @@ def test_attention(dtype, T, group, D, options, seed):
 @pytest.mark.parametrize("T", [1, 16, 90])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention_of_a_row_does_not_depend_on_its_batch(dtype, T, seed):
-    if DEVICE == "cpu" and dtype == torch.float32 and T > 1:
+    if DEVICE == "cpu" and dtype != torch.bfloat16 and T > 1:
         pytest.skip("takes minutes")
     case = query, keys, values, lengths, rows = random_case([3, 400, 1000, 256], T, D=64, dtype=dtype, seed=seed)
     whole = attention(*case)
