@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import transformers
 from accelerate import PartialState
@@ -72,6 +73,7 @@ def train(arguments: list[str], console: Console) -> None:
     from motab.models import load_model, load_tokenizer, with_lora
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
+    from motab.sharding import uses_fsdp
     from motab.trainer import MotabTrainer
     from motab.training_config import MotabConfig
 
@@ -95,11 +97,11 @@ def train(arguments: list[str], console: Console) -> None:
     if finished:
         console.print(f"{folder}: already trained with these settings; remove it to train again")
         return
-    attention = {"attn_implementation": args.attn_implementation}
-    model = load_model(args.model_name_or_path, args.dtype, **attention)
+    loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
+    model = load_model(args.model_name_or_path, args.dtype, **loading)
     if lora := args.lora():
         model = with_lora(model, **lora)
-    teacher = load_model(teacher_name, args.teacher_dtype, **attention) if teacher_name else None
+    teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
     held_out = args.eval_file or None
     if state.is_main_process:
         _warn_of_unfinished("train", *filter(None, (args.train_file, args.eval_file)))

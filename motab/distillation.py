@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import motab_kernels as mk
 from motab.dataset import IGNORED
+from motab.sharding import whole_head
 
 BUDGET = 1 << 30  # bytes of logits, float32 copies and gradients held at a time
 
@@ -50,9 +51,16 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     """(B, T, H), without keeping the states of other layers, keys or values."""
-    if isinstance(model, PreTrainedModel):
-        return getattr(model, model.base_model_prefix)(**inputs, use_cache=False).last_hidden_state
-    return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]  # a model with adapters
+    if not isinstance(model, PreTrainedModel):  # with adapters
+        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+    found: list[Tensor] = []
+    base = getattr(model, model.base_model_prefix)
+    hook = base.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
+    try:
+        model(**inputs, use_cache=False, logits_to_keep=1)  # the whole model, as sharded weights need
+    finally:
+        hook.remove()
+    return found[0]
 
 
 def cross_entropy_from_head(
@@ -60,7 +68,7 @@ def cross_entropy_from_head(
 ) -> Tensor:
     """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
     ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
-    head = model.get_output_embeddings()
+    head = whole_head(model)
     counted = labels[:, 1:] != IGNORED
     hidden, labels = hidden[:, :-1][counted], labels[:, 1:][counted]  # no logits of prompts and padding
 
@@ -83,7 +91,7 @@ def loss_from_heads(
     num_items: int | Tensor | None,
 ) -> Tensor:
     """The divergence from (B, T, H) hidden states and output embeddings; logits exist for some positions at a time."""
-    heads = [model.get_output_embeddings() for model in models]
+    heads = [whole_head(model) for model in models]
     student, teacher = (x[:, :-1][mask] for x in hidden)  # no logits of prompts and padding
     return mk.fused_linear_divergence(
         student,

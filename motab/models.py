@@ -26,10 +26,15 @@ def dtype_name(name: str) -> str:
 
 
 def load_model(
-    name_or_path: str, dtype: str = "auto", *, shared: bool = False, attn_implementation: str | None = None
+    name_or_path: str,
+    dtype: str = "auto",
+    *,
+    shared: bool = False,
+    on_cpu: bool = False,
+    attn_implementation: str | None = None,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode, on the accelerator if there is one; each process has its own, or all
-    share one (tensor parallelism).
+    """A causal language model in evaluation mode, on the accelerator if there is one, or on the CPU; each process has
+    its own, or all share one (tensor parallelism).
 
     Raises:
         ValueError: not a model, one that cannot be shared or has no such attention; an unknown dtype.
@@ -49,7 +54,7 @@ def load_model(
             f"folder with config.json and weights): {_short(error)}"
         ) from error
     is_split = (model.tp_size or 1) > 1  # and already on its devices
-    return model.eval() if is_split else model.to(device).eval()
+    return model.eval() if is_split or on_cpu else model.to(device).eval()
 
 
 def _short(error: Exception) -> str:

@@ -23,8 +23,10 @@ from motab.distillation import (
 )
 from motab.models import load_model
 from motab.policies import needs_student
+from motab.processes import Processes
 from motab.prompts import Prompt, end_tokens
 from motab.rollouts import Rollouts
+from motab.sharding import release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
@@ -109,8 +111,8 @@ class MotabTrainer(Trainer):
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
-    on the head), for sharded ones (FSDP, DeepSpeed), and for cross-entropy with label smoothing or a router's loss. It
-    is the mean over all tokens of a step, however these are split into micro-batches and among processes.
+    on the head), for those that DeepSpeed shards, and for cross-entropy with label smoothing or a router's loss. It is
+    the mean over all tokens of a step, however these are split into micro-batches and among processes.
 
     The end tokens of the trajectories (with `Rollouts`, of both models) are added to the student's
     ``generation_config``, which is saved with it.
@@ -118,8 +120,9 @@ class MotabTrainer(Trainer):
     Args:
         model: the student; a name or path is loaded in float32.
         teacher_model: needed for a divergence and for `Rollouts` that it writes or scores; it has the student's
-            tokenizer, and is moved to the student's device and put into evaluation mode. A name or path is loaded in
-            the dtype it was saved in. Refused for cross-entropy on finished trajectories, which needs no teacher.
+            tokenizer, and is moved to the student's device and put into evaluation mode; under FSDP2 it is frozen, and
+            sharded as the student is. A name or path is loaded in the dtype it was saved in. Refused for cross-entropy
+            on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
         eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over
@@ -130,8 +133,9 @@ class MotabTrainer(Trainer):
     Raises:
         ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; no
             trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
-            policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); several GPUs in one
-            process (DataParallel); a prompt that `synthesize` refuses; during training, anything else it refuses.
+            policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); a teacher under
+            version 1 of FSDP; several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; during
+            training, anything else it refuses.
     """
 
     def __init__(
@@ -160,8 +164,9 @@ class MotabTrainer(Trainer):
             held_out = {name: _examples(data, args) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
             held_out = _examples(eval_dataset, args)
-        model = load_model(model, "float32") if isinstance(model, str) else model
-        teacher_model = load_model(teacher_model) if isinstance(teacher_model, str) else teacher_model
+        on_cpu = uses_fsdp(args)
+        model = load_model(model, "float32", on_cpu=on_cpu) if isinstance(model, str) else model
+        teacher_model = load_model(teacher_model, on_cpu=on_cpu) if isinstance(teacher_model, str) else teacher_model
         for each in (model, teacher_model):
             _refuse_to_overwrite(args.output_dir, each)
         super().__init__(
@@ -181,8 +186,11 @@ class MotabTrainer(Trainer):
             )
         self.teacher_model = teacher_model
         is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        by_fsdp2 = self.accelerator.is_fsdp2
         if is_sharded and self.rollouts is not None:
             raise ValueError("Rollouts need whole models, got sharded ones; use DDP, or write trajectories beforehand")
+        if self.is_fsdp_enabled and teacher_model is not None and not by_fsdp2:
+            raise ValueError("a teacher needs version 2 of FSDP, got version 1; set version in fsdp_config to 2")
         if isinstance(dataset, Rollouts):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]
@@ -191,8 +199,13 @@ class MotabTrainer(Trainer):
         else:
             _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
-            teacher_model.to(self.args.device).eval()
-        self.fuses_head = not is_sharded and self._can_fuse_head(model)
+            teacher_model.eval()
+            if not by_fsdp2:
+                teacher_model.to(self.args.device)
+        # The main process decides: under FSDP the others may not have loaded any weights.
+        self.fuses_head = (by_fsdp2 or not is_sharded) and Processes().from_main(lambda: self._can_fuse_head(model))
+        if teacher_model is not None and by_fsdp2:
+            shard_frozen(teacher_model, self.accelerator)
         if self.divergence is not None or self.fuses_head:
             self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
 
@@ -283,6 +296,8 @@ class MotabTrainer(Trainer):
                 loss = loss_from_heads((bare, self.teacher_model), hidden, mask, self.divergence, num_items_in_batch)
             else:
                 loss = loss_from_logits((student.logits, teacher), mask, self.divergence, num_items_in_batch)
+        if self.divergence is not None:
+            release_head(self.teacher_model)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # since gradients are averaged over the processes
         return (loss, student) if return_outputs else loss

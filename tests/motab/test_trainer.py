@@ -56,15 +56,16 @@ def test_loss_by_definition(tmp_path):
         assert logged == pytest.approx(total / count, rel=1e-3)
 
 
-def test_the_teacher_keeps_nothing_but_its_last_hidden_states(tmp_path, monkeypatch):
+def test_the_teacher_keeps_nothing_but_its_last_hidden_states(tmp_path):
     teacher = make_model(4)
     args = config(tmp_path, loss_type="jsd", max_steps=1)
     trainer = motab.MotabTrainer(make_model(3), teacher, args, train_dataset=TRAJECTORIES)
-    asked = []
+    asked, logits = [], []
     teacher.model.register_forward_pre_hook(lambda _, args, kwargs: asked.append(kwargs), with_kwargs=True)
-    monkeypatch.setattr(teacher, "forward", None)  # which would make logits
+    teacher.register_forward_hook(lambda *call: logits.append(call[-1].logits))
     trainer.train()
     assert [(x["use_cache"], x.get("output_hidden_states")) for x in asked] == [(False, None)]
+    assert [x.shape[1] for x in logits] == [1]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""Models whose weights FSDP2 shards: each process has a layer whole only while it computes it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import fsdp2_prepare_model, parse_flag_from_env
+from transformers import PreTrainedModel, TrainingArguments
+
+
+def uses_fsdp(args: TrainingArguments) -> bool:
+    """Whether the arguments or the launcher ask for FSDP: models then stay on the CPU until they are sharded."""
+    return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
+
+
+def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
+    """Shard a model that is not trained, in place, as accelerate shards the one that is."""
+    model.requires_grad_(False)  # accelerate makes weights that are trained float32
+    state = accelerator.state
+    plugin = state.fsdp_plugin
+    state.fsdp_plugin = copy.copy(plugin)
+    state.fsdp_plugin.transformer_cls_names_to_wrap = None  # its own layers, which may be of another class
+    try:
+        fsdp2_prepare_model(accelerator, model)
+    finally:
+        state.fsdp_plugin = plugin
+
+
+def whole_head(model: PreTrainedModel) -> Any:
+    """The output embeddings, with their whole weights where the model is sharded, until `release` or the backward
+    pass."""
+    head = model.get_output_embeddings()
+    if shards := _shards(model):
+        shards.unshard()
+    return head
+
+
+def release_head(model: PreTrainedModel) -> None:
+    """Keep only this process's part of a sharded head that has no backward pass."""
+    if shards := _shards(model):
+        shards.reshard()
+
+
+def _shards(model: PreTrainedModel) -> Any:
+    """The part of a sharded model to which the head belongs: one of its own, or the rest of the model."""
+    if not torch.distributed.is_available():
+        return None
+    from torch.distributed.fsdp import FSDPModule
+
+    head = model.get_output_embeddings()
+    return next((module for module in (head, model) if isinstance(module, FSDPModule)), None)
