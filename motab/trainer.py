@@ -30,6 +30,7 @@ from motab.sharding import release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
+from motab.trajectory_file import cut_from
 
 Trajectories = Sequence[Trajectory] | str | Path
 
@@ -65,6 +66,8 @@ def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: 
             "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model "
             "besides; leave it out, or set loss_type to a divergence such as forward_kl"
         )
+    if args.save_rollouts and not has_rollouts:
+        raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")
     if not has_rollouts:
         return
     if not needs_student(train_dataset.policy):
@@ -153,6 +156,7 @@ class MotabTrainer(Trainer):
         _check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log
+        self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
         self.divergence: Divergence | None = None
         if args.loss_type != "cross_entropy":
             self.divergence = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
@@ -256,8 +260,19 @@ class MotabTrainer(Trainer):
         with self.accelerator.autocast():  # in the precision of the training
             trajectories = self.rollouts.write(*writers, prompts, seed=self.args.seed, first_index=place)
         self.written += trajectories
+        if self.args.save_rollouts and self.is_world_process_zero():
+            self._save_rollouts(trajectories, place)
         examples = iter(TrajectoryDataset(trajectories, self.args.ignore_authors))
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
+
+    def _save_rollouts(self, trajectories: Sequence[Trajectory], first_index: int) -> None:
+        if self.saves_to is None or not first_index:
+            folder = Path(self.args.output_dir) / "rollouts"
+            self.saves_to = folder / "trajectories.jsonl"
+            cut_from(self.saves_to, first_index)  # what a run wrote that was interrupted after its checkpoint
+            self.processing_class.save_pretrained(folder)
+        with self.saves_to.open("a", encoding="utf-8") as file:
+            file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's method, with the figures of the trajectories written since the last entry."""

@@ -35,6 +35,9 @@ class MotabConfig(TrainingArguments):
             they stay in the context. The paper trains on all.
         max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
             ``max_new_tokens`` instead.
+        save_rollouts: keep the trajectories of `Rollouts` in ``output_dir/rollouts/trajectories.jsonl`` as they are
+            written, with the tokenizer beside it, for ``motab show`` and ``motab report``; with several processes those
+            of the main one.
     """
 
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
@@ -76,6 +79,10 @@ class MotabConfig(TrainingArguments):
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
+    save_rollouts: bool = field(
+        default=False,
+        metadata={"help": "Keep what is written during training in OUTPUT_DIR/rollouts, for motab show and report."},
+    )
 
     def __post_init__(self) -> None:
         # Without this, each of several processes on a CPU takes itself for the only one.

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from motab.files import whole_path
 from motab.judgement import agrees
 from motab.trajectory import Trajectory
 
@@ -103,3 +104,15 @@ def whole_index(line: bytes) -> int | None:
         return Trajectory.from_json(line.decode("utf-8")).index
     except ValueError:
         return None
+
+
+def cut_from(path: str | Path, index: int) -> None:
+    """Drop the trajectories of this index and above, and damaged lines; the file is made if it is not there."""
+    path = Path(path)
+    with whole_path(path) as unfinished_path, unfinished_path.open("wb") as kept:
+        if path.exists():
+            with path.open("rb") as lines:
+                for line in lines:
+                    found = whole_index(line)
+                    if found is not None and found < index:
+                        kept.write(line)

@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 
 import motab
 import motab_kernels as mk
+from motab.cli import main
+from motab.trajectory_file import read_trajectories
 
 POLICIES = {
     "on-policy": motab.OnPolicy(),
@@ -106,12 +108,33 @@ def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
     for layer in student.model.layers:
         layer.self_attn.attention_dropout = dropout
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 5, "loss_type": "forward_kl"}
+    settings["save_rollouts"] = True
     arguments = (student, teacher, tokenizer, prompts, POLICIES["motab"])
     whole = train(tmp_path / "whole", *arguments, **settings)
-    train(tmp_path / "halves", *arguments, stop=2, **settings)
+    train(tmp_path / "halves", *arguments, stop=3, **settings)
+    before, files = read_trajectories(rollouts_of(tmp_path / "halves")), (tmp_path / "whole", tmp_path / "halves")
+    assert len(before) == 3 * 2  # a step beyond the checkpoint
     resumed = train(tmp_path / "halves", *arguments, resume=True, **settings)
     for x, y in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(x, y)
+    found, expected = (read_trajectories(rollouts_of(folder)) for folder in files)
+    assert found == expected == [t for _, trajectories, *_ in whole.steps for t in trajectories]
+
+
+def rollouts_of(folder):
+    return folder / "rollouts" / "trajectories.jsonl"
+
+
+def test_kept_rollouts_are_shown(tmp_path, student, teacher, tokenizer, prompts, capsys):
+    settings = {"max_steps": 2, "loss_type": "jsd", "save_rollouts": True}
+    trainer = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], **settings)
+    assert main(["show", "--output_dir", str(tmp_path / "rollouts"), "--index", "3"]) == 0
+    (_, [*_, last], *_) = trainer.steps[1]
+    assert tokenizer.decode(last.prompt_ids).strip() in capsys.readouterr().out
+    # A training anew begins the file anew.
+    again = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], **{**settings, "max_steps": 1})
+    again.train()
+    assert [t.index for t in read_trajectories(rollouts_of(tmp_path))] == [0, 1]
 
 
 def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer, prompts):

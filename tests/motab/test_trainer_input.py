@@ -21,6 +21,8 @@ def test_bad_input(tmp_path):
         motab.MotabTrainer(make_model(3), make_model(4), config(tmp_path), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"loss_type forward_kl .* give teacher_model"):
         motab.MotabTrainer(make_model(3), args=config(tmp_path, loss_type="forward_kl"), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match="save_rollouts keeps what Rollouts write, got finished trajectories"):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path, save_rollouts=True), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"loss_type must be one of cross_entropy, forward_kl.* got 'kl'"):
         config(tmp_path, loss_type="kl")
     with pytest.raises(ValueError, match=r"min_lr .* at most the learning rate 1e-06, got 0.001: .* leave it out"):
