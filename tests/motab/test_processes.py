@@ -90,6 +90,7 @@ def train(folder, count, kind, accumulation, models=None, **sharding):
             assert all(isinstance(x, DTensor) for x in each.parameters())  # of each a process holds its part
         trainer.save_model()
         torch.distributed.barrier()  # the main process saves
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only that reads, in transformers 5.17
         model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.tensor(logged), {name: parameter.detach() for name, parameter in model.named_parameters()}
 
