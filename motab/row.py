@@ -217,7 +217,7 @@ class Row:
             prompt_ids=self.prompt_ids,
             token_ids=token_ids,
             author=[author for author, _ in self.target],
-            text=tokenizer.decode(token_ids, skip_special_tokens=True),
+            text=_readable(tokenizer, token_ids),
             steps=self.steps,
             breach_step=self.breach_step,
             rollback_step=self.rollback_step,
@@ -255,6 +255,14 @@ def _encode_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -
     if before and whole[: len(first)] == first:
         return whole[len(first) :]
     return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _readable(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    """The text without special tokens, except for thinking tags: by these an answer is told from the thinking."""
+    added = tokenizer.added_tokens_decoder
+    closing = _thinking_tags(tokenizer)
+    hidden = {token for token in added if added[token].special} - {*closing, *closing.values()}
+    return str(tokenizer.decode([token for token in token_ids if token not in hidden]))
 
 
 def _thinking_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:

@@ -139,3 +139,16 @@ def test_thinking_without_a_stitch(thinking_tokenizer):
     for token in (opening, 9, closing, 0):
         row.write(token, [None] * 7)
     assert row.trajectory(thinking_tokenizer).token_ids == [opening, 9, closing, 0]
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_the_text_keeps_its_thinking_tags(tokenizer, special):
+    """By which an answer is told from the thinking; other special tokens are not text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<think>", "</think>", "<x>"], special_tokens=special)
+    opening, closing, other = tokenizer.convert_tokens_to_ids(["<think>", "</think>", "<x>"])
+    row = Row(0, [1], 0, None, 9, [0])
+    for token in (opening, 7, closing, other, 8, 0):
+        row.write(token, [None] * len(STATISTICS))
+    a, b = tokenizer.convert_ids_to_tokens([7, 8])
+    assert row.trajectory(tokenizer).text.replace(" ", "") == f"<think>{a}</think>{'' if special else '<x>'}{b}"
