@@ -93,8 +93,8 @@ def chunked_divergence_loss(
 
     Args:
         student_hidden_states, teacher_hidden_states: (B, T, H), each with its own H.
-        student_lm_head_weight, teacher_lm_head_weight: (V, H). An FSDP2 shard is gathered; each is cast to the hidden
-            states' dtype, or autocast's.
+        student_lm_head_weight, teacher_lm_head_weight: (V, H). An FSDP2 shard is gathered, and gets the mean of the
+            processes' gradients; each is cast to the hidden states' dtype, or autocast's.
         completion_mask: (B, T), 0 where a position does not count.
         num_items_in_batch: what the sum is divided by; None: the number of positions in the mask.
     """
@@ -148,8 +148,16 @@ def entropy_sum(
 
 
 def _whole(x: Any) -> Any:
-    """A sharded parameter (FSDP2's DTensor) as a whole one."""
-    return x.full_tensor() if hasattr(x, "full_tensor") else x
+    """A parameter that FSDP2 shards (DTensor) as a whole one; its gradient is the mean over the processes."""
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    mesh = x.device_mesh
+    whole = x.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())
+    return whole
 
 
 PEER = "trl 1.16"

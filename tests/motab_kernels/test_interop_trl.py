@@ -1,7 +1,6 @@
 """TRL's losses on our ops: against float64 from their formulas, and against TRL where it is installed."""
 
 import contextlib
-import types
 from pathlib import Path
 
 import pytest
@@ -114,15 +113,6 @@ def test_trl_chunked_divergence_under_autocast():
     assert_same(ours, expected, rtol=5e-2, atol=1e-2)
     trl = peer("trl.trainer.distillation_trainer")._chunked_divergence_loss
     assert_same(ours, run(lambda *x: loss(trl, *x), hidden, weight), rtol=5e-2, atol=1e-2)
-
-
-def test_trl_gathers_a_sharded_head():
-    """FSDP2's DTensor, by the method that it is known by."""
-    hidden, weight, *teacher = heads()
-    arguments = (hidden[None], teacher[0][None], weight, teacher[1], torch.ones(1, N, device=DEVICE), 0.5)
-    shards = [types.SimpleNamespace(full_tensor=lambda x=x: x) for x in (weight, teacher[1])]
-    sharded = interop.trl.chunked_divergence_loss(*arguments[:2], *shards, *arguments[4:])
-    assert_same(sharded, interop.trl.chunked_divergence_loss(*arguments), rtol=0, atol=0)
 
 
 def test_trl_patched():

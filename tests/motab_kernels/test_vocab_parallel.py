@@ -16,6 +16,7 @@ import torch
 from divergence_cases import KINDS, every_kind, logits, options, relative_error
 
 import motab_kernels as mk
+from motab_kernels import interop
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.vocab_parallel import SlicedVocabulary
 
@@ -215,6 +216,23 @@ def compiled(group, rank, columns):
     return results
 
 
+def head_of_trl():
+    """Hidden states of each rank and a weight, of student and teacher."""
+    return [torch.randn(*shape, generator=torch.Generator().manual_seed(8)) for shape in ((2, 5, 6), (9, 6)) * 2]
+
+
+def sharded_head(group, rank, columns):
+    """Of TRL's loss: FSDP2's DTensor, on which the ranks' own positions depend."""
+    hidden, weight, teacher_hidden, teacher_weight = head_of_trl()
+    mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu")
+    shards = torch.distributed.tensor.distribute_tensor(weight, mesh, [torch.distributed.tensor.Shard(0)])
+    shards.requires_grad_()
+    of_rank = hidden[rank : rank + 1], teacher_hidden[rank : rank + 1]
+    loss, *_ = interop.trl.chunked_divergence_loss(*of_rank, shards, teacher_weight, torch.ones(1, 5), 0.5)
+    loss.backward()
+    return loss.detach(), shards.grad.full_tensor()
+
+
 def messages(group, rank, columns):
     """Of the errors; every rank must come out of every call."""
 
@@ -256,6 +274,7 @@ RANK_CALLS = {
         no_column,
         low_precision,
         compiled,
+        sharded_head,
         messages,
     )
 }
@@ -401,6 +420,19 @@ def test_low_precision_is_no_worse_than_eager(ranks):
 def test_compiles_in_one_graph(ranks):
     for found in ranks:
         torch.testing.assert_close(*found["compiled"])
+
+
+def test_a_sharded_head_gets_the_mean_gradient(ranks):
+    hidden, weight, teacher_hidden, teacher_weight = head_of_trl()
+    weight.requires_grad_()
+    losses = [
+        interop.trl.chunked_divergence_loss(x[None], y[None], weight, teacher_weight, torch.ones(1, 5), 0.5)[0]
+        for x, y in zip(hidden, teacher_hidden, strict=True)
+    ]
+    torch.stack(losses).mean().backward()
+    for rank, (loss, gradient) in enumerate(found["sharded_head"] for found in ranks):
+        close(loss, losses[rank].detach())
+        close(gradient, weight.grad)
 
 
 @pytest.mark.parametrize(
