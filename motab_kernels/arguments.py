@@ -11,7 +11,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import KERNEL_DTYPES
+from motab_kernels.backend import KERNEL_DTYPES, is_traced
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)
 
@@ -26,7 +26,7 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
         if value.dim() > 1 or not value.dtype.is_floating_point:
             got = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
-        if value.device.type != "cpu" or torch.compiler.is_compiling():
+        if value.device.type != "cpu" or is_traced(value):
             return
         if not ((value > minimum if strict else value >= minimum) & value.isfinite()).all():
             raise ValueError(f"{name}: expected finite values{bound}, got {value.tolist()}")
@@ -58,6 +58,15 @@ def check_place(name: str, parameter: Tensor, B: int, device: torch.device) -> N
     if parameter.device != device or parameter.shape not in ((), (B,)):
         got = f"shape {tuple(parameter.shape)} on {parameter.device}"
         raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
+
+
+def as_normal(x: Tensor) -> Tensor:
+    """A tensor that was made in inference mode as one that autograd can save, of the same memory."""
+    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
+        return x
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
+        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
+    )
 
 
 def check_logits(student: Tensor, teacher: Tensor) -> None:

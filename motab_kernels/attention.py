@@ -89,7 +89,8 @@ def ragged_attention(
     window, visible_length = check_settings(scale, window, softcap, visible_length, S, T)
     backend = choose_backend(backend, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    run = ragged_attention_op if is_traced(query, keys, lengths) else _ragged_attention
+    is_registered = is_traced(query, keys, values, lengths, page_table, sinks)
+    run = ragged_attention_op if is_registered else _ragged_attention
     query, keys, values = query.detach(), keys.detach(), values.detach()
     return run(query, keys, values, lengths, page_table, sinks, scale, window, softcap or 0.0, visible_length, backend)
 
@@ -115,7 +116,8 @@ def _ragged_attention(
         check_indices(lengths, page_table, keys, T, window, visible_length)
     settings = (scale, window, softcap)
     if backend == "torch":
-        reference.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
+        with torch.autocast(query.device.type, enabled=False):  # in float32
+            reference.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
     elif backend == "cpu":
         cpu.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
     else:

@@ -17,6 +17,7 @@ from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
 
 BACKENDS = ("torch", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+_PLAIN = {Tensor, torch.nn.Parameter, float, int, type(None)}
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
 
 
@@ -68,10 +69,16 @@ def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
-def is_traced(*tensors: Tensor) -> bool:
-    """Whether a call is traced, compiled or intercepted, so that it must go through the registered op."""
-    plain = all(type(x) is Tensor for x in tensors)
-    return not plain or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+def is_traced(*arguments: Any) -> bool:
+    """Whether a call is traced, compiled, transformed or intercepted, so that it must go through the registered op, and
+    no tensor that is made in it may outlive it. Arguments that are no tensors do not matter."""
+    return (
+        any(type(x) not in _PLAIN and isinstance(x, Tensor) for x in arguments)
+        or torch.compiler.is_compiling()
+        or is_in_torch_dispatch_mode()
+        or torch._C._functorch.maybe_current_level() is not None  # of torch.func
+        or torch.jit.is_tracing()
+    )
 
 
 @functools.cache

@@ -5,11 +5,13 @@ B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from motab_kernels.arguments import check_count, check_parameter, check_place, shared_columns, with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
@@ -149,22 +151,25 @@ def fused_kl_boundary(
         check_state(state, B, rule.window, device)
     elif backend != "cpu" or rule.window:  # C++ needs no state that is discarded
         state = boundary.new_state(B, device)
+    states = [] if state is None else [state.counters, state.scores, state.history]
+    # The overhead of a registered op is longer than the computation of one row on a CPU.
+    inputs = (student_logits, teacher_logits, token_ids, step_ends, temperature, rule.scale, rule.theta)
+    is_registered = is_traced(*inputs, *states, *(out or ()))
+    run = fused_kl_boundary_op if is_registered else _fused_kl_boundary
+    given = out
     if out is None:
-        out = _empty_output(token_ids)
+        out = _empty_output(token_ids, apart=is_registered)
     else:
         check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
-
-    # The overhead of a registered op is longer than the computation of one row on a CPU.
-    run = fused_kl_boundary_op if is_traced(student_logits, teacher_logits, token_ids) else _fused_kl_boundary
     run(
         student_logits.detach(),
         teacher_logits.detach(),
         token_ids,
         step_ends,
-        None if _is_one(temperature) else _parameter_tensor("temperature", temperature, B, device),
-        _parameter_tensor("the boundary's threshold", rule.scale, B, device),
-        None if rule.theta is None else _parameter_tensor("theta", rule.theta, B, device),
-        [] if state is None else [state.counters, state.scores, state.history],
+        None if _is_one(temperature) else _parameter_tensor("temperature", temperature, B, device, is_registered),
+        _parameter_tensor("the boundary's threshold", rule.scale, B, device, is_registered),
+        None if rule.theta is None else _parameter_tensor("theta", rule.theta, B, device, is_registered),
+        states,
         list(out),
         workspace,
         rule.score,
@@ -172,6 +177,8 @@ def fused_kl_boundary(
         V,
         backend,
     )
+    if not is_registered:  # autograd is to see that what it may have saved is written over
+        increment_version([*states, *(given or ())])
     return out
 
 
@@ -192,9 +199,11 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
     return torch.empty(math.prod(shape), dtype=torch.float32, device=device)
 
 
-def _empty_output(token_ids: Tensor) -> BoundaryOutput:
-    """The float32 tensors share one allocation, because each costs time."""
-    floats = torch.empty((8, *token_ids.shape), dtype=torch.float32, device=token_ids.device).unbind()
+def _empty_output(token_ids: Tensor, apart: bool) -> BoundaryOutput:
+    """The float32 tensors share one allocation, because each costs time, unless they are to be `apart`: compiled code
+    writes to all parts of one as if they were its first, where sizes are dynamic (torch 2.13)."""
+    new = functools.partial(torch.empty, dtype=torch.float32, device=token_ids.device)
+    floats = [new(token_ids.shape) for _ in range(8)] if apart else new((8, *token_ids.shape)).unbind()
     rank, argmax, stray = (torch.empty_like(token_ids, dtype=x, memory_format=torch.contiguous_format) for x in REST)
     return BoundaryOutput._make((*floats[:6], rank, argmax, *floats[6:], stray))
 
@@ -267,24 +276,23 @@ _constants: dict[tuple[float, torch.device, int], Tensor] = {}
 MOST_CONSTANTS = 4096
 
 
-def _parameter_tensor(name: str, value: float | Tensor, B: int, device: torch.device) -> Tensor:
-    """A parameter as a tensor on the device. A number is copied there once, and the copy kept."""
+def _parameter_tensor(name: str, value: float | Tensor, B: int, device: torch.device, is_traced: bool) -> Tensor:
+    """A parameter as a tensor on the device. A number is copied there once, and the copy kept; not that of a trace."""
     if isinstance(value, Tensor):
         check_place(name, value, B, device)
         return value.detach()
-    if torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if is_traced or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.full((), value, dtype=torch.float64, device=device)  # in the graph's own memory
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (float(value), device, stream)
-    if key not in _constants:
+    constant = _constants.get(key)
+    if constant is None:
         with torch.inference_mode(False):
             constant = torch.full((), value, dtype=torch.float64, device=device)
-        if type(constant) is not Tensor:  # a fake tensor, which must not outlive its mode
-            return constant
         if len(_constants) >= MOST_CONSTANTS:
             _constants.clear()
         _constants[key] = constant
-    return _constants[key]
+    return constant
 
 
 def _is_one(temperature: float | Tensor) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from motab_kernels.arguments import with_tokens
+from motab_kernels.arguments import as_normal, with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
@@ -126,8 +126,19 @@ def divergence_loss(
     if group is not None:
         V = columns_here(group, student_logits.shape[-1], teacher_logits.shape[-1], vocab_size, student_logits.device)
     name = "" if group is None else group.group_name
+    mask = None if mask is None else as_normal(mask)
     loss, _ = divergence_op(
-        student_logits, teacher_logits.detach(), mask, tau, kind, lam, V, inplace_backward, check_finite, backend, name
+        student_logits,
+        as_normal(teacher_logits.detach()),
+        mask,
+        tau,
+        kind,
+        lam,
+        V,
+        inplace_backward,
+        check_finite,
+        backend,
+        name,
     )
     if weights is not None:
         loss = weighted(loss, weights, mask)
@@ -136,7 +147,7 @@ def divergence_loss(
 
 def weighted(loss: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
     """loss * weights, and 0 where the weight is 0 or the mask False, whatever the loss or the weight there."""
-    weights = weights.detach().to(loss.dtype)
+    weights = as_normal(weights.detach()).to(loss.dtype)
     weights = weights if mask is None else weights.masked_fill(~mask, 0)
     # By the weight alone: a loss that rounds to 0 still has a gradient.
     return torch.where(weights == 0, 0.0, loss * weights)
@@ -260,6 +271,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    if getattr(ctx, "is_over", False):
+        raise ValueError(
+            "divergence_loss: expected one backward pass with inplace_backward, which writes over the logits, got "
+            "another one; leave inplace_backward off"
+        )
     student, teacher, mask, tau, saved = ctx.saved_tensors
     kind, lam, vocab_size, inplace, check_finite, backend, group = ctx.options
     refuse_second_derivative("divergence_loss")
@@ -267,11 +283,18 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     if is_traced(student, teacher, grad_loss):
         gradient = divergence_backward_op(*arguments)
     else:
-        # Rows of an expanded tensor share memory.
-        over = inplace and student.stride(-1) == 1 and not _overlaps(student)
+        # Rows of an expanded tensor share memory; so may both sides, as shifted views of one tensor.
+        over = inplace and student.stride(-1) == 1 and not _overlaps(student) and not _overlap(student, teacher)
+        ctx.is_over = over
         gradient = student.detach() if over else torch.empty_like(student, memory_format=torch.contiguous_format)
         write_gradient(*arguments, gradient)
     return (gradient, *(None,) * 10)
+
+
+def _overlap(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors share memory, but for views of the same elements."""
+    is_same = (x.data_ptr(), x.shape, x.stride(), x.dtype) == (y.data_ptr(), y.shape, y.stride(), y.dtype)
+    return not is_same and x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _overlaps(x: Tensor) -> bool:

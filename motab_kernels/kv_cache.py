@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from motab_kernels.backend import BACKENDS, choose_for_storages, triton_kernels
 from motab_kernels.cpu import kv_cache as cpu
@@ -127,6 +128,7 @@ def _realign_(
         return
     kernels = cpu if backend == "cpu" else triton_kernels("kv_cache", storages[0].device)
     kernels.realign_(storages, starts, lengths, width, clear_padding=clear_padding)
+    increment_version(storages)  # autograd is to see that what it may have saved is moved
 
 
 def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import check_count, shared_columns
+from motab_kernels.arguments import as_normal, check_count, shared_columns
 from motab_kernels.backend import choose_backend
 from motab_kernels.divergence import (
     divergence_forward,
@@ -123,7 +123,7 @@ def fused_linear_divergence(
     tau = temperature_tensor(temperature, leading[0], student_hidden.device)
     if tau is not None and tau.dim():
         tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
-    keep = None if mask is None else mask.reshape(-1).contiguous()
+    keep = None if mask is None else as_normal(mask).reshape(-1).contiguous()
     if chunk_size is None:
         chunk_size = chunk_size_for(student_weight, teacher_weight, student_softcap is not None)
     check_count("chunk_size", chunk_size)
@@ -132,8 +132,9 @@ def fused_linear_divergence(
         V = columns_here(group, *widths, vocab_size, student_hidden.device, chunk_size)
 
     tensors = (student_hidden.reshape(N, student_hidden.shape[-1]), student_weight, student_bias)
-    bias = None if teacher_bias is None else teacher_bias.detach()
-    others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), teacher_weight.detach(), bias)
+    bias = None if teacher_bias is None else as_normal(teacher_bias.detach())
+    teacher_hidden = as_normal(teacher_hidden.detach())
+    others = (teacher_hidden.reshape(N, teacher_hidden.shape[-1]), as_normal(teacher_weight.detach()), bias)
     factors = [student_logit_scale, student_softcap or 0.0], [teacher_logit_scale, teacher_softcap or 0.0]
     name = "" if group is None else group.group_name
     options = (*factors, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
@@ -328,6 +329,12 @@ def _setup_total(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
 
 def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("fused_linear_divergence")
+    if getattr(ctx, "is_handed_out", False) and not torch.compiler.is_compiling():
+        raise ValueError(
+            "fused_linear_divergence: expected one backward pass, which hands out the gradients in place, got another "
+            'one; call the op again, or take the sum of reduction="none"'
+        )
+    ctx.is_handed_out = True
     *gradients, unit = ctx.saved_tensors
     return _scaled(gradients, ctx.needs_input_grad, upstream * unit, ctx.dtype)
 
@@ -340,8 +347,10 @@ def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("fused_linear_divergence")
     needs = list(ctx.needs_input_grad[:3])
-    _, *gradients, unit = total_op(*ctx.saved_tensors, upstream.contiguous(), needs, *ctx.options)
-    _, weight, *_ = ctx.saved_tensors
+    tensors = ctx.saved_tensors  # once: checkpoints compute them for one look only
+    with torch.autocast(upstream.device.type, enabled=False):  # whatever the backward pass runs under
+        _, *gradients, unit = total_op(*tensors, upstream.contiguous(), needs, *ctx.options)
+    _, weight, *_ = tensors
     factor = unit if weight.dtype == torch.float16 else None
     return _scaled(gradients, ctx.needs_input_grad, factor, weight.dtype)
 

@@ -553,6 +553,43 @@ def test_compiles_whole(boundary):
         assert torch.equal(state.counters, expected_state.counters)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_code_that_is_compiled_for_any_size():
+    """By the default compiler, which lays out memory itself."""
+    compiled = torch.compile(lambda *x: mk.fused_kl_boundary(*x), fullgraph=True, dynamic=True)
+    for B, T in ((2, 4), (3, 5)):
+        inputs = random_inputs(B, T, 50)
+        assert_equal(compiled(*inputs), mk.fused_kl_boundary(*inputs))
+
+
+def test_buffers_that_are_written_again_are_not_what_autograd_saved(backend):
+    inputs = random_inputs(2, 3, 50)
+    state = mk.EntropyBoundary().new_state(2)
+    out = mk.fused_kl_boundary(*inputs, state=state, backend=backend)
+    x = torch.ones(2, 3, requires_grad=True)
+    losses = [(x * out.teacher_entropy).sum(), (x[:, :1] * state.scores[:, :1]).sum()]
+    mk.fused_kl_boundary(*random_inputs(2, 3, 50, seed=5), out=out, state=state, backend=backend)
+    for loss in losses:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_nothing_of_a_transform_outlives_it():
+    """Numbers are kept on their device between calls; those that a transform or a fake mode made are not."""
+    inputs = random_inputs(2, 3, 50)
+    boundary = mk.EntropyBoundary(0.2345, 1.2345)
+
+    def score(x):
+        return mk.fused_kl_boundary(*inputs, boundary=boundary).teacher_entropy.sum() * x
+
+    assert torch.func.grad(score)(torch.tensor(1.0)).isfinite()
+    expected = mk.fused_kl_boundary(*inputs, boundary=boundary)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(x) for x in inputs]
+        assert mk.fused_kl_boundary(*fakes, boundary=boundary).stray.shape == (2, 3)
+    assert_equal(mk.fused_kl_boundary(*inputs, boundary=boundary), expected)
+
+
 def test_a_trace_sees_the_op():
     """A plain call goes round it."""
 

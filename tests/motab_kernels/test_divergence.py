@@ -362,8 +362,35 @@ def test_inplace_backward(backend, kind, monkeypatch):
     loss.backward(retain_graph=True)
     assert torch.equal(head.detach().cpu(), gradient)
     assert torch.equal(leaf.grad.cpu(), gradient)
-    with pytest.raises(RuntimeError, match="inplace operation"):
+    with pytest.raises(ValueError, match="expected one backward pass with inplace_backward"):
         loss.backward()  # the logits are gone, and no second gradient can be wrong in silence
+
+
+def test_inplace_backward_leaves_logits_that_the_teacher_s_overlap(backend):
+    """A target network's logits as shifted views of the student's own."""
+    line = logits(2, 6, 40, seed=19)[0].to(DEVICE)
+    gradients = []
+    for inplace in (False, True):
+        leaf = line.clone().requires_grad_()
+        head = leaf * 1
+        mk.divergence_loss(head[:, 1:], head.detach()[:, :-1], inplace_backward=inplace, backend=backend).backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_what_was_made_in_inference_mode(backend, reduction):
+    student, teacher = (x.to(DEVICE) for x in logits(4, 3, 40, seed=20))
+    mask, weights = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(20)).to(DEVICE)
+    with torch.inference_mode():
+        made = [x.clone() for x in (teacher, mask > 0.2, weights)]
+    results = []
+    for other, keep, worth in ((teacher, mask > 0.2, weights), made):
+        leaf = student.clone().requires_grad_()
+        loss = mk.divergence_loss(leaf, other, mask=keep, weights=worth, reduction=reduction, backend=backend)
+        loss.sum().backward()
+        results.append((loss.detach(), leaf.grad))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_inplace_backward_leaves_logits_that_share_memory(backend):

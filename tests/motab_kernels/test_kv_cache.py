@@ -293,3 +293,13 @@ def test_a_static_cache_has_one_length():
 def test_numbers_go_to_the_device_that_is_named_whatever_the_default():
     with torch.device("meta"):
         assert on_device([3, 4], torch.device("cpu")).tolist() == [3, 4]
+
+
+@every_kernel
+def test_keys_that_autograd_has_saved_are_not_moved_in_silence(kernels):
+    cache = filled(DynamicCache())
+    leaf = torch.ones(4, requires_grad=True)
+    loss = (cache.layers[0].keys * leaf).sum()
+    mk.truncate_kv_cache_(cache, torch.tensor([5, 2, 3]), backend="cpu" if kernels == "cpu" else "triton")
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -1,8 +1,12 @@
 """`fused_linear_divergence` against `divergence_loss` of materialised logits, and against float64."""
 
+import contextlib
+import functools
+
 import pytest
 import torch
 from divergence_cases import every_kind, options, relative_error
+from torch.utils.checkpoint import checkpoint
 
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
@@ -145,8 +149,71 @@ def test_upstream_and_accumulation():
 def test_no_second_backward_pass_in_silence():
     loss, _ = fused(*heads())
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="inplace operation"):
+    with pytest.raises(ValueError, match="expected one backward pass, which hands out the gradients in place"):
         loss.backward()
+
+
+def leaves_of(student):
+    return [x.clone().requires_grad_() for x in student]
+
+
+def gradients_of(loss_of, student, around=contextlib.nullcontext):
+    """`around`: what the backward pass runs in."""
+    leaves = leaves_of(student)
+    loss = loss_of(*leaves)
+    with around():
+        loss.backward()
+    return [x.grad for x in leaves]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_checkpointed(reduction):
+    student, teacher = heads()
+
+    def loss(hidden, weight, bias):
+        return mk.fused_linear_divergence(
+            hidden, weight, *teacher[:2], student_bias=bias, reduction=reduction, chunk_size=3
+        ).sum()
+
+    for use_reentrant in (False, True):
+        found = gradients_of(lambda *x, way=use_reentrant: checkpoint(loss, *x, use_reentrant=way), student)
+        torch.testing.assert_close(found, gradients_of(loss, student), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_backward_pass_under_autocast_is_in_float32_too(reduction):
+    student, teacher = heads(dtype=torch.float32)
+
+    def loss(hidden, weight, bias):
+        return mk.fused_linear_divergence(hidden, weight, *teacher[:2], student_bias=bias, reduction=reduction).sum()
+
+    lower = functools.partial(torch.autocast, DEVICE, torch.bfloat16)
+    torch.testing.assert_close(gradients_of(loss, student, lower), gradients_of(loss, student), rtol=0, atol=0)
+
+
+def test_saved_tensors_that_are_kept_elsewhere_are_handed_out_once():
+    """Under hooks autograd does not see that they have changed."""
+    student, teacher = heads()
+    leaves = leaves_of(student)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        loss = mk.fused_linear_divergence(*leaves[:2], *teacher[:2], student_bias=leaves[2])
+    loss.backward(retain_graph=True)
+    with pytest.raises(ValueError, match="expected one backward pass"):
+        loss.backward()
+
+
+def test_a_teacher_in_inference_mode():
+    student, teacher = heads()
+    with torch.inference_mode():
+        made = [x.clone() for x in teacher]
+    for reduction in ("mean", "none"):
+
+        def loss(hidden, weight, bias, teacher, reduction=reduction):
+            options = {"student_bias": bias, "teacher_bias": teacher[2], "reduction": reduction}
+            return mk.fused_linear_divergence(hidden, weight, *teacher[:2], **options).sum()
+
+        found, expected = (gradients_of(functools.partial(loss, teacher=x), student) for x in (made, teacher))
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
