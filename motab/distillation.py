@@ -5,7 +5,9 @@ B rows, T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 
 import motab_kernels as mk
 from motab.dataset import IGNORED
-from motab.sharding import whole_head
+from motab.sharding import is_linear, whole_head
 
 BUDGET = 1 << 30  # bytes of logits, float32 copies and gradients held at a time
 
@@ -35,7 +37,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     `last_hidden_states` and ``output_hidden_states=True`` must give the same states.
     """
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:  # an adapter's head is more than its weight
+    if not is_linear(head):  # an adapter's head is more than its weight
         return False
     was_training = model.training
     with torch.no_grad():
@@ -49,22 +51,33 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         )
 
 
-def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
-    """(B, T, H), without keeping the states of other layers, keys or values."""
-    if not isinstance(model, PreTrainedModel):  # with adapters
-        return model(**inputs, use_cache=False, output_hidden_states=True).hidden_states[-1]
+@contextmanager
+def catching_hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """The last hidden states of each forward pass of the model, or of what wraps it. ``output_hidden_states`` would
+    keep those of all layers, of which accelerate makes float32 copies in mixed precision."""
     found: list[Tensor] = []
-    base = getattr(model, model.base_model_prefix)
+    inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # with adapters
+    base = getattr(inner, inner.base_model_prefix)
     hook = base.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
     try:
-        model(**inputs, use_cache=False, logits_to_keep=1)  # the whole model, as sharded weights need
+        yield found
     finally:
         hook.remove()
+
+
+def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
+    """(B, T, H), without keeping the states of other layers, keys or values."""
+    with catching_hidden_states(model) as found:
+        model(**inputs, use_cache=False, logits_to_keep=1)  # the whole model, as sharded weights need
     return found[0]
 
 
 def cross_entropy_from_head(
-    model: PreTrainedModel, hidden: Tensor, labels: Tensor, num_items: int | Tensor | None
+    model: PreTrainedModel,
+    hidden: Tensor,
+    labels: Tensor,
+    num_items: int | Tensor | None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
     ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
@@ -74,7 +87,7 @@ def cross_entropy_from_head(
 
     def part(hidden: Tensor, labels: Tensor) -> Tensor:
         logits = linear(hidden, head.weight, head.bias).float()
-        return cross_entropy(logits, labels, reduction="sum")
+        return cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
 
     # Logits, their float32, and the gradients of both.
     size = max(1, BUDGET // (len(head.weight) * (8 + 2 * head.weight.element_size())))

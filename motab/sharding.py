@@ -29,6 +29,17 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
         state.fsdp_plugin = plugin
 
 
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether a process has only its part of the weights: by FSDP2 or tensor parallelism."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def is_linear(head: Any) -> bool:
+    """Whether a module is a linear layer and no more; FSDP2 gives what it shards a class of its own."""
+    own = type(head).__bases__[-1] if _by_fsdp2(head) else type(head)
+    return own is torch.nn.Linear
+
+
 def whole_head(model: PreTrainedModel) -> Any:
     """The output embeddings, with their whole weights where the model is sharded, until `release` or the backward
     pass."""
@@ -46,9 +57,12 @@ def release_head(model: PreTrainedModel) -> None:
 
 def _shards(model: PreTrainedModel) -> Any:
     """The part of a sharded model to which the head belongs: one of its own, or the rest of the model."""
+    return next((module for module in (model.get_output_embeddings(), model) if _by_fsdp2(module)), None)
+
+
+def _by_fsdp2(module: Any) -> bool:
     if not torch.distributed.is_available():
-        return None
+        return False
     from torch.distributed.fsdp import FSDPModule
 
-    head = model.get_output_embeddings()
-    return next((module for module in (head, model) if isinstance(module, FSDPModule)), None)
+    return isinstance(module, FSDPModule)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
     Divergence,
+    catching_hidden_states,
     cross_entropy_from_head,
     has_plain_head,
     last_hidden_states,
@@ -26,7 +27,7 @@ from motab.policies import needs_student
 from motab.processes import Processes
 from motab.prompts import Prompt, end_tokens
 from motab.rollouts import Rollouts
-from motab.sharding import release_head, shard_frozen, uses_fsdp
+from motab.sharding import is_sharded, release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
@@ -114,8 +115,8 @@ class MotabTrainer(Trainer):
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
-    on the head), for those that DeepSpeed shards, and for cross-entropy with label smoothing or a router's loss. It is
-    the mean over all tokens of a step, however these are split into micro-batches and among processes.
+    on the head), for those that DeepSpeed shards, and for cross-entropy with a router's loss. It is the mean over all
+    tokens of a step, however these are split into micro-batches and among processes.
 
     The end tokens of the trajectories (with `Rollouts`, of both models) are added to the student's
     ``generation_config``, which is saved with it.
@@ -189,10 +190,15 @@ class MotabTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.teacher_model = teacher_model
-        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        by_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
         by_fsdp2 = self.accelerator.is_fsdp2
-        if is_sharded and self.rollouts is not None:
+        if by_pieces and self.rollouts is not None:
             raise ValueError("Rollouts need whole models, got sharded ones; use DDP, or write trajectories beforehand")
+        if teacher_model is not None and (getattr(teacher_model, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "teacher_model must be whole, got one that the processes share; load it without shared=True, and set "
+                "fsdp, which shards it"
+            )
         if self.is_fsdp_enabled and teacher_model is not None and not by_fsdp2:
             raise ValueError("a teacher needs version 2 of FSDP, got version 1; set version in fsdp_config to 2")
         if isinstance(dataset, Rollouts):
@@ -206,8 +212,13 @@ class MotabTrainer(Trainer):
             teacher_model.eval()
             if not by_fsdp2:
                 teacher_model.to(self.args.device)
-        # The main process decides: under FSDP the others may not have loaded any weights.
-        self.fuses_head = (by_fsdp2 or not is_sharded) and Processes().from_main(lambda: self._can_fuse_head(model))
+        self.fuses_head = (by_fsdp2 or not by_pieces) and self._can_fuse_head(model)
+        if self.label_smoother is not None and self.divergence is None and by_fsdp2 and not self.fuses_head:
+            # FSDP2 renames the model's class, by which transformers knows that labels are to be shifted.
+            raise ValueError(
+                f"label_smoothing_factor must be 0 under FSDP2 for {type(model).__name__}, whose logits are more than "
+                f"its head's, got {self.args.label_smoothing_factor}"
+            )
         if teacher_model is not None and by_fsdp2:
             shard_frozen(teacher_model, self.accelerator)
         if self.divergence is not None or self.fuses_head:
@@ -215,17 +226,36 @@ class MotabTrainer(Trainer):
 
     def _can_fuse_head(self, model: PreTrainedModel) -> bool:
         """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
+        models = [model]
         if self.divergence is not None:
             assert self.teacher_model is not None
-            return has_plain_head(model) and has_plain_head(self.teacher_model)
-        has_more = self.label_smoother is not None or getattr(model.config, "output_router_logits", False)
-        return not has_more and has_plain_head(model)
+            models.append(self.teacher_model)
+        elif getattr(model.config, "output_router_logits", False):
+            return False
+
+        def are_plain() -> bool:
+            return all([has_plain_head(each) for each in models])
+
+        # Under FSDP only the main process may have read weights; of models that are sharded already all have a part.
+        return are_plain() if any(map(is_sharded, models)) else Processes().from_main(are_plain)
 
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
         """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
             eval_dataset = _examples(eval_dataset, self.args)
         return super().get_eval_dataloader(eval_dataset)
+
+    def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
+        """Trainer's method; it may come before training, except under FSDP2."""
+        is_first = not self.accelerator._models
+        if is_first and self.accelerator.is_fsdp2:
+            raise ValueError("evaluate must follow train under FSDP2; to evaluate before it, set eval_on_start")
+        metrics = super().evaluate(*arguments, **settings)
+        if is_first:  # else a training by several processes would take the model for prepared, and share no gradient
+            for model in self.accelerator._models:
+                model._is_accelerate_prepared = False
+            self.accelerator._models.clear()
+        return metrics
 
     def predict(self, *arguments: Any, **settings: Any) -> Any:
         """Refused: Trainer's method returns the logits of every token, which are never held."""
@@ -244,10 +274,11 @@ class MotabTrainer(Trainer):
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Ignore the rows that accelerate repeats in an epoch's last batch to give every process equally many."""
-        state = self.accelerator.gradient_state
-        if state.end_of_dataloader and state.remainder > 0:
-            rows = len(batch["labels"])
-            batch["labels"][max(state.remainder - self.args.process_index * rows, 0) :] = IGNORED
+        rows = self._train_batch_size
+        # accelerate's own remainder is not there in an epoch that is resumed.
+        remainder = len(self.train_dataset) % (rows * self.accelerator.num_processes)
+        if self.accelerator.gradient_state.end_of_dataloader and remainder and not self.args.dataloader_drop_last:
+            batch["labels"][max(remainder - self.args.process_index * rows, 0) :] = IGNORED
         return batch
 
     def _write(self, batches: Sequence[list[Prompt]]) -> Iterator[dict[str, Tensor]]:
@@ -290,6 +321,8 @@ class MotabTrainer(Trainer):
     ) -> Any:
         if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            num_items_in_batch = None  # each batch's own mean
         labels = inputs["labels"]
         mask = labels[:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}
@@ -300,19 +333,32 @@ class MotabTrainer(Trainer):
                     teacher = last_hidden_states(self.teacher_model, **inputs)
                 else:
                     teacher = self.teacher_model(**inputs, use_cache=False).logits
-        without_logits: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if self.fuses_head else {}
-        student = model(**inputs, **without_logits)
         bare = self.accelerator.unwrap_model(model)
+        student, hidden = self._forward(model, bare, inputs)
         with self.accelerator.autocast():
             if self.divergence is None:
-                loss = cross_entropy_from_head(bare, student.hidden_states[-1], labels, num_items_in_batch)
+                smoothing = self.args.label_smoothing_factor
+                loss = cross_entropy_from_head(bare, hidden, labels, num_items_in_batch, smoothing)
             elif self.fuses_head:
-                hidden = student.hidden_states[-1], teacher
-                loss = loss_from_heads((bare, self.teacher_model), hidden, mask, self.divergence, num_items_in_batch)
+                models, states = (bare, self.teacher_model), (hidden, teacher)
+                loss = loss_from_heads(models, states, mask, self.divergence, num_items_in_batch)
             else:
                 loss = loss_from_logits((student.logits, teacher), mask, self.divergence, num_items_in_batch)
         if self.divergence is not None:
             release_head(self.teacher_model)
+        if self.fuses_head and not hidden.requires_grad and student.logits.requires_grad:
+            loss = loss + 0 * student.logits.sum()  # only the head is trained: FSDP2 looks at outputs with a gradient
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # since gradients are averaged over the processes
         return (loss, student) if return_outputs else loss
+
+    def _forward(self, model: Any, bare: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
+        """The student's output, and its last hidden states where these give the loss."""
+        if not self.fuses_head:
+            return model(**inputs), None
+        if self.args.torch_compile or self.accelerator.is_fsdp2:  # which look at the output alone
+            output = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+            return output, output.hidden_states[-1]
+        with catching_hidden_states(bare) as found:
+            output = model(**inputs, logits_to_keep=1)
+        return output, found[0]

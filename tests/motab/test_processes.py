@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from conftest import make_model, teacher, tokenizer
 from test_cli import TASK, TINY
 from test_synthesis import assert_same
-from test_trainer import config, softcapped_model, trajectory
+from test_trainer import StopAt, config, softcapped_model, trajectory
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -56,15 +56,23 @@ def qwen(seed):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen3", **sizes, **heads, pad_token_id=0)).eval()
 
 
+def only_head(seed):
+    """A model of which nothing else is trained."""
+    model = make_model(seed).requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    return model
+
+
 TRAININGS = {  # loss, student, teacher
     "cross_entropy": ("cross_entropy", make_model, None),
     "heads": ("jsd", make_model, qwen),
     "logits": ("reverse_kl", softcapped_model, make_model),
     "tied": ("forward_kl", qwen, make_model),
+    "only head": ("jsd", only_head, make_model),
 }
 
 
-def train(folder, count, kind, accumulation, models=None, **sharding):
+def train(folder, count, kind, accumulation, models=None, stop=None, resume=None, **sharding):
     """Four trajectories a step, three in the epoch's last: losses, norms of the gradients, weights."""
     loss_type, make_student, make_teacher = TRAININGS[kind]
     args = config(
@@ -77,13 +85,23 @@ def train(folder, count, kind, accumulation, models=None, **sharding):
         ignore_authors=["flawed"],
         optim="sgd",
         learning_rate=0.1,
+        label_smoothing_factor=0.1 if loss_type == "cross_entropy" else 0.0,
+        per_device_eval_batch_size=1,
+        eval_on_start=True,
+        save_strategy="steps" if stop else "no",
+        save_steps=2,
         **sharding,
     )
     models = models or (make_student(3).float(), make_teacher and make_teacher(4).float())
-    trainer = motab.MotabTrainer(*models, args, train_dataset=trajectories())
+    trainer = motab.MotabTrainer(*models, args, train_dataset=trajectories(), eval_dataset=trajectories()[:5])
     assert trainer.fuses_head == (kind != "logits")
-    trainer.train()
-    logged = [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
+    if stop:
+        trainer.add_callback(StopAt(stop))
+    if not sharding:
+        trainer.evaluate()  # after which a training is still one of both processes
+    trainer.train(resume_from_checkpoint=resume)
+    logged = [(entry["eval_loss"], 0.0) for entry in trainer.state.log_history if "eval_loss" in entry]
+    logged += [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.model
     if sharding:
         for each in filter(None, (model, trainer.teacher_model)):
@@ -93,6 +111,12 @@ def train(folder, count, kind, accumulation, models=None, **sharding):
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only that reads, in transformers 5.17
         model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.tensor(logged), {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def train_in_halves(folder, count):
+    """With an end within an epoch."""
+    train(folder, count, "heads", 2, stop=2)
+    return train(folder, count, "heads", 2, resume=True)
 
 
 def train_sharded(folder, count, rank):
@@ -210,6 +234,7 @@ def process_main(rank, count, folder):
     found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
     found["evaluation"] = measure(folder / f"answers by {count} in {rank}.jsonl")
     found |= {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
+    found["resumed"] = train_in_halves(folder / f"resumed by {count}", count)
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]
         torch.distributed.barrier()
@@ -287,6 +312,14 @@ def alone(folder):
 def test_training(ranks, alone, kind, accumulation):
     for found in ranks:
         torch.testing.assert_close(found[kind, accumulation], alone[kind, accumulation], rtol=1e-5, atol=1e-6)
+
+
+def test_a_training_that_is_resumed(ranks, alone):
+    """Weights, and what is logged after the halt."""
+    logged, weights = alone["heads", 2]
+    for found in (*ranks, alone):
+        again, same = found["resumed"]
+        torch.testing.assert_close((again[-4:], same), (logged[-4:], weights), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", [*TRAININGS, "read once"])

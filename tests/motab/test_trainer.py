@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 from conftest import make_model
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, TrainerCallback
 
 import motab
 import motab_kernels as mk
@@ -54,6 +54,39 @@ def test_loss_by_definition(tmp_path):
         trainer.train()
         logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
         assert logged == pytest.approx(total / count, rel=1e-3)
+
+
+def test_label_smoothing_by_definition(tmp_path):
+    """As transformers smooths, over the tokens of a whole step, and without full logits."""
+    model, size = make_model(3), 0.2
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for t in TRAJECTORIES:
+            ids = t.prompt_ids + t.token_ids
+            logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            for place in range(len(t.prompt_ids), len(ids)):
+                row = logprobs[place - 1]
+                total -= float((1 - size) * row[ids[place]] + size * row.mean())
+                count += 1
+    args = config(tmp_path, per_device_train_batch_size=2, max_steps=1, logging_steps=1, label_smoothing_factor=size)
+    trainer = motab.MotabTrainer(copy.deepcopy(model), args=args, train_dataset=TRAJECTORIES)
+    assert trainer.fuses_head
+    trainer.train()
+    logged = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert logged == pytest.approx(total / count, rel=1e-3)
+
+
+def test_no_layer_s_states_are_kept_in_mixed_precision(tmp_path, monkeypatch):
+    """accelerate makes float32 copies of all that a forward pass returns."""
+    returned = []
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda *args, **kw: returned.append(forward(*args, **kw)) or returned[-1]
+    )
+    args = config(tmp_path, loss_type="jsd", max_steps=1, bf16=True)
+    pair = [make_model(seed).float() for seed in (3, 4)]
+    motab.MotabTrainer(*pair, args, train_dataset=TRAJECTORIES).train()
+    assert [(x.hidden_states, x.logits.shape[1]) for x in returned[-2:]] == [(None, 1)] * 2
 
 
 def test_the_teacher_keeps_nothing_but_its_last_hidden_states(tmp_path):
