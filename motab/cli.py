@@ -70,7 +70,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written before or during training."""
-    from motab.models import load_model, load_tokenizer, with_lora
+    from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
     from motab.sharding import uses_fsdp
@@ -82,6 +82,8 @@ def train(arguments: list[str], console: Console) -> None:
     require(model_name_or_path=args.model_name_or_path)
     args.check_source()
     teacher_name = args.teacher_model_name_or_path
+    if config.loss_type != "cross_entropy" or (args.dataset_name and needs_teacher(args.make_policy())):
+        require(teacher_model_name_or_path=teacher_name)
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     data = args.train_file
     if args.dataset_name:
@@ -98,9 +100,12 @@ def train(arguments: list[str], console: Console) -> None:
         console.print(f"{folder}: already trained with these settings; remove it to train again")
         return
     loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
-    model = load_model(args.model_name_or_path, args.dtype, **loading)
-    if lora := args.lora():
-        model = with_lora(model, **lora)
+    if holds_adapters(args.model_name_or_path):
+        model = load_with_adapters(args.model_name_or_path, args.dtype, train_them=args.use_peft, **loading)
+    else:
+        model = load_model(args.model_name_or_path, args.dtype, **loading)
+        if lora := args.lora():
+            model = with_lora(model, **lora)
     teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
     held_out = args.eval_file or None
     if state.is_main_process:
@@ -275,7 +280,7 @@ def main(arguments: list[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # weights load in no time; the bars that matter are ours
     try:
         COMMANDS[arguments[0]](arguments[1:], Console())
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # as of a full disk, or a folder that is a file
         print(f"motab {arguments[0]}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -291,6 +291,11 @@ class TrainArguments(PolicyArguments, PromptArguments):
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
             raise ValueError(f"give either --train_file or --dataset_name (to write during training), got {got}")
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self) if entry.name.startswith("lora_")}
+        if not self.use_peft and (
+            of_lora := [f"--{name}" for name in defaults if getattr(self, name) != defaults[name]]
+        ):
+            raise ValueError(f"{', '.join(of_lora)} set adapters, which --use_peft trains; give it, or leave them out")
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
         writing += ["dataset_split", *_ROLLOUT_FLAGS]

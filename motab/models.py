@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from motab.processes import process_state
 
@@ -63,18 +64,46 @@ def _short(error: Exception) -> str:
     return text if len(text) <= 500 else text[:500] + "..."
 
 
+def load_with_adapters(folder: str, dtype: str = "auto", *, train_them: bool, **options: Any) -> PreTrainedModel:
+    """A model with the adapters of a folder, as `load_model` takes it, to be trained on: with `train_them` the adapters
+    go on, else they are merged into the weights, which are trained.
+
+    Raises:
+        ValueError: peft is not installed, or what `load_model` refuses.
+    """
+    peft = _peft()
+    base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, **options)
+    model = peft.PeftModel.from_pretrained(base, folder, is_trainable=train_them)
+    return model if train_them else model.merge_and_unload().requires_grad_(True)  # peft has frozen them
+
+
+def holds_adapters(name_or_path: str) -> bool:
+    """Whether a model's folder, or its place on the hub, holds adapters to another model."""
+    return find_adapter_config_file(name_or_path) is not None
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("adapters (LoRA) need the package peft: pip install peft") from error
+    return peft
+
+
 def with_lora(
     model: PreTrainedModel, r: int, alpha: int, dropout: float, target_modules: str | list[str]
 ) -> PreTrainedModel:
     """The model with low-rank adapters (LoRA), which alone are trained and saved; `load_model` loads them with it.
 
     Raises:
-        ValueError: peft is not installed, or settings that it refuses.
+        ValueError: peft is not installed, settings that it refuses, or a model that has adapters already, which would
+            not be saved.
     """
-    try:
-        import peft
-    except ImportError as error:
-        raise ValueError("use_peft needs the package peft: pip install peft") from error
+    peft = _peft()
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(
+            f"{type(model).__name__} has adapters already, which would be lost: load it with load_with_adapters"
+        )
     try:
         config = peft.LoraConfig(
             r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules, task_type="CAUSAL_LM"

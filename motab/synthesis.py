@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab.engine import PACE, SETTINGS, synthesize
 from motab.files import write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
+from motab.lock import Lock
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
@@ -55,7 +56,7 @@ def synthesize_to_file(
     Raises:
         ValueError: whatever `synthesize` refuses, and a file that was begun with other prompts, models or settings;
             ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may change. Nothing is written
-            then.
+            then. A file that another run is writing.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
@@ -75,11 +76,29 @@ def synthesize_to_file(
     }
     processes = Processes()
     shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
-    missing = processes.from_main(lambda: _begin(path, begun, encoded))
+    locks: list[Lock] = []
+
+    def begin() -> list[int]:
+        locks.append(Lock(path))  # the main process's, for all
+        try:
+            return _begin(path, begun, encoded)
+        except BaseException:
+            locks.pop().release()
+            raise
+
+    missing = processes.from_main(begin)
     if not shared:
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
-    return _write(path, here, processes, shared)
+    return _locked(locks, _write(path, here, processes, shared))
+
+
+def _locked(locks: list[Lock], trajectories: Iterator[Trajectory]) -> Iterator[Trajectory]:
+    try:
+        yield from trajectories
+    finally:
+        for lock in locks:
+            lock.release()
 
 
 def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared: bool) -> Iterator[Trajectory]:

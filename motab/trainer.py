@@ -153,7 +153,7 @@ class MotabTrainer(Trainer):
         processing_class: PreTrainedTokenizerBase | None = None,
         **kwargs: Any,
     ):
-        args = MotabConfig(output_dir="runs/train") if args is None else args
+        args = MotabConfig() if args is None else args
         _check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log

@@ -40,6 +40,7 @@ class MotabConfig(TrainingArguments):
             of the main one.
     """
 
+    output_dir: str = field(default="runs/train", metadata={"help": "Folder of the trained model."})
     learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(

@@ -83,6 +83,13 @@ class Trajectory:
     score: str | None = None
     by_token: bool = False
 
+    def __repr__(self) -> str:
+        start = self.text if len(self.text) <= 60 else self.text[:60] + "..."
+        return (
+            f"Trajectory(index={self.index}, {len(self.token_ids)} tokens, breach_step={self.breach_step}, "
+            f"rollback_step={self.rollback_step}, finish_reason={self.finish_reason!r}, text={start!r})"
+        )
+
     @property
     def rolled_back(self) -> int | None:
         """Steps, or tokens if these are judged, that were rolled back at the first breach; None without a breach."""

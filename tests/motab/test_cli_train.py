@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 import motab
 from motab.cli import main
 from motab.config import TrainArguments
-from motab.models import load_model
+from motab.models import load_model, with_lora
 from motab.parsing import parse
 from motab.resume import decisive_settings, last_checkpoint, record
 
@@ -109,6 +109,50 @@ def test_low_rank_adapters(training, tmp_path, capsys):
     assert main(["evaluate", *generate]) == 0
     assert main([*command, "--lora_target_modules", "nowhere", "--output_dir", str(tmp_path / "other")]) == 2
     assert "LoRA with r=4 on ['nowhere'] does not fit" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_are_trained_on(training, tmp_path):
+    """A second training begins where the first ended, whether the adapters go on or are merged; nothing is lost."""
+    command, path = training
+    tokens = torch.tensor([motab.read_trajectories(path)[0].token_ids])
+
+    def loss(folder):
+        with torch.no_grad():
+            return float(load_model(str(folder))(tokens, labels=tokens).loss)
+
+    assert main([*command, "--use_peft", "--learning_rate", "0.01"]) == 0
+    first = tmp_path / "model"
+    again = command.copy()
+    again[again.index(str(TINY / "student"))] = str(first)
+    assert abs(loss(first) - loss(TINY / "student")) > 0.1
+    for name, flags in (("adapters", ["--use_peft"]), ("merged", [])):
+        folder = tmp_path / name
+        assert main([*again, *flags, "--learning_rate", "1e-9", "--output_dir", str(folder)]) == 0
+        assert loss(folder) == pytest.approx(loss(first), rel=1e-4)
+        assert (folder / "adapter_config.json").exists() == (name == "adapters")
+        assert (folder / "model.safetensors").exists() == (name == "merged")
+    with pytest.raises(ValueError, match="has adapters already, which would be lost"):
+        with_lora(load_model(str(first)), 4, 8, 0.0, "all-linear")
+
+
+def test_settings_of_adapters_that_nobody_asked_for(training, capsys):
+    assert main([*training[0], "--lora_r", "4", "--lora_dropout", "0"]) == 2
+    assert "--lora_r, --lora_dropout set adapters, which --use_peft trains" in capsys.readouterr().err
+
+
+def test_a_teacher_that_is_missing_is_named_before_anything_is_loaded(capsys, monkeypatch):
+    monkeypatch.setattr("motab.models.load_tokenizer", None)
+    command = ["train", "--model_name_or_path", "nowhere", "--dataset_name", TASK]
+    for flags in ([], ["--policy", "on_policy", "--loss_type", "reverse_kl"]):
+        assert main([*command, *flags]) == 2
+        assert "give --teacher_model_name_or_path" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made(training, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert main([*training[0][:-1], str(tmp_path / "file" / "model")]) == 2
+    assert "motab train: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
 def test_what_the_trainer_cannot_do_here(training, capsys):

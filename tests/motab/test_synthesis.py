@@ -239,3 +239,33 @@ def test_a_setting_that_was_not_recorded(tmp_path, student, teacher, tokenizer, 
     settings.write_text(json.dumps(recorded))
     with pytest.raises(ValueError, match=r"begun with other settings .temperature: not set there, 1.0 now"):
         motab.synthesize_to_file(path, student, teacher, tokenizer, prompts[:2], policy=POLICY, **SETTINGS)
+
+
+HOLD = """
+import pathlib, sys
+from motab.lock import Lock
+lock = Lock(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+input()
+"""
+
+
+def test_a_file_is_written_by_one_process_at_a_time(tmp_path, student, teacher, tokenizer):
+    """The second would rename a file into the place of that to which the first appends."""
+    path = tmp_path / "t.jsonl"
+    command = [sys.executable, "-c", HOLD, str(path)]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+
+    def write():
+        return motab.synthesize_to_file(path, student, teacher, tokenizer, [[1], [2]], max_new_tokens=4)
+
+    with pytest.raises(ValueError, match=rf"is being written by another process \({other.pid}\)"):
+        write()
+    assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl.lock"]
+    other.communicate("\n")
+    unfinished = write()
+    next(unfinished)
+    assert len(list(write())) == 1  # this process's own lock does not stop it
+    unfinished.close()
+    assert {file.name for file in tmp_path.iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
