@@ -153,7 +153,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     shown = partial(watch, title="evaluate", console=console)
     result = measure(model, tokenizer, problems, watch=shown, **settings)
     if args.output_file and state.is_main_process:
-        write_whole(args.output_file, json.dumps(asdict(result)))
+        write_whole(args.output_file, json.dumps({**asdict(result), "settings": asdict(args)}, indent=1))
     passed = f"pass@{result.samples} {result.pass_at_k:.3f}, " if result.samples > 1 else ""
     console.print(
         f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "

@@ -226,7 +226,7 @@ class EvaluateArguments(PromptArguments, GenerationArguments):
     dataset_name: str = setting("", _DATASET)
     dataset_split: str = setting("test", "Split of the hub dataset.")
     num_samples: int = setting(1, "Answers per problem.")
-    output_file: str | None = setting(None, "JSON file for the results.")
+    output_file: str | None = setting(None, "JSON file for the results and these settings.")
     answers_file: str | None = setting(None, "JSONL file for the answers.")
 
 
