@@ -227,7 +227,9 @@ class EvaluateArguments(PromptArguments, GenerationArguments):
     dataset_split: str = setting("test", "Split of the hub dataset.")
     num_samples: int = setting(1, "Answers per problem.")
     output_file: str | None = setting(None, "JSON file for the results and these settings.")
-    answers_file: str | None = setting(None, "JSONL file for the answers.")
+    answers_file: str | None = setting(
+        None, "JSONL file for the answers; with it an evaluation that is interrupted goes on."
+    )
 
 
 #: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from motab.files import write_whole
 from motab.policies import OnPolicy
 from motab.processes import Processes
 from motab.prompts import PromptFormat
+from motab.synthesis import synthesize_to_file
 from motab.trajectory import Trajectory
+from motab.trajectory_file import settings_file, trajectories_in
 
 # Where a text without a box states its answer, best first; the last match of each counts.
 _STATED = (
@@ -153,13 +156,15 @@ def evaluate(
         prompt_format: how the problems are put to the model.
         answers_file: JSONL file to which the main process writes every answer at the end, in order:
             ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (their number).
+            Until then answers are kept in ``answers_file.unfinished``, as by `synthesize_to_file`: an evaluation that
+            is interrupted and started again goes on.
         watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
             `motab.progress.watch` does.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...
 
     Raises:
-        ValueError: no problems, problems without answers, several samples at temperature 0 (identical answers); all
-            before generation.
+        ValueError: no problems, problems without answers, several samples at temperature 0 (identical answers), an
+            unfinished file of another evaluation; all before generation.
     """
     if not problems:
         raise ValueError("evaluate needs at least one problem, got none")
@@ -168,21 +173,40 @@ def evaluate(
         raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
     prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(samples)]
     options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
-    texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
     processes = Processes()
-    first, end = (len(problems) * index // processes.count for index in (processes.index, processes.index + 1))
-    if processes.count > 1:  # every process has checked all prompts
-        share = prompts[first * samples : end * samples]
-        texts = synthesize(model, None, tokenizer, share, indices=range(first * samples, end * samples), **options)
+    place = processes.from_main(lambda: None if answers_file is None else str(answers_file))
+    first, end = (
+        samples * (len(problems) * index // processes.count) for index in (processes.index, processes.index + 1)
+    )
+    if place is None:
+        texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
+        missing = end - first
+        if processes.count > 1:  # every process has checked all prompts
+            texts = synthesize(model, None, tokenizer, prompts[first:end], indices=range(first, end), **options)
+    else:
+        begun = Path(f"{place}.unfinished")
+        texts = synthesize_to_file(begun, model, None, tokenizer, prompts, **options)
+        with begun.open("rb") as there:
+            missing = -(-(len(prompts) - sum(1 for _ in there)) // processes.count)
     if watch is not None:
-        texts = watch(texts, (end - first) * samples)
-    keep_text = answers_file is not None
+        texts = watch(texts, missing)
+    keep_text = place is not None
+    if place is not None:
+        for _ in texts:
+            pass
+        texts = islice(trajectories_in(begun), first, end)
     graded = [_graded(trajectory, problems, samples, tokenizer, keep_text) for trajectory in texts]
     answers = [answer for part in processes.gather(graded) for answer in part]
-    if answers_file is not None:
+    if place is not None:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
-        processes.from_main(lambda: write_whole(answers_file, lines))
+        processes.from_main(lambda: _finish(Path(place), begun, lines))
     return _summary(answers, len(problems), samples)
+
+
+def _finish(path: Path, begun: Path, lines: str) -> None:
+    write_whole(path, lines)
+    begun.unlink()
+    settings_file(begun).unlink()
 
 
 def _graded(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import motab
 from motab import evaluation
 from motab.data import Problem, load_problems
 from motab.evaluation import evaluate, is_correct, stated_answer
@@ -109,12 +110,13 @@ def test_figures_and_answers(monkeypatch, tmp_path, student, tokenizer):
         for index, answer in enumerate(answers):
             reason = "length" if index == 4 else "eos"
             text = f"\\boxed{{{answer}}} é\u2028"
-            yield SimpleNamespace(index=index, prompt_ids=[], token_ids=[1] * index, text=text, finish_reason=reason)
+            ids = [1] * index
+            yield motab.Trajectory(index, [], ids, ["student"] * index, text, [], None, None, reason)
 
-    monkeypatch.setattr(evaluation, "synthesize", fake)
+    monkeypatch.setattr("motab.synthesis.synthesize", fake)
     path = tmp_path / "answers" / "a.jsonl"
     settings = {"samples": 2, "temperature": 1.0, "answers_file": path}
-    result = evaluate(student, tokenizer, [Problem("?", "1", {})] * 4, **settings)
+    result = evaluate(student, tokenizer, [Problem("a", "1", {})] * 4, **settings)
     assert result.correct == (1.0, 0.5, 0.0, 1.0)
     assert result.accuracy == 0.625
     deviations = [0.375, 0.125, 0.625, 0.375]
@@ -162,6 +164,38 @@ def test_problems_are_put_as_asked(student, tokenizer, monkeypatch):
     monkeypatch.setattr(evaluation, "synthesize", spy)
     evaluate(student, tokenizer, [Problem("a", "1", {})], max_new_tokens=1, prompt_format=PromptFormat(suffix="b"))
     assert asked == [(["ab"], 0.6)]
+
+
+def test_an_evaluation_that_is_interrupted_goes_on(tmp_path, student, tokenizer):
+    problems = [Problem(text, "1", {}) for text in ("ab.", "c,a", "b", "a")]
+    settings = {"samples": 2, "max_new_tokens": 9, "batch_size": 2}
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    expected = evaluate(student, tokenizer, problems, answers_file=whole, **settings)
+
+    def stop(trajectories, total):
+        assert total == 8
+        for count, trajectory in enumerate(trajectories, 1):
+            yield trajectory
+            if count == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(student, tokenizer, problems, answers_file=cut, watch=stop, **settings)
+    assert not cut.exists()
+    with pytest.raises(ValueError, match=r"cut.jsonl.unfinished was begun with other settings \(temperature"):
+        evaluate(student, tokenizer, problems, answers_file=cut, temperature=0.9, **settings)
+    written = []
+
+    def noting(trajectories, total):
+        for trajectory in trajectories:
+            written.append((trajectory.index, total))
+            yield trajectory
+
+    assert evaluate(student, tokenizer, problems, answers_file=cut, watch=noting, **settings) == expected
+    assert len(written) == 5
+    assert {total for _, total in written} == {5}
+    assert cut.read_bytes() == whole.read_bytes()
+    assert {file.name for file in tmp_path.iterdir()} == {"whole.jsonl", "cut.jsonl"}
 
 
 def test_a_real_model_runs_out_of_budget(student, tokenizer):
