@@ -21,11 +21,12 @@ SANITIZERS = {
     "asan": ["-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "tsan": ["-pthread", "-fsanitize=thread"],
 }
-# A fork's child has one thread and no sanitizer; the other starts processes that load the library as it was installed.
+# A fork's child has one thread and no sanitizer; another starts processes that load the library as it was installed;
+# a preloaded AddressSanitizer does not know the exceptions that torch itself throws.
 TESTS = [
     *(str(HERE / f"test_{name}.py") for name in ("cpu", "attention", "kv_cache")),
     "-k",
-    "not forked and not missing and not gpu",
+    "not forked and not missing and not gpu and not autograd_has_saved",
 ]
 
 
