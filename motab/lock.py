@@ -21,9 +21,22 @@ class Lock:
     def __init__(self, path: Path):
         self.place = path.with_name(path.name + ".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.place.open("a+", encoding="utf-8")
+        while True:
+            self.file = self.place.open("a+", encoding="utf-8")
+            if not self._takes(path):
+                return
+            # A former holder may have removed the file between its opening and the lock: that of nobody else then.
+            if self.place.exists() and os.path.samestat(os.fstat(self.file.fileno()), self.place.stat()):
+                break
+            self.file.close()
+        self.file.truncate(0)
+        self.file.write(str(os.getpid()))
+        self.file.flush()
+
+    def _takes(self, path: Path) -> bool:
+        """Lock the open file; False where there are no locks, or where this process has it already."""
         if fcntl is None:
-            return
+            return False
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -34,12 +47,10 @@ class Lock:
                 raise ValueError(
                     f"{path} is being written by another process ({holder}); wait for it to end, or give another path"
                 ) from error
-            return
+            return False
         except OSError:  # a file system without locks
-            return
-        self.file.truncate(0)
-        self.file.write(str(os.getpid()))
-        self.file.flush()
+            return False
+        return True
 
     def release(self) -> None:
         if hasattr(self, "file") and not self.file.closed:

@@ -41,8 +41,8 @@ def is_linear(head: Any) -> bool:
 
 
 def whole_head(model: PreTrainedModel) -> Any:
-    """The output embeddings, with their whole weights where the model is sharded, until `release` or the backward
-    pass."""
+    """The output embeddings, with their whole weights where the model is sharded, until `release_head` or the
+    backward pass."""
     head = model.get_output_embeddings()
     if shards := _shards(model):
         shards.unshard()

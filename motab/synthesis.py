@@ -54,9 +54,9 @@ def synthesize_to_file(
         settings: as for `synthesize`.
 
     Raises:
-        ValueError: whatever `synthesize` refuses, and a file that was begun with other prompts, models or settings;
-            ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may change. Nothing is written
-            then. A file that another run is writing.
+        ValueError: whatever `synthesize` refuses, a file that another run is writing, and one that was begun with other
+            prompts, models or settings; ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may
+            change. Nothing is written then.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy

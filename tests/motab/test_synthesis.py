@@ -1,6 +1,7 @@
 """A run killed at any moment and started again ends with the same trajectories."""
 
 import copy
+import fcntl
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import time
 import pytest
 
 import motab
+from motab.lock import Lock
 
 FOLDER = pathlib.Path(__file__).parent
 SETTINGS = {"max_new_tokens": 30, "batch_size": 2, "block_size": 4, "temperature": 1.0, "seed": 3}
@@ -22,6 +24,7 @@ RUN = """
 import sys
 import conftest, test_synthesis as here
 import motab
+from motab.lock import Lock
 tokenizer = conftest.tokenizer.__wrapped__()
 student = conftest.make_model(1).float()
 teacher = conftest.teacher.__wrapped__(conftest.make_model(1)).float()
@@ -269,3 +272,20 @@ def test_a_file_is_written_by_one_process_at_a_time(tmp_path, student, teacher, 
     assert len(list(write())) == 1  # this process's own lock does not stop it
     unfinished.close()
     assert {file.name for file in tmp_path.iterdir()} == {"t.jsonl", "t.jsonl.settings.json"}
+
+
+def test_a_lock_whose_file_its_last_holder_removes_is_none(tmp_path, monkeypatch):
+    """Between opening the file and locking it: another process would lock a new file of that name."""
+    path, flock, calls = tmp_path / "t.jsonl", fcntl.flock, []
+
+    def late(file, kind):
+        calls.append(file)
+        if len(calls) == 1:
+            path.with_name("t.jsonl.lock").unlink()
+        flock(file, kind)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    lock = Lock(path)
+    assert len(calls) == 2
+    assert path.with_name("t.jsonl.lock").read_text() == str(os.getpid())
+    lock.release()
