@@ -32,6 +32,7 @@ _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green
 
 def synthesize(arguments: list[str], console: Console) -> None:
     """Write trajectories."""
+    from motab.evaluation import check_answers, grade
     from motab.models import load_model, load_tokenizer
     from motab.progress import watch
     from motab.synthesis import synthesize_to_file
@@ -46,6 +47,8 @@ def synthesize(arguments: list[str], console: Console) -> None:
     require(dataset_name=args.dataset_name, **names)
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
+    if args.grade:
+        check_answers(problems)
     tokenizer = load_tokenizer(*names.values())
     problems = args.short_enough(problems, tokenizer)
     student, teacher = (
@@ -56,7 +59,10 @@ def synthesize(arguments: list[str], console: Console) -> None:
     )
     prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
-    found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **args.generation())
+    graded = (lambda t, place: grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
+    found = synthesize_to_file(
+        path, student, teacher, tokenizer, prompts, policy=policy, grade=graded, **args.generation()
+    )
     if state.is_main_process:
         tokenizer.save_pretrained(args.output_dir)
     with path.open("rb") as lines:
@@ -70,6 +76,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written before or during training."""
+    from motab.evaluation import check_answers, grade
     from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
     from motab.processes import Processes
     from motab.resume import decisive_settings, last_checkpoint, record
@@ -89,8 +96,11 @@ def train(arguments: list[str], console: Console) -> None:
     if args.dataset_name:
         prompt_format = args.prompt_format()
         problems = args.load(args.dataset_name, args.dataset_split or "train")
+        if args.grade:
+            check_answers(problems)
         problems = args.short_enough(problems, tokenizer)
-        data = args.rollouts([prompt_format.render(tokenizer, problem) for problem in problems])
+        prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
+        data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
     last, finished = config.resume_from_checkpoint, False
@@ -189,7 +199,7 @@ def export(arguments: list[str], console: Console) -> None:
     if Path(args.output_file).resolve() == args.file.resolve():
         raise ValueError(f"--output_file must not be the trajectories' own file, got {args.output_file!r}")
     _warn_of_unfinished("export", args.file)
-    dataset = TrajectoryDataset(args.file, args.ignore_authors, args.max_length)
+    dataset = TrajectoryDataset(args.file, args.ignore_authors, args.max_length, args.only_correct)
     datasets.disable_progress_bars()  # for a second's work
     if not len(dataset):
         raise ValueError(f"{args.file} holds no trajectory yet")
@@ -232,6 +242,8 @@ def show(arguments: list[str], console: Console) -> None:
     for author, text in trajectory.segments(tokenizer.decode):
         console.print(Text(text, style=_STYLES[author]), end="")
     console.print()
+    if trajectory.correct is not None:
+        console.print(f"the answer is {'right' if trajectory.correct else 'wrong'}")
     digits = "{:.0f}".format if trajectory.score == "teacher_rank" else _digits
     for place, step in enumerate(trajectory.steps):
         where = f"token {step.start}" if trajectory.by_token else f"step {place}"

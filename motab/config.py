@@ -18,7 +18,7 @@ from motab.parsing import require, require_file, setting
 from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import Prompt, PromptFormat, short_enough
 from motab.rollouts import Rollouts
-from motab.trajectory import AUTHORS
+from motab.trajectory import AUTHORS, Grade
 from motab.yaml_values import load_yaml
 
 #: Settings of policies with another name as a flag: --top_k is a setting of sampling.
@@ -205,6 +205,9 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
     dataset_split: str = setting("train", "Split of the hub dataset.")
     output_dir: str = setting("runs/synthesize", "Folder for trajectories.jsonl.")
     num_samples: int = setting(1, "Trajectories per question.")
+    grade: bool = setting(
+        False, "Grade each trajectory by the answer to its problem, for motab report and motab train --only_correct."
+    )
     share_teacher: bool = setting(
         False, "Split one teacher among all processes (tensor parallel), which then write together."
     )
@@ -269,6 +272,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
     max_cached_tokens: int | None = _unset(
         "Rollouts: tokens that the key-value cache of each model holds.", "what free memory holds"
     )
+    grade: bool | None = _unset("Rollouts: grade each by the answer to its problem; the log has the share.", False)
     dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
     teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
     use_peft: bool = setting(False, "Train low-rank adapters (LoRA) instead of the weights; needs the package peft.")
@@ -300,7 +304,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
             raise ValueError(f"{', '.join(of_lora)} set adapters, which --use_peft trains; give it, or leave them out")
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-        writing += ["dataset_split", *_ROLLOUT_FLAGS]
+        writing += ["dataset_split", "grade", *_ROLLOUT_FLAGS]
         given = [f"--{name}" for name in writing if getattr(self, name) is not None]
         if self.train_file and given:
             raise ValueError(
@@ -323,10 +327,10 @@ class TrainArguments(PolicyArguments, PromptArguments):
             "target_modules": "all-linear" if modules == ["all-linear"] else modules,  # a name that peft knows
         }
 
-    def rollouts(self, prompts: Sequence[Prompt]) -> Rollouts:
+    def rollouts(self, prompts: Sequence[Prompt], grade: Grade | None = None) -> Rollouts:
         """The `Rollouts` of these settings."""
         given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
-        return Rollouts(prompts, self.make_policy(), **given)
+        return Rollouts(prompts, self.make_policy(), grade=grade, **given)
 
 
 @dataclass
@@ -364,3 +368,4 @@ class ExportArguments(FileArguments):
         default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
+    only_correct: bool = setting(False, "Leave out trajectories with a wrong answer; needs motab synthesize --grade.")

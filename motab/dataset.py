@@ -28,13 +28,14 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
             left out.
         ignore_authors: whose tokens are not trained on ("student", "flawed", "stitch", "teacher").
         max_length: leave out, with one warning, trajectories of more tokens, prompt and target together.
+        only_correct: leave out trajectories that do not answer their problem; all must have been graded.
 
     Attributes:
         end_tokens: the end tokens of the trajectories that did not run out of budget.
 
     Raises:
         ValueError: an unknown author, or all authors; a line that is not a trajectory; a trajectory whose tokens and
-            authors differ in number; no trajectory within ``max_length``.
+            authors differ in number; one that was not graded, with ``only_correct``; no trajectory is left.
     """
 
     def __init__(
@@ -42,8 +43,9 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         trajectories: Iterable[Trajectory] | str | Path,
         ignore_authors: str | Sequence[str] = (),
         max_length: int | None = None,
+        only_correct: bool = False,
     ):
-        ignored, longer = frozenset(ignored_authors(ignore_authors)), 0
+        ignored, longer, wrong = frozenset(ignored_authors(ignore_authors)), 0, 0
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, target only
@@ -53,18 +55,28 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
             if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
                 longer += 1
                 continue
+            if only_correct and t.correct is None:
+                raise ValueError(
+                    f"only_correct needs graded trajectories, got trajectory {t.index} without a grade; run its motab "
+                    "synthesize again with --grade, which grades those that are written"
+                )
+            if only_correct and not t.correct:
+                wrong += 1
+                continue
             if t.finish_reason == "eos":
                 self.end_tokens.add(t.token_ids[-1])
             self.ids.append(np.array(t.prompt_ids + t.token_ids, dtype=np.int32))
             self.trained.append(np.array([author not in ignored for author in t.author], dtype=np.bool_))
-        if longer and not self.ids:
-            raise ValueError(f"all {longer} trajectories have more than max_length {max_length} tokens; raise it")
-        if longer and process_state().is_main_process:
-            warnings.warn(
-                f"{longer} of {longer + len(self.ids)} trajectories have more than max_length {max_length} tokens and "
-                "are left out",
-                stacklevel=2,
-            )
+        of = f"of {longer + wrong + len(self.ids)} trajectories"
+        reasons = {
+            f"{longer} {of} have more than max_length {max_length} tokens": longer,
+            f"{wrong} {of} do not answer their problem": wrong,
+        }
+        if left_out := " and ".join(reason for reason, count in reasons.items() if count):
+            if not self.ids:
+                raise ValueError(f"{left_out}: none is left; raise max_length, or drop only_correct")
+            if process_state().is_main_process:
+                warnings.warn(f"{left_out}; they are left out", stacklevel=2)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -92,7 +92,7 @@ def check_answers(problems: Sequence[Problem]) -> None:
     """
     if lacking := [row for row, problem in enumerate(problems) if problem.answer is None]:
         raise ValueError(
-            f"evaluate needs an answer to each problem, a text in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
+            f"grading needs an answer to each problem, a text in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
             f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows in total; leave them out, or give another "
             "answer_column"
         )
@@ -131,6 +131,12 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
     answers = [] if stated is None else [f"\\boxed{{{stated.strip('* ')}}}"]
     answers += [] if finish_reason == "length" else [answer]
     return any(math_verify.verify(gold, math_verify.parse(each)) for each in answers)
+
+
+def grade(trajectory: Trajectory, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a trajectory answers the problem that its prompt puts, see `is_correct`."""
+    thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+    return is_correct(trajectory.text, problem, finish_reason=trajectory.finish_reason, thinking=thinking)
 
 
 def evaluate(
@@ -218,15 +224,12 @@ def _graded(
 ) -> dict[str, Any]:
     """One answer as a line of ``answers_file`` holds it."""
     index, sample = divmod(trajectory.index, samples)
-    text, reason = trajectory.text, trajectory.finish_reason
-    thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
-    correct = is_correct(text, problems[index], finish_reason=reason, thinking=thinking)
     return {
         "index": index,
         "sample": sample,
-        "text": text if keep_text else None,
-        "correct": correct,
-        "finish_reason": reason,
+        "text": trajectory.text if keep_text else None,
+        "correct": grade(trajectory, problems[index], tokenizer),
+        "finish_reason": trajectory.finish_reason,
         "tokens": len(trajectory.token_ids),
     }
 

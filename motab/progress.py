@@ -1,4 +1,4 @@
-"""Progress over trajectories, with tokens per second, breach rate and mean rollback: a bar, or lines of a log."""
+"""Progress over trajectories, with their figures so far: a bar, or lines of a log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def watch(
         TextColumn("{task.fields[figures]}"),
     )
     began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
-    logged = began
+    logged, grades = began, list[bool]()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
@@ -35,9 +35,13 @@ def watch(
             if trajectory.rolled_back is not None:
                 breaches += 1
                 rolled_back += trajectory.rolled_back
+            if trajectory.correct is not None:
+                grades.append(trajectory.correct)
             figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
             if breaches:
                 figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"
+            if grades:
+                figures += f"  right {sum(grades) / len(grades):.0%}"
             progress.update(task, advance=1, figures=figures)
             if not console.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()

@@ -18,7 +18,7 @@ FILE = "motab_training.json"
 #: Arguments that decide the outcome of a training. The number of trajectories per step is another; logging, saving and
 #: speed are not.
 DECISIVE = (
-    *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length"),
+    *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length", "only_correct"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),

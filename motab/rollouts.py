@@ -11,11 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab.engine import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
 from motab.prompts import Prompt, encode_prompts
-from motab.trajectory import Trajectory
+from motab.trajectory import Grade, Trajectory
 
 
 @dataclass(frozen=True)
-class Rollouts(Dataset[Prompt]):
+class Rollouts(Dataset[int]):
     """Prompts that `MotabTrainer` takes instead of trajectories that are already written.
 
     Before each optimizer step the student, as it is then, and the teacher write one trajectory for each of the step's
@@ -27,6 +27,8 @@ class Rollouts(Dataset[Prompt]):
         policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
             max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
             more than the prompts of one device and step has no effect.
+        grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
+            ``correct``, and the share is logged.
     """
 
     prompts: Sequence[Prompt]
@@ -40,6 +42,7 @@ class Rollouts(Dataset[Prompt]):
     min_p: float | None = None
     torch_compile: bool = False
     max_cached_tokens: int | None = None
+    grade: Grade | None = None
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -47,8 +50,8 @@ class Rollouts(Dataset[Prompt]):
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def __getitem__(self, index: int) -> Prompt:
-        return self.prompts[index]
+    def __getitem__(self, index: int) -> int:
+        return index  # a trajectory is graded by the place of its prompt
 
     def check_prompts(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
         """Check all prompts before generation begins.
@@ -63,21 +66,26 @@ class Rollouts(Dataset[Prompt]):
         student: PreTrainedModel,
         teacher: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: Sequence[Prompt],
+        places: Sequence[int],
         *,
         seed: int,
         first_index: int,
     ) -> list[Trajectory]:
-        """One trajectory per prompt, written with the student in evaluation mode.
+        """One trajectory for each of these places in `prompts`, written with the student in evaluation mode.
 
         Raises:
             ValueError: all that `synthesize` refuses.
         """
         settings = {name: getattr(self, name) for name in SETTINGS if name != "seed"}
-        settings |= {"seed": seed, "indices": range(first_index, first_index + len(prompts))}
+        settings |= {"seed": seed, "indices": range(first_index, first_index + len(places))}
+        prompts = [self.prompts[place] for place in places]
         was_training = student.training
         student.eval()
         try:
-            return list(synthesize(student, teacher, tokenizer, prompts, policy=self.policy, **settings))
+            written = list(synthesize(student, teacher, tokenizer, prompts, policy=self.policy, **settings))
         finally:
             student.train(was_training)
+        if self.grade is not None:
+            for trajectory, place in zip(written, places, strict=True):
+                trajectory.correct = self.grade(trajectory, place)
+        return written

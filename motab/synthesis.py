@@ -19,8 +19,8 @@ from motab.lock import Lock
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
-from motab.trajectory import Trajectory
-from motab.trajectory_file import settings_file, whole_index
+from motab.trajectory import Grade, Trajectory
+from motab.trajectory_file import grade_rest, settings_file, whole_trajectory
 
 
 def synthesize_to_file(
@@ -31,6 +31,7 @@ def synthesize_to_file(
     prompts: Sequence[Prompt],
     *,
     policy: Policy | None = None,
+    grade: Grade | None = None,
     **settings: Any,
 ) -> Iterator[Trajectory]:
     """Write each trajectory of `synthesize` as a line of ``path`` as soon as it is finished, and yield it; at the end
@@ -51,6 +52,8 @@ def synthesize_to_file(
 
     Args:
         path: the file, visible to every process; ``path.settings.json`` beside it holds the settings it was begun with.
+        grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
+            ``correct``. Trajectories that the file holds already without a grade are graded too.
         settings: as for `synthesize`.
 
     Raises:
@@ -81,7 +84,7 @@ def synthesize_to_file(
     def begin() -> list[int]:
         locks.append(Lock(path))  # the main process's, for all
         try:
-            return _begin(path, begun, encoded)
+            return _begin(path, begun, encoded, grade)
         except BaseException:
             locks.pop().release()
             raise
@@ -90,7 +93,7 @@ def synthesize_to_file(
     if not shared:
         missing = missing[processes.index :: processes.count]
     here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
-    return _locked(locks, _write(path, here, processes, shared))
+    return _locked(locks, _write(path, here, grade, processes, shared))
 
 
 def _locked(locks: list[Lock], trajectories: Iterator[Trajectory]) -> Iterator[Trajectory]:
@@ -101,7 +104,9 @@ def _locked(locks: list[Lock], trajectories: Iterator[Trajectory]) -> Iterator[T
             lock.release()
 
 
-def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared: bool) -> Iterator[Trajectory]:
+def _write(
+    path: Path, here: Iterator[Trajectory], grade: Grade | None, processes: Processes, shared: bool
+) -> Iterator[Trajectory]:
     if processes.index > 0 and shared:
         for _ in here:
             pass
@@ -110,6 +115,7 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a", encoding="utf-8") as file:
             for trajectory in here:
+                trajectory.correct = grade and grade(trajectory, trajectory.index)
                 file.write(trajectory.to_json() + "\n")
                 file.flush()
                 yield trajectory
@@ -119,7 +125,7 @@ def _write(path: Path, here: Iterator[Trajectory], processes: Processes, shared:
     processes.wait()
 
 
-def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[int]:
+def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]], grade: Grade | None) -> list[int]:
     """Begin a file or continue it; return the indices of the missing trajectories."""
     beside = settings_file(path)
     begun = json.loads(json.dumps(begun))
@@ -140,6 +146,8 @@ def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]]) -> list[
         write_whole(beside, json.dumps(begun, indent=1))
         path.touch()
     written = _bring_in_order(path)
+    if grade is not None:
+        grade_rest(path, grade)
     return [index for index in range(len(prompts)) if index not in written]
 
 
@@ -158,8 +166,8 @@ def _bring_in_order(path: Path) -> set[int]:
         begin = 0
         with file.open("rb") as content:
             for number, line in enumerate(content, 1):
-                if (index := whole_index(line)) is not None:
-                    lines[index] = _Line(file, begin, len(line))
+                if (trajectory := whole_trajectory(line)) is not None:
+                    lines[trajectory.index] = _Line(file, begin, len(line))
                 elif line.endswith(b"\n"):
                     damaged.append(f"{number} of {file}")
                 begin += len(line)

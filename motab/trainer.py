@@ -25,7 +25,7 @@ from motab.distillation import (
 from motab.models import load_model
 from motab.policies import needs_student
 from motab.processes import Processes
-from motab.prompts import Prompt, end_tokens
+from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
 from motab.sharding import is_sharded, release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
@@ -39,7 +39,7 @@ Trajectories = Sequence[Trajectory] | str | Path
 def _examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
     """The trajectories as the trainer takes them; anything else is refused."""
     source = data if isinstance(data, str | Path) else _looked_at(data)
-    return TrajectoryDataset(source, args.ignore_authors, args.max_length)
+    return TrajectoryDataset(source, args.ignore_authors, args.max_length, args.only_correct)
 
 
 def _looked_at(data: Any) -> Iterator[Trajectory]:
@@ -79,6 +79,8 @@ def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: 
         )
     if processing_class is None:
         raise ValueError("Rollouts need the tokenizer; give processing_class")
+    if args.only_correct:
+        raise ValueError("only_correct applies to finished trajectories, got Rollouts, which are all trained on")
     if args.max_length is not None:
         raise ValueError(
             f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
@@ -96,7 +98,7 @@ def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
-    """A padded batch of trajectories, or a list of prompts."""
+    """A padded batch of trajectories, or a list of places of prompts."""
     return collate(examples) if isinstance(examples[0], dict) else examples
 
 
@@ -281,15 +283,15 @@ class MotabTrainer(Trainer):
             batch["labels"][max(remainder - self.args.process_index * rows, 0) :] = IGNORED
         return batch
 
-    def _write(self, batches: Sequence[list[Prompt]]) -> Iterator[dict[str, Tensor]]:
+    def _write(self, batches: Sequence[list[int]]) -> Iterator[dict[str, Tensor]]:
         assert self.rollouts is not None
-        prompts = [prompt for batch in batches for prompt in batch]
+        places = [place for batch in batches for place in batch]
         # No index is used twice, by any process: each trajectory has its own random numbers.
         step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
         writers = (self.model, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
-            trajectories = self.rollouts.write(*writers, prompts, seed=self.args.seed, first_index=place)
+            trajectories = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
         self.written += trajectories
         if self.args.save_rollouts and self.is_world_process_zero():
             self._save_rollouts(trajectories, place)

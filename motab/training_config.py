@@ -35,6 +35,8 @@ class MotabConfig(TrainingArguments):
             they stay in the context. The paper trains on all.
         max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
             ``max_new_tokens`` instead.
+        only_correct: leave out trajectories that do not answer their problem (`Trajectory.correct`); all must have been
+            graded. The paper trains on all.
         save_rollouts: keep the trajectories of `Rollouts` in ``output_dir/rollouts/trajectories.jsonl`` as they are
             written, with the tokenizer beside it, for ``motab show`` and ``motab report``; with several processes those
             of the main one.
@@ -80,6 +82,10 @@ class MotabConfig(TrainingArguments):
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
+    only_correct: bool = field(
+        default=False,
+        metadata={"help": "Leave out trajectories with a wrong answer; needs those of motab synthesize --grade."},
+    )
     save_rollouts: bool = field(
         default=False,
         metadata={"help": "Keep what is written during training in OUTPUT_DIR/rollouts, for motab show and report."},

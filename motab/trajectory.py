@@ -13,6 +13,7 @@ from motab.judgement import SCORES
 T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]
 Decode = Callable[[list[int]], str]  # token ids to text, such as a tokenizer's `decode`
+Grade = Callable[["Trajectory", int], bool]  # whether a trajectory answers its problem; the place of its prompt
 AUTHORS: tuple[Author, ...] = get_args(Author)
 STATISTICS = (
     "forward_kl",
@@ -68,6 +69,7 @@ class Trajectory:
             or ``"value_ratio"``, safe when high, ``"forward_kl"`` or ``"teacher_rank"``, safe when low. None if nothing
             was judged or the file does not name it.
         by_token: whether single tokens were judged instead of steps.
+        correct: whether the target answers its problem; None if it was not graded.
     """
 
     index: int
@@ -82,6 +84,7 @@ class Trajectory:
     statistics: dict[str, list[float | None]] = field(default_factory=dict)
     score: str | None = None
     by_token: bool = False
+    correct: bool | None = None
 
     def __repr__(self) -> str:
         start = self.text if len(self.text) <= 60 else self.text[:60] + "..."

@@ -6,9 +6,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from motab.files import whole_path
+from motab.files import whole_file, whole_path
 from motab.judgement import agrees
-from motab.trajectory import Trajectory
+from motab.trajectory import Grade, Trajectory
 
 
 def read_trajectories(path: str | Path) -> list[Trajectory]:
@@ -96,14 +96,25 @@ def unfinished(path: str | Path) -> str | None:
     return None
 
 
-def whole_index(line: bytes) -> int | None:
-    """The index of the trajectory on a line; None if the line is damaged or incomplete."""
+def whole_trajectory(line: bytes) -> Trajectory | None:
+    """The trajectory on a line; None if the line is damaged or incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:
-        return Trajectory.from_json(line.decode("utf-8")).index
+        return Trajectory.from_json(line.decode("utf-8"))
     except ValueError:
         return None
+
+
+def grade_rest(path: str | Path, grade: Grade) -> None:
+    """Grade those trajectories of a file that are not."""
+    if all(trajectory.correct is not None for trajectory in trajectories_in(path)):
+        return
+    with whole_file(path) as graded:
+        for trajectory in trajectories_in(path):
+            if trajectory.correct is None:
+                trajectory.correct = grade(trajectory, trajectory.index)
+            graded.write(trajectory.to_json() + "\n")
 
 
 def cut_from(path: str | Path, index: int) -> None:
@@ -113,6 +124,6 @@ def cut_from(path: str | Path, index: int) -> None:
         if path.exists():
             with path.open("rb") as lines:
                 for line in lines:
-                    found = whole_index(line)
-                    if found is not None and found < index:
+                    found = whole_trajectory(line)
+                    if found is not None and found.index < index:
                         kept.write(line)

@@ -205,7 +205,7 @@ def test_problems_without_an_answer(last, named, tmp_path, capsys, monkeypatch):
     command = ["evaluate", "--model_name_or_path", str(TINY / "student"), "--dataset_name", str(path)]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert "evaluate needs an answer to each problem, a text in a column answer or" in error
+    assert "grading needs an answer to each problem, a text in a column answer or" in error
     assert f"got none in {named} rows in total" in error
 
 

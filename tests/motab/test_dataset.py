@@ -59,9 +59,9 @@ def test_tokens_and_authors_that_differ_in_number():
 def test_trajectories_that_are_too_long():
     """Of 7 and 3 tokens."""
     assert len(TrajectoryDataset(TRAJECTORIES, max_length=7)) == 2
-    with pytest.warns(UserWarning, match="1 of 2 trajectories have more than max_length 6 tokens and are left out"):
+    with pytest.warns(UserWarning, match="1 of 2 trajectories have more than max_length 6 tokens; they are left out"):
         assert list(TrajectoryDataset(TRAJECTORIES, max_length=6)) == [TrajectoryDataset(TRAJECTORIES)[1]]
-    with pytest.raises(ValueError, match="all 2 trajectories have more than max_length 2 tokens; raise it"):
+    with pytest.raises(ValueError, match="2 of 2 trajectories have more than max_length 2 tokens: none is left; raise"):
         TrajectoryDataset(TRAJECTORIES, max_length=2)
 
 
