@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
+from motab import evaluation
 from motab.config import (
     EvaluateArguments,
     ExportArguments,
@@ -21,9 +24,22 @@ from motab.config import (
     SynthesizeArguments,
     TrainArguments,
 )
+from motab.dataset import TrajectoryDataset
+from motab.demo import DemoArguments, run
+from motab.export import check_output_file, export_dataset
+from motab.files import write_whole
 from motab.judgement import is_unbounded, label
+from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
 from motab.parsing import parse, require
 from motab.policies import needs_student, needs_teacher
+from motab.processes import Processes, process_state
+from motab.progress import watch
+from motab.report import write_report
+from motab.resume import decisive_settings, last_checkpoint, record
+from motab.sharding import uses_fsdp
+from motab.synthesis import synthesize_to_file
+from motab.trainer import MotabTrainer
+from motab.training_config import MotabConfig
 from motab.trajectory_file import check_trajectories, read_some_trajectories, unfinished
 
 _MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model
@@ -32,11 +48,6 @@ _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green
 
 def synthesize(arguments: list[str], console: Console) -> None:
     """Write trajectories."""
-    from motab.evaluation import check_answers, grade
-    from motab.models import load_model, load_tokenizer
-    from motab.progress import watch
-    from motab.synthesis import synthesize_to_file
-
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
     policy, names = args.make_policy(), {}
@@ -48,7 +59,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     if args.grade:
-        check_answers(problems)
+        evaluation.check_answers(problems)
     tokenizer = load_tokenizer(*names.values())
     problems = args.short_enough(problems, tokenizer)
     student, teacher = (
@@ -59,7 +70,9 @@ def synthesize(arguments: list[str], console: Console) -> None:
     )
     prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
-    graded = (lambda t, place: grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
+    graded = (
+        (lambda t, place: evaluation.grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
+    )
     found = synthesize_to_file(
         path, student, teacher, tokenizer, prompts, policy=policy, grade=graded, **args.generation()
     )
@@ -76,14 +89,6 @@ def synthesize(arguments: list[str], console: Console) -> None:
 
 def train(arguments: list[str], console: Console) -> None:
     """Train on trajectories, written before or during training."""
-    from motab.evaluation import check_answers, grade
-    from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
-    from motab.processes import Processes
-    from motab.resume import decisive_settings, last_checkpoint, record
-    from motab.sharding import uses_fsdp
-    from motab.trainer import MotabTrainer
-    from motab.training_config import MotabConfig
-
     args, config = parse((TrainArguments, MotabConfig), arguments, "train")
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path)
@@ -97,10 +102,12 @@ def train(arguments: list[str], console: Console) -> None:
         prompt_format = args.prompt_format()
         problems = args.load(args.dataset_name, args.dataset_split or "train")
         if args.grade:
-            check_answers(problems)
+            evaluation.check_answers(problems)
         problems = args.short_enough(problems, tokenizer)
         prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
-        data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
+        data = args.rollouts(
+            prompts, (lambda t, place: evaluation.grade(t, problems[place], tokenizer)) if args.grade else None
+        )
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
     last, finished = config.resume_from_checkpoint, False
@@ -136,21 +143,12 @@ def train(arguments: list[str], console: Console) -> None:
 
 def evaluate(arguments: list[str], console: Console) -> None:
     """Measure accuracy."""
-    from dataclasses import asdict
-    from functools import partial
-
-    from motab.evaluation import check_answers
-    from motab.evaluation import evaluate as measure
-    from motab.files import write_whole
-    from motab.models import load_model, load_tokenizer
-    from motab.progress import watch
-
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
-    check_answers(problems)
+    evaluation.check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = args.short_enough(problems, tokenizer)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
@@ -161,7 +159,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
         **args.generation(),
     }
     shown = partial(watch, title="evaluate", console=console)
-    result = measure(model, tokenizer, problems, watch=shown, **settings)
+    result = evaluation.evaluate(model, tokenizer, problems, watch=shown, **settings)
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps({**asdict(result), "settings": asdict(args)}, indent=1))
     passed = f"pass@{result.samples} {result.pass_at_k:.3f}, " if result.samples > 1 else ""
@@ -179,8 +177,6 @@ def evaluate(arguments: list[str], console: Console) -> None:
 
 def _state(console: Console) -> PartialState:
     """accelerate's state of this process; silences the console in all but the main process."""
-    from motab.processes import process_state
-
     state = process_state()
     console.quiet = not state.is_main_process
     return state
@@ -189,9 +185,6 @@ def _state(console: Console) -> PartialState:
 def export(arguments: list[str], console: Console) -> None:
     """Write trajectories for another trainer."""
     import datasets
-
-    from motab.dataset import TrajectoryDataset
-    from motab.export import check_output_file, export_dataset
 
     args: ExportArguments = parse(ExportArguments, arguments, "export")
     require(output_file=args.output_file)
@@ -217,9 +210,6 @@ def verify(arguments: list[str], console: Console) -> None:
 
 def report(arguments: list[str], console: Console) -> None:
     """Draw a synthesis."""
-    from motab.models import load_tokenizer
-    from motab.report import write_report
-
     args: FileArguments = parse(FileArguments, arguments, "report")
     trajectories = read_some_trajectories(args.file)
     _warn_of_unfinished("report", args.file)
@@ -230,8 +220,6 @@ def report(arguments: list[str], console: Console) -> None:
 
 def show(arguments: list[str], console: Console) -> None:
     """Print one trajectory, coloured by author."""
-    from motab.models import load_tokenizer
-
     args: ShowArguments = parse(ShowArguments, arguments, "show")
     trajectories = {trajectory.index: trajectory for trajectory in read_some_trajectories(args.file)}
     if args.index not in trajectories:
@@ -270,8 +258,6 @@ def _warn_of_unfinished(command: str, *paths: str | Path) -> None:
 
 def demo(arguments: list[str], console: Console) -> None:
     """Run the whole method on the tiny pair."""
-    from motab.demo import DemoArguments, run
-
     run(parse(DemoArguments, arguments, "demo"), console)
 
 

@@ -100,9 +100,8 @@ class PolicyArguments:
         None, "adaswitch: the teacher takes over above this multiple of the recent mean divergence. (required)"
     )
     window: int | None = setting(None, "adaswitch: tokens averaged over. (required)")
-    words: list[str] | None = field(
-        default=None,
-        metadata={"help": f"relay_opd: words with which a teacher reflects. (default: {' '.join(RelayOPD.words)})"},
+    words: list[str] | None = setting(
+        None, f"relay_opd: words with which a teacher reflects. (default: {' '.join(RelayOPD.words)})"
     )
     student_top_k: int | None = _unset(
         "relay_opd: the teacher takes over if the word is not among the student's k likeliest tokens.",
@@ -127,10 +126,8 @@ class PolicyArguments:
             raise ValueError(f"policy must be one of {', '.join(POLICIES)}, got {policy!r}")
         kind = POLICIES[policy]
         own = {_FLAG.get(entry.name, entry.name): entry for entry in dataclasses.fields(kind)}
-        names = {entry.name for each in POLICIES.values() for entry in dataclasses.fields(each)}
-        settings = {_FLAG.get(name, name) for name in names}
-        given: dict[str, Any] = {name: value for name, value in vars(self).items() if name in settings}
-        given = {name: value for name, value in given.items() if value is not None}
+        settings = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(PolicyArguments)}
+        given = {name: value for name, value in settings.items() if name != "policy" and value is not None}
         if foreign := [name for name in given if name not in own]:
             raise ValueError(
                 f"--policy {policy} has no {', '.join(foreign)}; it takes {', '.join(own) or 'no settings'}"
@@ -159,9 +156,8 @@ class PromptArguments:
     )
     system_prompt: str | None = setting(None, "System message.")
     prompt_suffix: str | None = setting(None, "Text after each question, for example how to state the answer.")
-    chat_template_kwargs: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={"help": "Arguments of the chat template, in JSON or YAML: '{\"enable_thinking\": false}'."},
+    chat_template_kwargs: dict[str, Any] | str | None = setting(
+        None, "Arguments of the chat template, in JSON or YAML: '{\"enable_thinking\": false}'."
     )
 
     def load(self, dataset_name: str, split: str) -> list[Problem]:
@@ -230,9 +226,7 @@ class EvaluateArguments(PromptArguments, GenerationArguments):
     dataset_split: str = setting("test", "Split of the hub dataset.")
     num_samples: int = setting(1, "Answers per problem.")
     output_file: str | None = setting(None, "JSON file for the results and these settings.")
-    answers_file: str | None = setting(
-        None, "JSONL file for the answers; with it an evaluation that is interrupted goes on."
-    )
+    answers_file: str | None = setting(None, "JSONL file for the answers; with it an interrupted evaluation resumes.")
 
 
 #: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.
@@ -279,9 +273,8 @@ class TrainArguments(PolicyArguments, PromptArguments):
     lora_r: int = setting(16, "LoRA: rank.")
     lora_alpha: int = setting(32, "LoRA: scale of the adapters, over the rank.")
     lora_dropout: float = setting(0.05, "LoRA: dropout.")
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={"help": "LoRA: names of the modules to adapt. (default: all linear layers but the head)"},
+    lora_target_modules: list[str] | None = setting(
+        None, "LoRA: names of the modules to adapt. (default: all linear layers but the head)"
     )
     attn_implementation: str | None = setting(None, _ATTENTION)
 
@@ -308,7 +301,7 @@ class TrainArguments(PolicyArguments, PromptArguments):
         given = [f"--{name}" for name in writing if getattr(self, name) is not None]
         if self.train_file and given:
             raise ValueError(
-                f"--train_file is trained on as it was written, got {', '.join(given)} besides: leave them out, or "
+                f"--train_file takes no settings of writing, got {', '.join(given)}: leave them out, or "
                 "give --dataset_name instead of --train_file to write during training"
             )
         for name in ("train_file", "eval_file"):

@@ -120,7 +120,7 @@ def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[d
             rows = datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f"{name!r} is neither a file here nor a dataset that the hub gives with split {split!r}: {error}"
+                f"{name!r} is neither a local file nor a dataset of the hub with split {split!r}: {error}"
             ) from error
         return list(rows.column_names), list(rows)
     if path.suffix not in _READERS:

@@ -100,12 +100,12 @@ class Engine:
                 self.automaton = delimiter_automaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
             self.automaton_state = torch.zeros(batch_size, dtype=torch.long, device=self.device)
             self.state = rules.boundary.new_state(batch_size, self.device)
-            judged = (self.automaton_state, *self._boundary_state())
+            judged = (self.automaton_state, *self.state.tensors)
             if rules.reflection:
                 ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
                 self.is_reflection = self._table(ids)
         self.admission = Admission(
-            self.prompts,
+            indices,
             self._new_row,
             [writer for writer in (self.student, self.teacher) if writer is not None],
             judged,
@@ -133,9 +133,6 @@ class Engine:
             done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
             while done and (expected[0] in done or not in_order):
                 yield done.pop(expected.popleft() if in_order else min(done))
-
-    def _boundary_state(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.state.counters, self.state.scores, self.state.history
 
     def _begin_turns(self, slots: list[int]) -> None:
         """Reset the judgement of rows whose next turn begins."""
@@ -209,11 +206,11 @@ class Engine:
         keeps."""
         assert self.rules is not None
         tokens = torch.where(draft.valid, draft.tokens, PADDING)
-        state = mk.BoundaryState.of(*(x[index] for x in self._boundary_state()))
+        state = mk.BoundaryState.of(*(x[index] for x in self.state.tensors))
         out = mk.fused_kl_boundary(
             draft.logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
         )
-        for x, part in zip(self._boundary_state(), (state.counters, state.scores, state.history), strict=True):
+        for x, part in zip(self.state.tensors, state.tensors, strict=True):
             x.index_copy_(0, index, part)
         strays = out.stray
         if self.rules.reflection:

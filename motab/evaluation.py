@@ -163,7 +163,7 @@ def evaluate(
         answers_file: JSONL file to which the main process writes every answer at the end, in order:
             ``index`` of the problem, ``sample``, ``text``, ``correct``, ``finish_reason``, ``tokens`` (their number).
             Until then answers are kept in ``answers_file.unfinished``, as by `synthesize_to_file`: an evaluation that
-            is interrupted and started again goes on.
+            is interrupted resumes when it is started again.
         watch: called with the trajectories that this process writes, as they come, and their number; returns them, as
             `motab.progress.watch` does.
         settings: as for `motab.synthesize`: ``max_new_tokens``, ``batch_size``, ``top_p``, ``seed`` ...

@@ -93,7 +93,7 @@ def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str)
 
 
 def _config_file(arguments: list[str]) -> str | None:
-    for place, argument in enumerate(arguments):
+    for place, argument in reversed([*enumerate(arguments)]):  # argparse too takes the last
         if argument == "--config" and place + 1 < len(arguments):
             return arguments[place + 1]
         if argument.startswith("--config="):
@@ -154,7 +154,7 @@ def _unknown_flags(rest: list[str], known: list[str], command: str) -> str:
     if not flags:
         return f"no flag takes {', '.join(map(repr, rest))}; quote a text with spaces, or see motab {command} --help"
     names = ", ".join(_with_nearest(flag, [f"--{name}" for name in known]) for flag in flags)
-    return f"there is no {names}; see motab {command} --help"
+    return f"unknown flag {names}; see motab {command} --help"
 
 
 def _with_nearest(name: str, known: Iterable[str]) -> str:
@@ -171,4 +171,4 @@ def require(**settings: str) -> None:
 def require_file(path: str, name: str, source: str) -> None:
     """Refuse a missing file, and say where such a file comes from."""
     if not Path(path).is_file():
-        raise ValueError(f"--{name} must name a file that is there, got {path!r}; {source}")
+        raise ValueError(f"--{name} must name an existing file, got {path!r}; {source}")

@@ -30,7 +30,7 @@ class Rules:
         max_tokens: the policy's own budget, if less than that of the run.
     """
 
-    boundary: mk.EntropyBoundary | mk.FixedBoundary | mk.MovingAverageBoundary
+    boundary: mk.Boundary
     delimiter: str | None
     backtrack: Backtrack = "breach"
     stitch: str | None = None

@@ -48,7 +48,9 @@ class Sampling:
             )
         top_k = 0 if self.top_k is None else self.top_k
         if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
-            raise ValueError(f"top_k must be an integer of at least 1, or None for all tokens, got {self.top_k!r}")
+            raise ValueError(
+                f"top_k must be an integer of at least 0, where 0 and None stand for all tokens, got {self.top_k!r}"
+            )
         if not 0 <= (self.min_p or 0) <= 1:
             raise ValueError(f"min_p must lie in 0 to 1, or be None for all tokens, got {self.min_p}")
         if not 0 < self.top_p <= 1:

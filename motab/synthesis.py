@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.engine import PACE, SETTINGS, synthesize
-from motab.files import write_whole
+from motab.files import whole_path, write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.lock import Lock
 from motab.policies import MotabPolicy, Policy
@@ -180,10 +180,8 @@ def _bring_in_order(path: Path) -> set[int]:
     own = [index for index, line in lines.items() if line.path == path]
     size = sum(lines[index].length for index in own)
     if len(files) > 1 or size != path.stat().st_size or any(a > b for a, b in pairwise(own)):
-        temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("wb") as out:
+        with whole_path(path) as temporary, temporary.open("wb") as out:
             _copy([lines[index] for index in sorted(lines)], out)
-        temporary.replace(path)
         shutil.rmtree(_parts(path), ignore_errors=True)
     return set(lines)
 

@@ -64,8 +64,8 @@ def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: 
         raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
     if teacher_model is not None and not by_divergence and not has_rollouts:
         raise ValueError(
-            "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model "
-            "besides; leave it out, or set loss_type to a divergence such as forward_kl"
+            "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model; "
+            "leave it out, or set loss_type to a divergence such as forward_kl"
         )
     if args.save_rollouts and not has_rollouts:
         raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")

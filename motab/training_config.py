@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from transformers import TrainingArguments
 
+from motab.parsing import setting
 from motab.trajectory import AUTHORS, ignored_authors
 
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
@@ -42,9 +43,9 @@ class MotabConfig(TrainingArguments):
             of the main one.
     """
 
-    output_dir: str = field(default="runs/train", metadata={"help": "Folder of the trained model."})
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "Learning rate schedule."})
+    output_dir: str = setting("runs/train", "Folder of the trained model.")
+    learning_rate: float = setting(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "Learning rate schedule.")
     lr_scheduler_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -52,43 +53,31 @@ class MotabConfig(TrainingArguments):
             "the learning rate if less)"
         },
     )
-    num_train_epochs: float = field(default=6.0, metadata={"help": "Passes over the trajectories or prompts."})
-    logging_steps: float = field(
-        default=10, metadata={"help": "Steps between entries of the log; below 1, as a share of the run."}
+    num_train_epochs: float = setting(6.0, "Passes over the trajectories or prompts.")
+    logging_steps: float = setting(10, "Steps between entries of the log; below 1, as a share of the run.")
+    save_steps: float = setting(0.1, "Steps between checkpoints; below 1, as a share of the run.")
+    eval_steps: float | None = setting(
+        0.1, "Steps between evaluations (--eval_strategy steps); below 1, as a share of the run."
     )
-    save_steps: float = field(
-        default=0.1, metadata={"help": "Steps between checkpoints; below 1, as a share of the run."}
+    save_total_limit: int | None = setting(1, "Checkpoints to keep.")
+    ddp_find_unused_parameters: bool | None = setting(
+        False, "Search for parameters without a gradient (DistributedDataParallel)."
     )
-    eval_steps: float | None = field(
-        default=0.1,
-        metadata={"help": "Steps between evaluations (--eval_strategy steps); below 1, as a share of the run."},
+    loss_type: LossType = setting("cross_entropy", "Cross-entropy, or a divergence from the teacher.")
+    beta: float = setting(0.5, "jsd: share of the teacher in the mixture; 0 is forward_kl, 1 reverse_kl.")
+    alpha: float = setting(
+        0.1, "skew_forward_kl, skew_reverse_kl: share of the teacher, or of the student, in the mixture."
     )
-    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Search for parameters without a gradient (DistributedDataParallel)."}
-    )
-    loss_type: LossType = field(
-        default="cross_entropy", metadata={"help": "Cross-entropy, or a divergence from the teacher."}
-    )
-    beta: float = field(
-        default=0.5, metadata={"help": "jsd: share of the teacher in the mixture; 0 is forward_kl, 1 reverse_kl."}
-    )
-    alpha: float = field(
-        default=0.1,
-        metadata={"help": "skew_forward_kl, skew_reverse_kl: share of the teacher, or of the student, in the mixture."},
-    )
-    temperature: float = field(default=1.0, metadata={"help": "Divisor of both models' logits in a divergence."})
+    temperature: float = setting(1.0, "Divisor of both models' logits in a divergence.")
     ignore_authors: list[str] = field(
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
-    max_length: int | None = field(default=None, metadata={"help": "Leave out trajectories of more tokens than this."})
-    only_correct: bool = field(
-        default=False,
-        metadata={"help": "Leave out trajectories with a wrong answer; needs those of motab synthesize --grade."},
+    max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
+    only_correct: bool = setting(
+        False, "Leave out trajectories with a wrong answer; needs those of motab synthesize --grade."
     )
-    save_rollouts: bool = field(
-        default=False,
-        metadata={"help": "Keep what is written during training in OUTPUT_DIR/rollouts, for motab show and report."},
+    save_rollouts: bool = setting(
+        False, "Keep what is written during training in OUTPUT_DIR/rollouts, for motab show and report."
     )
 
     def __post_init__(self) -> None:

@@ -69,8 +69,8 @@ def trajectories_in(path: str | Path) -> Iterator[Trajectory]:
                 trajectory = Trajectory.from_json(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(
-                    f"line {number} of {path} must hold one whole trajectory, got {error}; run the motab synthesize "
-                    "that wrote the file again, which writes it anew, or remove the line"
+                    f"line {number} of {path} must hold one whole trajectory, got {error}; rerun the motab "
+                    "synthesize that wrote the file, which writes the line anew, or remove it"
                 ) from error
             yield trajectory
 

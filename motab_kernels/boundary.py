@@ -151,7 +151,7 @@ def fused_kl_boundary(
         check_state(state, B, rule.window, device)
     elif backend != "cpu" or rule.window:  # C++ needs no state that is discarded
         state = boundary.new_state(B, device)
-    states = [] if state is None else [state.counters, state.scores, state.history]
+    states = [] if state is None else list(state.tensors)
     # The overhead of a registered op is longer than the computation of one row on a CPU.
     inputs = (student_logits, teacher_logits, token_ids, step_ends, temperature, rule.scale, rule.theta)
     is_registered = is_traced(*inputs, *states, *(out or ()))

@@ -42,8 +42,20 @@ class Rule(NamedTuple):
     window: int = 0  # 0: no history in the threshold
 
 
+class Boundary:
+    """What a step is held to: `EntropyBoundary`, `FixedBoundary` or `MovingAverageBoundary`."""
+
+    @property
+    def rule(self) -> Rule:
+        raise NotImplementedError
+
+    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
+        """A fresh `BoundaryState` for this boundary."""
+        return BoundaryState(batch_size, device, window=self.rule.window)
+
+
 @dataclass(frozen=True, eq=False)
-class EntropyBoundary:
+class EntropyBoundary(Boundary):
     """MOTAB's adaptive boundary: accept a step while `V >= epsilon0 * exp(-theta * H)`.
 
     `V = exp(mean teacher log-probability of the step's tokens)`, in [0, 1]. `H` is the entropy, in nats, of
@@ -77,13 +89,9 @@ class EntropyBoundary:
     def rule(self) -> Rule:
         return Rule("teacher_value", self.epsilon0, theta=self.theta, top_k=self.entropy_top_k or 0)
 
-    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
-        """A fresh `BoundaryState` for this boundary."""
-        return BoundaryState(batch_size, device)
-
 
 @dataclass(frozen=True, eq=False)
-class FixedBoundary:
+class FixedBoundary(Boundary):
     """Accept a step while its score is on the safe side of one threshold.
 
     | score | of a step | accepted while |
@@ -117,13 +125,9 @@ class FixedBoundary:
     def rule(self) -> Rule:
         return Rule(self.score, self.threshold)
 
-    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
-        """A fresh `BoundaryState` for this boundary."""
-        return BoundaryState(batch_size, device)
-
 
 @dataclass(frozen=True, eq=False)
-class MovingAverageBoundary:
+class MovingAverageBoundary(Boundary):
     """AdaSwitch's boundary: accept while KL(teacher || student) <= `factor` * its recent mean.
 
     A step's score is its mean forward KL in nats; the threshold is `factor` times the mean score of the last
@@ -148,13 +152,6 @@ class MovingAverageBoundary:
     @property
     def rule(self) -> Rule:
         return Rule("forward_kl", self.factor, window=self.window)
-
-    def new_state(self, batch_size: int, device: torch.device | str | None = None) -> BoundaryState:
-        """A fresh `BoundaryState` with this boundary's history."""
-        return BoundaryState(batch_size, device, window=self.window)
-
-
-Boundary = EntropyBoundary | FixedBoundary | MovingAverageBoundary
 
 
 class BoundaryState:
@@ -218,6 +215,11 @@ class BoundaryState:
     def history(self) -> Tensor:
         """(B, window) float64: the last accepted scores."""
         return self._history
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """`counters`, `scores` and `history`, as `of` takes them."""
+        return self._counters, self._scores, self._history
 
     @property
     def breached(self) -> Tensor:

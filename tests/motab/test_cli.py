@@ -198,7 +198,7 @@ def test_answers_that_run_out_of_budget(capsys):
 )
 def test_problems_without_an_answer(last, named, tmp_path, capsys, monkeypatch):
     """Refused before the model is loaded."""
-    monkeypatch.setattr("motab.models.load_model", None)
+    monkeypatch.setattr("motab.cli.load_model", None)
     path = tmp_path / "problems.jsonl"
     first = '{"question": "a", "answer": "1"}' if "null" in last else '{"question": "a"}'
     path.write_text(f'{first}\n{{"question": "b", {last}}}\n')
@@ -275,7 +275,7 @@ def test_how_models_are_loaded(command, expected, half_teacher, tmp_path, monkey
         loaded.append(f"{model.dtype} {model.config._attn_implementation}".removeprefix("torch."))
         return model
 
-    monkeypatch.setattr("motab.models.load_model", load)
+    monkeypatch.setattr("motab.cli.load_model", load)
     flags = ["--model_name_or_path", str(TINY / "student"), "--dataset_name", TASK, "--max_new_tokens", "8"]
     if command[0] != "evaluate":
         flags += ["--teacher_model_name_or_path", half_teacher, "--output_dir", str(tmp_path / "out")]
@@ -378,7 +378,7 @@ def test_unknown_settings_and_commands(config, tmp_path, capsys):
     assert "does not exist; motab synthesize" in capsys.readouterr().err
     assert main(["synthesize", "--epsilon", "1"]) == 2
     error = capsys.readouterr().err
-    assert error == "motab synthesize: there is no --epsilon (did you mean --epsilon0?); see motab synthesize --help\n"
+    assert error == "motab synthesize: unknown flag --epsilon (did you mean --epsilon0?); see motab synthesize --help\n"
 
 
 def test_tokenizers_that_differ(config, tmp_path, capsys, tokenizer, student):

@@ -142,7 +142,7 @@ def test_settings_of_adapters_that_nobody_asked_for(training, capsys):
 
 
 def test_a_teacher_that_is_missing_is_named_before_anything_is_loaded(capsys, monkeypatch):
-    monkeypatch.setattr("motab.models.load_tokenizer", None)
+    monkeypatch.setattr("motab.cli.load_tokenizer", None)
     command = ["train", "--model_name_or_path", "nowhere", "--dataset_name", TASK]
     for flags in ([], ["--policy", "on_policy", "--loss_type", "reverse_kl"]):
         assert main([*command, *flags]) == 2
@@ -240,13 +240,13 @@ def test_files_that_are_not_there(tmp_path, capsys):
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
     assert main([*command, "--train_file", "none.jsonl"]) == 2
     error = capsys.readouterr().err
-    assert "--train_file must name a file that is there, got 'none.jsonl'; motab synthesize writes" in error
+    assert "--train_file must name an existing file, got 'none.jsonl'; motab synthesize writes" in error
     file = tmp_path / "t.jsonl"
     file.touch()
     assert main([*command, "--train_file", str(file), "--eval_file", "no.jsonl"]) == 2
-    assert "--eval_file must name a file that is there, got 'no.jsonl'" in capsys.readouterr().err
+    assert "--eval_file must name an existing file, got 'no.jsonl'" in capsys.readouterr().err
     assert main([*command, "--config", "none.yaml"]) == 2
-    assert "--config must name a file that is there, got 'none.yaml'" in capsys.readouterr().err
+    assert "--config must name an existing file, got 'none.yaml'" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("stitch: [")
     assert main([*command, "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "bad.yaml must hold settings in YAML, got invalid YAML" in capsys.readouterr().err
@@ -255,13 +255,13 @@ def test_files_that_are_not_there(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--policy", "motab"], "--policy besides"),
-        (["--gamma", "0.5"], "--gamma besides"),
-        (["--stitch", ""], "--stitch besides"),
-        (["--dataset_split", "train"], "--dataset_split besides"),
-        (["--rollout_temperature", "0"], "--rollout_temperature besides"),
-        (["--max_new_tokens", "1024", "--top_p", "1"], "--max_new_tokens, --top_p besides"),
-        (["--rollout_batch_size", "8", "--block_size", "16"], "--rollout_batch_size, --block_size besides"),
+        (["--policy", "motab"], "--policy"),
+        (["--gamma", "0.5"], "--gamma"),
+        (["--stitch", ""], "--stitch"),
+        (["--dataset_split", "train"], "--dataset_split"),
+        (["--rollout_temperature", "0"], "--rollout_temperature"),
+        (["--max_new_tokens", "1024", "--top_p", "1"], "--max_new_tokens, --top_p"),
+        (["--rollout_batch_size", "8", "--block_size", "16"], "--rollout_batch_size, --block_size"),
     ],
 )
 @pytest.mark.parametrize("in_file", [False, True])
@@ -276,5 +276,5 @@ def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, n
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
     assert main([*command, "--train_file", "none.jsonl", *flags]) == 2
     error = capsys.readouterr().err
-    assert f"--train_file is trained on as it was written, got {named}" in error
+    assert f"--train_file takes no settings of writing, got {named}" in error
     assert "leave them out, or give --dataset_name instead of --train_file" in error

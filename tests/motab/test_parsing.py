@@ -89,9 +89,12 @@ def test_a_single_author_is_a_list_of_one(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--num_sample", "2"], r"there is no --num_sample \(did you mean --num_samples\?\); see motab some --help"),
-        (["--max-new-token=2", "-top_k"], r"no --max-new-token \(did you mean --max_new_tokens\?\), -top_k \(did you"),
-        (["--xyzzyx"], "there is no --xyzzyx; see motab some --help"),
+        (["--num_sample", "2"], r"unknown flag --num_sample \(did you mean --num_samples\?\); see motab some --help"),
+        (
+            ["--max-new-token=2", "-top_k"],
+            r"unknown flag --max-new-token \(did you mean --max_new_tokens\?\), -top_k \(did you",
+        ),
+        (["--xyzzyx"], "unknown flag --xyzzyx; see motab some --help"),
         (["--system_prompt", "Be", "brief", "-1"], "no flag takes 'brief', '-1'; quote a text with spaces"),
         (
             ["--max_new_tokens", "60.5"],
@@ -108,3 +111,12 @@ def test_what_flags_cannot_say(flags, message):
 def test_numbers_in_settings_of_a_template():
     args = parse(EvaluateArguments, ["--chat_template_kwargs", "{a: 1e-3}"], "some")
     assert args.prompt_format().template_kwargs == {"a": 1e-3}
+
+
+def test_the_last_config_counts(tmp_path):
+    """As the last of any other flag."""
+    for name, number in (("a", 3), ("b", 4)):
+        (tmp_path / name).write_text(f"num_samples: {number}\n")
+    first, last = (str(tmp_path / name) for name in "ab")
+    for arguments in (["--config", first, "--config", last], [f"--config={first}", f"--config={last}"]):
+        assert parse(SynthesizeArguments, arguments, "some").num_samples == 4

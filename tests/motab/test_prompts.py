@@ -103,7 +103,7 @@ def test_what_is_no_mapping(given):
 
 def test_nothing_is_put_where_nothing_is_written():
     args = parse(TrainArguments, ["--train_file", "t.jsonl", "--prompt_suffix", "b"], "train")
-    with pytest.raises(ValueError, match="--train_file is trained on as it was written, got --prompt_suffix besides"):
+    with pytest.raises(ValueError, match="--train_file takes no settings of writing, got --prompt_suffix"):
         args.check_source()
 
 
