@@ -72,9 +72,7 @@ class Engine:
         max_cached_tokens: int | None = None,
     ):
         self.tokenizer, self.rules = tokenizer, rules
-        self.prompts = dict(zip(indices, prompts, strict=True))
-        self.max_new_tokens, self.block_size = max_new_tokens, block_size
-        self.sampling, self.seed = sampling, seed
+        self.indices, self.block_size, self.sampling = indices, block_size, sampling
         batch_size = min(batch_size, len(prompts))
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
@@ -104,9 +102,16 @@ class Engine:
             if rules.reflection:
                 ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
                 self.is_reflection = self._table(ids)
+        end_ids, by_index = self.end_ids, dict(zip(indices, prompts, strict=True))
+        turn = TEACHER if rules is None else STUDENT
+
+        # No method: a cycle of references would keep the caches until Python looks for cycles.
+        def new_row(index: int) -> Row:
+            return Row(index, by_index[index], seed, rules, max_new_tokens, end_ids, turn=turn)
+
         self.admission = Admission(
             indices,
-            self._new_row,
+            new_row,
             [writer for writer in (self.student, self.teacher) if writer is not None],
             judged,
             batch_size=batch_size,
@@ -114,17 +119,13 @@ class Engine:
             max_length=max_length,
         )
 
-    def _new_row(self, index: int) -> Row:
-        turn = TEACHER if self.rules is None else STUDENT
-        return Row(index, self.prompts[index], self.seed, self.rules, self.max_new_tokens, self.end_ids, turn=turn)
-
     def _table(self, ids: Sequence[int]) -> Tensor:
         """(V,) bool: which tokens are among these."""
         return torch.isin(torch.arange(self.vocab_size, device=self.device), torch.tensor(ids, device=self.device))
 
     def run(self, in_order: bool) -> Iterator[Trajectory]:
         """Trajectories in the order of their indices, or each as soon as it is finished."""
-        expected = deque(sorted(self.prompts))
+        expected = deque(self.indices)
         done: dict[int, Trajectory] = {}
         while self.admission.has_more():
             self._begin_turns(self.admission.admit())

@@ -1,8 +1,11 @@
 """The engine against plain forwards: what it decides, and that batch and block sizes change nothing."""
 
 import copy
+import gc
+import itertools
 import json
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -282,6 +285,29 @@ def test_caller_keeps_gradients(student, teacher, tokenizer, prompts):
     trajectories = motab.synthesize(student, teacher, tokenizer, prompts, **SETTINGS)
     next(trajectories)
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("taken", [1, None], ids=["abandoned", "whole"])
+def test_caches_go_with_the_run(student, teacher, tokenizer, prompts, monkeypatch, taken):
+    """Not when Python looks for cycles of references: a trainer needs their memory at once."""
+    engines = []
+
+    class Watched(Engine):
+        def __init__(self, *arguments, **settings):
+            super().__init__(*arguments, **settings)
+            engines.append(weakref.ref(self))
+
+    monkeypatch.setattr("motab.engine.Engine", Watched)
+    gc.collect()
+    gc.disable()
+    try:
+        trajectories = motab.synthesize(student, teacher, tokenizer, prompts, max_new_tokens=12)
+        assert len(list(itertools.islice(trajectories, taken))) == (taken or len(prompts))
+        assert taken is None or engines[0]() is not None
+        trajectories.close()
+        assert engines[0]() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"min_p": 1.0}, {"top_p": 1e-9}])
