@@ -34,13 +34,14 @@ from motab.parsing import parse, require
 from motab.policies import needs_student, needs_teacher
 from motab.processes import Processes, process_state
 from motab.progress import watch
+from motab.prompts import encode_prompts
 from motab.report import write_report
 from motab.resume import decisive_settings, last_checkpoint, record
 from motab.sharding import uses_fsdp
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
 from motab.training_config import MotabConfig
-from motab.trajectory_file import check_trajectories, read_some_trajectories, unfinished
+from motab.trajectory_file import check_trajectories, some_trajectories_in, unfinished
 
 _MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
@@ -68,7 +69,8 @@ def synthesize(arguments: list[str], console: Console) -> None:
         else None
         for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
     )
-    prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(args.num_samples)]
+    rendered = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer)
+    prompts = [prompt for prompt in rendered for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
     graded = (
         (lambda t, place: evaluation.grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
@@ -211,7 +213,7 @@ def verify(arguments: list[str], console: Console) -> None:
 def report(arguments: list[str], console: Console) -> None:
     """Draw a synthesis."""
     args: FileArguments = parse(FileArguments, arguments, "report")
-    trajectories = read_some_trajectories(args.file)
+    trajectories = some_trajectories_in(args.file)  # with statistics, which tokens' pictures need
     _warn_of_unfinished("report", args.file)
     path = Path(args.output_dir) / "report.html"
     write_report(path, trajectories, load_tokenizer(args.output_dir).decode, title=f"Synthesis {args.output_dir}")
@@ -221,11 +223,14 @@ def report(arguments: list[str], console: Console) -> None:
 def show(arguments: list[str], console: Console) -> None:
     """Print one trajectory, coloured by author."""
     args: ShowArguments = parse(ShowArguments, arguments, "show")
-    trajectories = {trajectory.index: trajectory for trajectory in read_some_trajectories(args.file)}
-    if args.index not in trajectories:
-        there = f"{len(trajectories)} from {min(trajectories)} to {max(trajectories)}"
+    found, indices = None, []
+    for each in some_trajectories_in(args.file, statistics=False):
+        indices.append(each.index)
+        found = each if each.index == args.index else found
+    if found is None:
+        there = f"{len(indices)} from {min(indices)} to {max(indices)}"
         raise ValueError(f"--index must be that of a trajectory in {args.file}, {there}, got {args.index}")
-    trajectory, tokenizer = trajectories[args.index], load_tokenizer(args.output_dir)
+    trajectory, tokenizer = found, load_tokenizer(args.output_dir)
     console.print(Text(tokenizer.decode(trajectory.prompt_ids), style="dim"))
     for author, text in trajectory.segments(tokenizer.decode):
         console.print(Text(text, style=_STYLES[author]), end="")

@@ -49,7 +49,9 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, target only
-        for t in trajectories_in(trajectories) if isinstance(trajectories, str | Path) else trajectories:
+        if isinstance(trajectories, str | Path):
+            trajectories = trajectories_in(trajectories, statistics=False)
+        for t in trajectories:
             if len(t.author) != len(t.token_ids):
                 raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
             if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:

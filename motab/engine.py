@@ -217,9 +217,9 @@ class Engine:
         if self.rules.reflection:
             strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & draft.valid
             step_ends = step_ends & ~strays
-        columns = [draft.entries, step_ends, strays, out.score, out.threshold]
-        columns += [getattr(out, name) for name in STATISTICS]
-        return torch.stack([column.double() for column in columns], -1), state.rollback_position
+        judged = [draft.entries, step_ends, strays, out.score, out.threshold]
+        statistics = _rounded(*(getattr(out, name) for name in STATISTICS))
+        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
         """(b, T) bool: the teacher's likeliest token is a reflection word, and not among the student's likeliest."""
@@ -240,8 +240,8 @@ class Engine:
         completes = torch.zeros_like(draft.valid)
         if self.rules is not None:
             completes = self._steps_ended(on_device(slots, self.device), draft.tokens)
-        columns = (draft.entries, completes, own.teacher_logprob, own.teacher_entropy)
-        (packed,) = self._to_host(torch.stack([column.double() for column in columns], -1))
+        statistics = _rounded(own.teacher_logprob, own.teacher_entropy)
+        (packed,) = self._to_host(torch.cat([_columns(draft.entries, completes), statistics], -1))
         for row, block in zip(rows, packed.tolist(), strict=True):
             for token, completes_step, token_logprob, token_entropy in block:
                 if token == PADDING:
@@ -252,11 +252,12 @@ class Engine:
                     break
         self._settle(slots, rows, (self.teacher,))
         returned = {
-            slot: row.text for slot, row in zip(slots, rows, strict=True) if row.author == STUDENT and not row.finished
+            slot: row for slot, row in zip(slots, rows, strict=True) if row.author == STUDENT and not row.finished
         }
         if returned:
             assert self.student is not None
-            self.student.catch_up(returned, self.block_size)
+            texts = {slot: row.text_from(self.student.lengths[slot]) for slot, row in returned.items()}
+            self.student.catch_up(texts, self.block_size)
             self._begin_turns(list(returned))
 
     def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
@@ -271,6 +272,15 @@ class Engine:
         flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _columns(*parts: Tensor) -> Tensor:
+    return torch.stack([part.double() for part in parts], -1)
+
+
+def _rounded(*statistics: Tensor) -> Tensor:
+    """As columns, to six decimal places: more mean nothing, and take half of a trajectory's file."""
+    return _columns(*statistics).round(decimals=6)
 
 
 def synthesize(

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +199,7 @@ def evaluate(
     if place is not None:
         for _ in texts:
             pass
-        texts = islice(trajectories_in(begun), first, end)
+        texts = trajectories_in(begun, statistics=False, first=first, end=end)
     graded = [_graded(trajectory, problems, samples, tokenizer, keep_text) for trajectory in texts]
     answers = [answer for part in processes.gather(graded) for answer in part]
     if place is not None:

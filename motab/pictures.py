@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,24 +68,51 @@ def _draw_tokens(axis: Axes, trajectory: Trajectory) -> None:
     axis.set_yscale("symlog", linthresh=1 if trajectory.score == "teacher_rank" else 1e-4)
 
 
-def draw_breaches(trajectories: Sequence[Trajectory]) -> Figure:
-    """Share of the judged steps at each place that breach; if single tokens or none are judged, share of the tokens at
-    each place of the target at which the teacher takes over."""
-    figure, (axis,) = _axes(1, 1, (6, 2.6))
-    if any(not s.accepted for t in trajectories for s in t.steps) and not any(t.by_token for t in trajectories):
-        longest = max(len(t.steps) for t in trajectories)
-        at_place = [[t.steps[place] for t in trajectories if len(t.steps) > place] for place in range(longest)]
-        axis.bar(range(longest), [sum(not s.accepted for s in steps) / len(steps) for steps in at_place], color=_RED)
-        axis.set(xlabel="step", ylabel="share that breaches", title="Where the student strays")
+class Strays:
+    """Where students stray, counted in trajectories that are added one by one, of which none is kept."""
+
+    def __init__(self, trajectories: Iterable[Trajectory] = ()):
+        self.by_token = False
+        # By place, of steps and of tokens: those that stray, and all. Runs of tokens are counted by their ends.
+        self.breaches, self.steps = Counter[int](), Counter[int]()
+        self.takeovers, self.run_ends = Counter[int](), Counter[int]()
+        for trajectory in trajectories:
+            self.add(trajectory)
+
+    def add(self, trajectory: Trajectory) -> None:
+        """Count the steps and tokens of one trajectory."""
+        self.by_token |= trajectory.by_token
+        self.steps.update(range(len(trajectory.steps)))
+        self.breaches.update(place for place, step in enumerate(trajectory.steps) if not step.accepted)
+        self.takeovers.update(takeovers(trajectory))
+        for author, start, end in trajectory.runs():
+            if author == "student":
+                self.run_ends.update({start: 1, end: -1})
+
+    def draw(self) -> Figure:
+        """Share of the judged steps at each place that breach; if single tokens or none are judged, share of the tokens
+        at each place of the target at which the teacher takes over."""
+        figure, (axis,) = _axes(1, 1, (6, 2.6))
+        if self.breaches and not self.by_token:
+            size = max(self.steps) + 1
+            strays, total = _by_place(self.breaches, size), _by_place(self.steps, size)
+            axis.set(xlabel="step", ylabel="share that breaches", title="Where the student strays")
+        else:
+            size = max([*self.takeovers, *self.run_ends]) + 1
+            strays = _by_place(self.takeovers, size)
+            total = strays + np.cumsum(_by_place(self.run_ends, size))
+            axis.set(xlabel="token", ylabel="share of tokens", title="Where the teacher takes over")
+        width = -(-size // _BARS)
+        strays, total = (np.add.reduceat(counts, range(0, size, width)) for counts in (strays, total))
+        middles = np.arange(len(total)) * width + (width - 1) / 2
+        axis.bar(middles, strays / np.maximum(total, 1), width=0.9 * width, color=_RED)
         return figure
-    taken = np.array([start for t in trajectories for start in takeovers(t)], dtype=int)
-    kept = np.concatenate([np.flatnonzero([author == "student" for author in t.author]) for t in trajectories])
-    width = -(-max(len(t.author) for t in trajectories) // _BARS)
-    counts = [np.bincount(places // width, minlength=_BARS) for places in (taken, kept)]
-    shares = counts[0] / np.maximum(counts[0] + counts[1], 1)
-    axis.bar((np.arange(len(shares)) + 0.5) * width, shares, width=0.9 * width, color=_RED)
-    axis.set(xlabel="token", ylabel="share of tokens", title="Where the teacher takes over")
-    return figure
+
+
+def _by_place(counts: Mapping[int, int], size: int) -> np.ndarray:
+    found = np.zeros(size, dtype=int)
+    found[list(counts)] = list(counts.values())
+    return found
 
 
 def takeovers(trajectory: Trajectory) -> list[int]:

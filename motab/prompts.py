@@ -25,8 +25,8 @@ Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray
 def encode_prompts(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
-    models: Sequence[PreTrainedModel],
-    max_new_tokens: int,
+    models: Sequence[PreTrainedModel] = (),
+    max_new_tokens: int = 0,
 ) -> list[list[int]]:
     """The token ids of each prompt, checked against every model's vocabulary and context.
 
@@ -104,7 +104,7 @@ def short_enough(
     Raises:
         ValueError: no problem is left.
     """
-    prompts = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer, [], 0)
+    prompts = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer)
     kept = [problem for problem, ids in zip(problems, prompts, strict=True) if len(ids) <= max_prompt_length]
     longer = len(problems) - len(kept)
     if longer and not kept:

@@ -18,6 +18,7 @@ from motab.trajectory import STATISTICS, Author, Step, Trajectory
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
 PADDING, BROKEN = -1, -2  # instead of a token: none was needed; its logits could not be drawn from
+_LAST_WORDS = 16  # tokens that show how many blank lines a text ends with; all would take long at every takeover
 
 
 @dataclass
@@ -71,7 +72,12 @@ class Row:
     @property
     def text(self) -> list[int]:
         """The tokens that the models see."""
-        return self.prompt_ids + [token for token, _ in self.records]
+        return self.text_from(0)
+
+    def text_from(self, place: int) -> list[int]:
+        """The tokens that the models see from this place of prompt and text on."""
+        begin = max(place - len(self.prompt_ids), 0)
+        return self.prompt_ids[place:] + [token for token, _ in self.records[begin:]]
 
     @property
     def remaining(self) -> int:
@@ -222,7 +228,7 @@ class Row:
             breach_step=self.breach_step,
             rollback_step=self.rollback_step,
             finish_reason="eos" if self.ended else "length",
-            statistics={name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)},
+            statistics=_columns(records),
             score=None if self.rules is None else self.rules.boundary.rule.score,
             by_token=self.rules is not None and self.rules.delimiter is None,
         )
@@ -242,11 +248,17 @@ class Row:
 
     def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str) -> list[Record]:
         """The stitch, set apart from the target by one blank line."""
-        before = tokenizer.decode([token for _, (token, _) in self.target])
+        before = tokenizer.decode([token for _, (token, _) in self.target[-_LAST_WORDS:]])
         breaks = len(before) - len(before.rstrip("\n"))
         blank = "\n" * max(2 - breaks, 0) if before else ""
         ids = _encode_behind("" if not before else "a" if blank else "\n", f"{blank}{stitch}\n\n", tokenizer)
         return [(token, [None] * len(STATISTICS)) for token in ids]
+
+
+def _columns(records: Sequence[Record]) -> dict[str, list[float | None]]:
+    """The statistics by name; empty if there is none."""
+    columns = {name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)}
+    return columns if any(value is not None for column in columns.values() for value in column) else {}
 
 
 def _encode_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

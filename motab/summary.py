@@ -2,34 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import mean
+from collections import Counter
+from collections.abc import Iterable
 
 from motab.trajectory import Trajectory
 
 
-def figures(trajectories: Sequence[Trajectory]) -> dict[str, float | None]:
-    """The figures of a synthesis.
+class Summary:
+    """The figures of trajectories that are added one by one, of which none is kept."""
 
-    Returns:
-        trajectories, tokens: counts. breach_rate: share of trajectories with a breach. revised: share of targets that
-        hold the stitch. mean_rollback: mean of `Trajectory.rolled_back`, None without a breach. overlong: share that
-        ran out of budget. teacher_share: share of the targets' tokens that the teacher wrote. teacher_runs: runs of
-        teacher tokens per target. correct: share of the graded trajectories that answer their problem, None if none was
-        graded.
-    """
-    grades = [t.correct for t in trajectories if t.correct is not None]
-    rollbacks = [t.rolled_back for t in trajectories if t.rolled_back is not None]
-    tokens = sum(len(t.token_ids) for t in trajectories)
-    count = max(len(trajectories), 1)
-    return {
-        "trajectories": len(trajectories),
-        "tokens": tokens,
-        "breach_rate": len(rollbacks) / count,
-        "revised": sum("stitch" in t.author for t in trajectories) / count,
-        "mean_rollback": mean(rollbacks) if rollbacks else None,
-        "overlong": sum(t.finish_reason == "length" for t in trajectories) / count,
-        "teacher_share": sum(t.author.count("teacher") for t in trajectories) / max(tokens, 1),
-        "teacher_runs": sum(author == "teacher" for t in trajectories for author, _, _ in t.runs()) / count,
-        "correct": sum(grades) / len(grades) if grades else None,
-    }
+    def __init__(self, trajectories: Iterable[Trajectory] = ()):
+        self.counts: Counter[str] = Counter()
+        for trajectory in trajectories:
+            self.add(trajectory)
+
+    def add(self, t: Trajectory) -> None:
+        """Count one trajectory."""
+        runs = t.runs()
+        self.counts.update(
+            trajectories=1,
+            tokens=len(t.token_ids),
+            breaches=t.rolled_back is not None,
+            rolled_back=t.rolled_back or 0,
+            revised=any(author == "stitch" for author, _, _ in runs),
+            overlong=t.finish_reason == "length",
+            by_teacher=sum(end - start for author, start, end in runs if author == "teacher"),
+            teacher_runs=sum(author == "teacher" for author, _, _ in runs),
+            graded=t.correct is not None,
+            correct=bool(t.correct),
+        )
+
+    def figures(self) -> dict[str, float | None]:
+        """The figures.
+
+        Returns:
+            trajectories, tokens: counts. breach_rate: share of trajectories with a breach. revised: share of targets
+            that hold the stitch. mean_rollback: mean of `Trajectory.rolled_back`, None without a breach. overlong:
+            share that ran out of budget. teacher_share: share of the targets' tokens that the teacher wrote.
+            teacher_runs: runs of teacher tokens per target. correct: share of the graded trajectories that answer their
+            problem, None if none was graded.
+        """
+        counts = self.counts
+        of_all = max(counts["trajectories"], 1)
+        return {
+            "trajectories": counts["trajectories"],
+            "tokens": counts["tokens"],
+            "breach_rate": counts["breaches"] / of_all,
+            "revised": counts["revised"] / of_all,
+            "mean_rollback": counts["rolled_back"] / counts["breaches"] if counts["breaches"] else None,
+            "overlong": counts["overlong"] / of_all,
+            "teacher_share": counts["by_teacher"] / max(counts["tokens"], 1),
+            "teacher_runs": counts["teacher_runs"] / of_all,
+            "correct": counts["correct"] / counts["graded"] if counts["graded"] else None,
+        }
+
+
+def figures(trajectories: Iterable[Trajectory]) -> dict[str, float | None]:
+    """The figures of `Summary.figures`."""
+    return Summary(trajectories).figures()

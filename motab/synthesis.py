@@ -66,9 +66,9 @@ def synthesize_to_file(
     if "in_order" in settings:
         raise ValueError("synthesize_to_file yields trajectories as they are finished, and takes no in_order")
     options: dict[str, Any] = {"policy": policy, **settings, "in_order": False}  # what is finished is to be kept
-    synthesize(student, teacher, tokenizer, prompts, **options)  # refuses bad input before a file is made
+    encoded = encode_prompts(prompts, tokenizer)
+    synthesize(student, teacher, tokenizer, encoded, **options)  # refuses bad input before a file is made
     models = {"student": student, "teacher": teacher}
-    encoded = encode_prompts(prompts, tokenizer, [], 0)
     begun = {
         **policy_settings(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
@@ -92,7 +92,7 @@ def synthesize_to_file(
     missing = processes.from_main(begin)
     if not shared:
         missing = missing[processes.index :: processes.count]
-    here = synthesize(student, teacher, tokenizer, [prompts[i] for i in missing], indices=missing, **options)
+    here = synthesize(student, teacher, tokenizer, [encoded[i] for i in missing], indices=missing, **options)
     return _locked(locks, _write(path, here, grade, processes, shared))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
@@ -63,8 +63,9 @@ class Trajectory:
         breach_step: t, the index of the first step that was not accepted; None without a breach.
         rollback_step: t*, the first step that was rolled back then (t + 1 if none was); None without a breach.
         finish_reason: ``"eos"`` or ``"length"``.
-        statistics: for each name in `STATISTICS` one number per token, in nats (rank: a count); None where it does not
-            exist: a teacher's token has only `teacher_logprob` and `teacher_entropy`.
+        statistics: for each name in `STATISTICS` one number per token, in nats, to six decimal places (rank: a count);
+            None where it does not exist: a teacher's token has only `teacher_logprob` and `teacher_entropy`. Empty if
+            nothing was scored, or if they were left out in reading.
         score: which score the values of steps are, as `motab_kernels.FixedBoundary` names it: ``"teacher_value"`` (V)
             or ``"value_ratio"``, safe when high, ``"forward_kl"`` or ``"teacher_rank"``, safe when low. None if nothing
             was judged or the file does not name it.
@@ -111,7 +112,8 @@ class Trajectory:
 
     def to_json(self) -> str:
         """One line of JSON; a number that is not finite is written as JSON's extension NaN or Infinity."""
-        return json.dumps(asdict(self), ensure_ascii=False)
+        record = {**vars(self), "steps": [vars(step) for step in self.steps]}  # asdict would copy every number
+        return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
 
     @classmethod
     def from_json(cls, line: str) -> Trajectory:

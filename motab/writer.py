@@ -110,11 +110,11 @@ class Writer:
         self.catch_up(texts, PREFILL)
 
     def catch_up(self, texts: dict[int, list[int]], width: int) -> None:
-        """Read what another model wrote: cache all but the last token of the rows' texts.
+        """Read what another model wrote: cache all but the last token of these texts, which follow what is cached.
 
         A pass reads at most `width` tokens of each row, since padding needs room in the cache, and `PREFILL` of all.
         """
-        unread = {row: ids[self.lengths[row] : -1] for row, ids in texts.items() if len(ids) > self.lengths[row] + 1}
+        unread = {row: ids[:-1] for row, ids in texts.items() if len(ids) > 1}
         rows = sorted(unread, key=lambda row: -len(unread[row]))  # similar lengths together: less padding
         while rows:
             longest = len(unread[rows[0]])

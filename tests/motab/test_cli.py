@@ -167,7 +167,7 @@ def test_problems_that_are_too_long(command, tmp_path, capsys, monkeypatch):
     """Each command goes on with the others."""
     tokenizer = AutoTokenizer.from_pretrained(TINY / "student")
     prompts = [PromptFormat().render(tokenizer, problem) for problem in load_problems(TASK)]
-    lengths = [len(ids) for ids in encode_prompts(prompts, tokenizer, [], 0)]
+    lengths = [len(ids) for ids in encode_prompts(prompts, tokenizer)]
     limit = sorted(lengths)[2]
     kept = [prompt for prompt, length in zip(prompts, lengths, strict=True) if length <= limit]
     assert 0 < len(kept) < len(prompts)
@@ -183,7 +183,8 @@ def test_problems_that_are_too_long(command, tmp_path, capsys, monkeypatch):
         flags += ["--teacher_model_name_or_path", str(TINY / "teacher"), "--output_dir", str(tmp_path / "run")]
     with pytest.warns(UserWarning, match=f"{6 - len(kept)} of 6 problems have prompts of more than"):
         assert main([command, *flags]) == 2
-    assert f"motab {command}: with {kept}\n" == capsys.readouterr().err
+    given = encode_prompts(kept, tokenizer) if command == "synthesize" else kept
+    assert f"motab {command}: with {given}\n" == capsys.readouterr().err
 
 
 def test_answers_that_run_out_of_budget(capsys):

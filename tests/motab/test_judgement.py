@@ -12,7 +12,7 @@ import motab
 import motab_kernels as mk
 from motab.cli import main
 from motab.judgement import SCORES, agrees
-from motab.pictures import draw_breaches, draw_steps, takeovers
+from motab.pictures import Strays, draw_steps, takeovers
 from motab_kernels import boundary_state
 
 ALL = {**POLICIES, "on policy": motab.OnPolicy(), "teacher only": motab.TeacherOnly()}
@@ -129,7 +129,7 @@ def test_the_report_draws_what_there_is(written, command, tmp_path, name):
 
 def test_breaches_are_counted_each(written):
     trajectories = written["step skd"]
-    (axis,) = draw_breaches(trajectories).axes
+    (axis,) = Strays(trajectories).draw().axes
     heights = [bar.get_height() for bar in axis.patches]
     for place, height in enumerate(heights):
         steps = [t.steps[place] for t in trajectories if len(t.steps) > place]
@@ -146,7 +146,7 @@ def test_takeovers_are_drawn_where_they_are(written, name):
     taken = [start for t in trajectories for start in takeovers(t)]
     for t in trajectories:
         assert all(t.author[start] == "teacher" for start in takeovers(t))
-    (axis,) = draw_breaches(trajectories).axes
+    (axis,) = Strays(trajectories).draw().axes
     assert axis.get_title() == "Where the teacher takes over"
     for place, bar in enumerate(axis.patches):
         kept = sum(t.author[place : place + 1] == ["student"] for t in trajectories)

@@ -59,7 +59,7 @@ def test_a_template_that_refuses(chat_tokenizer, settings):
     settings = {"system_prompt": "a", **settings}
     render = lambda: [PromptFormat(**settings).render(chat_tokenizer, Problem("b", None, {}))]  # noqa: E731
     with pytest.raises(ValueError, match="template refuses messages of system, user: System role not supported"):
-        encode_prompts(render(), chat_tokenizer, [], 0)
+        encode_prompts(render(), chat_tokenizer)
 
 
 def test_the_suffix_ends_what_the_user_says(tokenizer):
@@ -134,17 +134,17 @@ def test_nothing_is_put_where_nothing_is_written():
 )
 def test_what_is_no_prompt(tokenizer, prompt, message):
     with pytest.raises(ValueError, match=message):
-        encode_prompts(["a", prompt], tokenizer, [], 0)
+        encode_prompts(["a", prompt], tokenizer)
 
 
 @pytest.mark.parametrize("prompts", ["hello", {"prompt": "hello"}])
 def test_one_prompt_is_no_list(tokenizer, prompts):
     """A string would be five prompts of a letter each."""
     with pytest.raises(ValueError, match=r"prompts must be a list of prompts, got .*hello.* alone; put it into a list"):
-        encode_prompts(prompts, tokenizer, [], 0)
+        encode_prompts(prompts, tokenizer)
 
 
 def test_token_ids_in_any_array(tokenizer):
     ids = [3, 0, 11]
     for prompt in (ids, tuple(ids), torch.tensor(ids), np.array(ids, dtype=np.int32), list(np.array(ids))):
-        assert encode_prompts([prompt], tokenizer, [], 0) == [ids]
+        assert encode_prompts([prompt], tokenizer) == [ids]

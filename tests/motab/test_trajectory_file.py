@@ -1,13 +1,20 @@
 """Reading the file of a synthesis: what a damaged line says of itself."""
 
 import json
+import pathlib
+import tracemalloc
+from dataclasses import replace
 
 import pytest
 
 import motab
 from motab.cli import main
 from motab.dataset import TrajectoryDataset
+from motab.models import load_tokenizer
+from motab.trajectory import STATISTICS
+from motab.trajectory_file import trajectories_in
 
+TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 WHOLE = motab.Trajectory(0, [1], [2, 3], ["student"] * 2, "a", [motab.Step(0, 2, 0.5, 0.1, True)], None, None, "eos")
 
 
@@ -18,7 +25,7 @@ def changed(**changes):
 
 
 DAMAGED = [
-    (WHOLE.to_json()[:40], r"got invalid JSON \(Invalid control character at character 40\)"),
+    (WHOLE.to_json()[:40], r"got invalid JSON \(Expecting value at character 41\)"),
     (WHOLE.to_json()[:20] + WHOLE.to_json(), "got invalid JSON"),
     ("5", "got int in place of a trajectory"),
     (changed(index="0"), "got index '0'"),
@@ -40,7 +47,7 @@ def test_a_damaged_line(tmp_path, line, message):
     for read in (motab.read_trajectories, TrajectoryDataset):
         with pytest.raises(ValueError, match=f"line 2 of {path} must hold one whole trajectory, {message}") as error:
             read(path)
-        assert "run the motab synthesize that wrote the file again" in str(error.value)
+        assert "rerun the motab synthesize that wrote the file" in str(error.value)
         assert "\n" not in str(error.value)
 
 
@@ -62,3 +69,43 @@ def test_statistics_may_be_left_out(tmp_path):
     path = tmp_path / "trajectories.jsonl"
     path.write_text(changed(statistics=...) + "\n")
     assert motab.read_trajectories(path) == [WHOLE]
+
+
+def scored(index, length, text="a"):
+    """A trajectory of steps of ten tokens with statistics."""
+    steps = [motab.Step(start, start + 10, 0.5, 0.1, True) for start in range(0, length, 10)]
+    numbers = [(13 * i % 997) / 1e6 for i in range(length)]
+    return motab.Trajectory(
+        *(index, [1], [5 + i % 90 for i in range(length)], ["student"] * length, text, steps, None, None, "eos"),
+        statistics={name: numbers for name in STATISTICS},
+        score="teacher_value",
+    )
+
+
+@pytest.mark.parametrize("text", ["a", 'x,"statistics":{"forward_kl":[1]},"y', "} \\", ""])
+def test_reading_without_statistics(tmp_path, text):
+    path = tmp_path / "trajectories.jsonl"
+    written = [scored(0, 20, text), replace(WHOLE, index=1, text=text), scored(2, 10, text)]
+    old = json.dumps(json.loads(written[2].to_json()))  # another writer's spaces: read whole
+    path.write_text("".join(line + "\n" for line in (written[0].to_json(), written[1].to_json(), old)))
+    assert motab.read_trajectories(path) == written
+    without = [replace(t, statistics={}) for t in written]
+    assert list(trajectories_in(path, statistics=False)) == [*without[:2], written[2]]
+    assert list(trajectories_in(path, statistics=False, first=1, end=2)) == without[1:2]
+
+
+@pytest.mark.parametrize("command", ["verify", "report", "show"])
+def test_a_file_is_never_whole_in_memory(tmp_path, command):
+    """Of 40 trajectories, each of 3000 tokens."""
+    load_tokenizer(str(TINY / "student")).save_pretrained(tmp_path)
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(scored(index, 3000).to_json() + "\n" for index in range(40)))
+    main([command, "--output_dir", str(tmp_path)])  # what is imported and cached
+    tracemalloc.start()
+    try:
+        assert main([command, "--output_dir", str(tmp_path)]) == 0
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    shown = 6 if command == "report" else 1
+    assert peak < (shown + 3) * 500 * 3000 + 3e6  # a trajectory with statistics takes 400 bytes a token
