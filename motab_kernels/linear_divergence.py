@@ -281,6 +281,7 @@ def total_op(
                 heads.write_gradient(part, s, t, saved, worth / unit, here)
                 if check_finite:
                     check_finite_gradient(here, part.start, group)
+            del s, t, saved  # before the next ones are made
         if needs[0]:
             torch.mm(out, student_weight, out=grad_hidden[block])
             if group:

@@ -205,6 +205,32 @@ def test_linear_in_a_graph_is_the_loss_of_the_logits(kind, seed):
             assert relative_error(x.grad, y.grad) < 1e-3  # of float32 products
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_linear_in_16_bits(dtype, kind, seed):
+    """The products of 16-bit heads return float32, which only a GPU's do."""
+    generator = torch.Generator().manual_seed(seed)
+    N, H, V = 300, 64, 5003
+
+    def random(*shape, scale):
+        return (scale * torch.randn(*shape, generator=generator)).to(DEVICE, dtype)
+
+    hidden, weight = random(N, H, scale=1).requires_grad_(), random(V, H, scale=0.3).requires_grad_()
+    teacher_hidden, teacher_weight = random(N, H, scale=1), random(V, H, scale=0.3)
+    loss = mk.fused_linear_divergence(
+        hidden, weight, teacher_hidden, teacher_weight, **options(kind), reduction="sum", chunk_size=64
+    )
+    loss.backward()
+    leaves = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    sides = leaves[0] @ leaves[1].T, teacher_hidden.double() @ teacher_weight.double().T
+    exact = mk.divergence_loss(*sides, **options(kind), reduction="sum", backend="torch")
+    exact.backward()
+    assert abs(loss.item() / exact.item() - 1) < 1e-4
+    for x, y in zip((hidden, weight), leaves, strict=True):
+        assert x.grad.dtype == dtype
+        assert relative_error(x.grad, y.grad) < 5e-3
+
+
 @pytest.mark.parametrize("T", [1, 16, 90])
 def test_attention_in_a_graph_follows_what_changes(T, seed, no_wait):
     """Lengths, rows, queries and the cache change between replays, and the host waits for none of it."""

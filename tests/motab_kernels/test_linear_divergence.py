@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.linear_divergence import rows_op, total_op
+from motab_kernels.linear_head import Head
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
@@ -452,3 +454,22 @@ def test_bad_input(change, message):
     tensors = [given.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
         mk.fused_linear_divergence(*tensors, **given)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_logits_of_one_chunk_at_a_time(monkeypatch, reduction):
+    """Of both sides: those of a chunk are gone before the next ones are made."""
+    made, alive = [], []
+    logits = Head.logits
+
+    def watched(head, part):
+        alive.append(sum(each() is not None for each in made))
+        x = logits(head, part)
+        made.append(weakref.ref(x))
+        return x
+
+    monkeypatch.setattr(Head, "logits", watched)
+    loss, _ = fused(*heads(N=12), divergence="jsd", chunk_size=4, reduction=reduction, backend="torch")
+    loss.sum().backward()
+    assert len(made) == (6 if reduction == "mean" else 12)
+    assert alive == [0, 1] * (len(made) // 2)
