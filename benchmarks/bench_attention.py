@@ -67,7 +67,7 @@ def inputs(case, dtype, device=DEVICE):
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
     keys, values = random(case.B, H, room, D), random(case.B, H, room, D)
-    lengths = torch.linspace(case.S // 4, case.S - case.T, case.B, device=device).long()
+    lengths = torch.linspace(case.S - case.T, case.S // 4, case.B, device=device).long()  # of one row, the longest
     rows = torch.arange(0, case.B, 2, device=device) if case.half else None
     lengths = lengths if rows is None else lengths[rows]
     query = random(len(lengths), case.T, H_Q, D).transpose(1, 2)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
-import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -43,9 +42,10 @@ TESTS = (
     "tests/motab_kernels/test_gpu.py",
     "tests/motab/test_engine.py",
     "tests/motab/test_compiled_writer.py",
-    "tests/motab_kernels",
+    "tests/motab_kernels/test_compiled.py",
 )
-WORKERS = 8  # processes for the tests: compiling keeps a core of the host busy, not the GPU
+WORKERS = 8  # processes for the tests
+NO_TESTS = 5  # pytest's exit status where a process has no share
 #: Shares of the time that is left after the tests.
 SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
@@ -86,35 +86,43 @@ def installed() -> dict[str, str]:
 
 
 def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
-    """pytest's verdicts, read line by line, so that a test that hangs does not lose those of others."""
+    """pytest's verdicts, by several processes that each take a share of the tests, since compiling keeps a core of the
+    host busy; read line by line, so that a test that hangs does not lose those of others."""
+    deadline = time.monotonic() + seconds
     # Warnings of other versions are not failures of the kernels.
-    options = ["-v", "-W", "default", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
-    if importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    command = [sys.executable, "-u", "-m", "pytest", *options, *arguments]
-    checks: Record = {}
-    with log.open("w") as file:
-        pytest = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
-        try:
-            code = pytest.wait(seconds)
-            if code not in (0, 1):
-                checks["error"] = f"pytest ended with {code}, see {log.name}"
-        except subprocess.TimeoutExpired:
-            checks["error"] = f"stopped after {seconds:.0f} s, see {log.name}"
-        finally:
+    options = ["-v", "-W", "default", "-p", "no:cacheprovider", "-p", "benchmarks.shard"]
+    command = [sys.executable, "-u", "-m", "pytest", *options, "--continue-on-collection-errors", *arguments]
+    count = min(WORKERS, os.cpu_count() or 1)
+    parts = [log.with_name(f"{log.name}.{index}") for index in range(count)]
+    running, checks = [], Record()
+    for index, part in enumerate(parts):
+        with part.open("w") as file:
+            shard = {**os.environ, "MOTAB_SHARD": f"{index}/{count}"}
+            streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            running.append(subprocess.Popen(command, cwd=ROOT, env=shard, **streams))
+    try:
+        codes = {pytest.wait(max(0.0, deadline - time.monotonic())) for pytest in running}
+        wrong = codes if codes == {NO_TESTS} else codes - {0, 1, NO_TESTS}
+        if wrong:
+            checks["error"] = f"pytest ended with {', '.join(map(str, sorted(wrong)))}, see {log.name}"
+    except subprocess.TimeoutExpired:
+        checks["error"] = f"stopped after {seconds:.0f} s, see {log.name}"
+    finally:
+        for pytest in running:
             if pytest.poll() is None:
-                os.killpg(pytest.pid, signal.SIGKILL)  # its workers too
+                os.killpg(pytest.pid, signal.SIGKILL)  # its children too
                 pytest.wait()
-    text = log.read_text()
-    verdict = "PASSED|FAILED|ERROR|SKIPPED"
-    verdicts = re.findall(rf"^(\S+::.*?) ({verdict})", text, re.MULTILINE)
-    verdicts += [(name, v) for v, name in re.findall(rf"^\[gw\d+\].*? ({verdict}) (\S+::.*?) *$", text, re.MULTILINE)]
+    text = "".join(part.read_text() for part in parts)
+    log.write_text(text)
+    for part in parts:
+        part.unlink()
+    verdicts = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
     unread = re.findall(r"^ERROR (\S+\.py)(?: |$)", text, re.MULTILINE)
     names = {verdict: [name for name, v in verdicts if v == verdict] for _, verdict in verdicts}
     return {
         "passed": len(names.get("PASSED", [])),
         "skipped": len(names.get("SKIPPED", [])),
-        "failed": names.get("FAILED", []) + names.get("ERROR", []) + unread,
+        "failed": [*dict.fromkeys(names.get("FAILED", []) + names.get("ERROR", []) + unread)],
     } | checks
 
 
@@ -132,7 +140,7 @@ def in_a_process(stage: str, plan: Plan, seconds: float) -> Iterator[Record]:
         yield {"op": "stage", "stage": stage, "error": f"stopped after its share of the time, {seconds:.0f} s"}
     except EOFError:
         process.join(10)
-        if process.exitcode != 0:
+        if process.exitcode:  # None: it has sent everything, and is slow to end
             yield {"op": "stage", "stage": stage, "error": f"ended with {process.exitcode}"}
     finally:
         process.kill()

@@ -200,8 +200,8 @@ def linear(plan: Plan) -> Iterator[Record]:
                     loss = make(kind)
                     call = functools.partial(bench_linear_divergence.gradients, loss, leaves)
                     errors = bench_linear_divergence.check(call(), name, expected)
-                for x in leaves:
-                    x.grad = None
+                for x in leaves[:2]:
+                    x.grad = torch.ones_like(x)  # as an earlier run leaves: the peak is what is needed besides
                 peak = peak_mib(call, plan.device)
                 return {"ms": median_ms([call], plan.device, seconds=1.0), "peak_mib": peak} | errors
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 Call = Callable[[], object]
+CALLS_IN_A_GRAPH = 20  # at least: the launch of a graph itself takes some microseconds
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
@@ -70,7 +71,7 @@ def median_ms(calls: Sequence[Call], device: str, seconds: float = 0.4) -> float
     return statistics.median(begin.elapsed_time(end) for begin, end in events)
 
 
-def replayed_ms(calls: Sequence[Call]) -> float:
+def replayed_ms(calls: list[Call]) -> float:
     """The time of one call in replays of a CUDA graph of all calls: the GPU's time, without waits for the host."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -79,10 +80,11 @@ def replayed_ms(calls: Sequence[Call]) -> float:
             calls[0]()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    repeats = -(-CALLS_IN_A_GRAPH // len(calls))
     with torch.cuda.graph(graph):
-        for call in calls:
+        for call in calls * repeats:
             call()
-    return median_ms([graph.replay], "cuda") / len(calls)
+    return median_ms([graph.replay], "cuda") / (len(calls) * repeats)
 
 
 def peak_mib(call: Call, device: str) -> float:
