@@ -28,6 +28,7 @@ from motab.dataset import TrajectoryDataset
 from motab.demo import DemoArguments, run
 from motab.export import check_output_file, export_dataset
 from motab.files import write_whole
+from motab.grading import check_answers, grade
 from motab.judgement import is_unbounded, label
 from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
 from motab.parsing import parse, require
@@ -60,7 +61,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     if args.grade:
-        evaluation.check_answers(problems)
+        check_answers(problems)
     tokenizer = load_tokenizer(*names.values())
     problems = args.short_enough(problems, tokenizer)
     student, teacher = (
@@ -72,9 +73,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     rendered = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer)
     prompts = [prompt for prompt in rendered for _ in range(args.num_samples)]
     path = Path(args.output_dir) / "trajectories.jsonl"
-    graded = (
-        (lambda t, place: evaluation.grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
-    )
+    graded = (lambda t, place: grade(t, problems[place // args.num_samples], tokenizer)) if args.grade else None
     found = synthesize_to_file(
         path, student, teacher, tokenizer, prompts, policy=policy, grade=graded, **args.generation()
     )
@@ -104,12 +103,10 @@ def train(arguments: list[str], console: Console) -> None:
         prompt_format = args.prompt_format()
         problems = args.load(args.dataset_name, args.dataset_split or "train")
         if args.grade:
-            evaluation.check_answers(problems)
+            check_answers(problems)
         problems = args.short_enough(problems, tokenizer)
         prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
-        data = args.rollouts(
-            prompts, (lambda t, place: evaluation.grade(t, problems[place], tokenizer)) if args.grade else None
-        )
+        data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
     last, finished = config.resume_from_checkpoint, False
@@ -150,7 +147,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
-    evaluation.check_answers(problems)
+    check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = args.short_enough(problems, tokenizer)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 
 import pytest
 from test_cli import TINY
@@ -10,11 +11,119 @@ from test_trainer import TRAJECTORIES, config, trajectory
 
 import motab
 from motab.cli import main
+from motab.data import Problem, load_problems
 from motab.dataset import TrajectoryDataset
+from motab.grading import is_correct, stated_answer
 from motab.summary import figures
 
 TASK = "reasoning-gym:chain_sum?min_terms=4&max_terms=6&min_digits=2&max_digits=2&seed=5&size="
 PAIR = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"First \boxed{1}, no: \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("<answer>\n7 </answer>", "7"),
+        ("The answer is 12.\nSo the answer is: -3.5.", "-3.5"),
+        (r"The answer is 4. \boxed{5}", "5"),
+        (r"\boxed{1}, no: \boxed{\frac{\sqrt{3}}{\sqrt[3]{2}}}", r"\frac{\sqrt{3}}{\sqrt[3]{2}}"),
+        (r"\boxed {\{1, \}2\{\}} and", r"\{1, \}2\{\}"),
+        (r"\boxed{4}, or rather \boxed{5 (cut", "4"),
+        ("I do not know", None),
+    ],
+)
+def test_stated_answer(text, answer):
+    assert stated_answer(text) == answer
+
+
+def test_math_verify_and_the_tasks_own_verifier():
+    half = Problem("?", "1/2", {})
+    assert is_correct(r"so \boxed{0.5}", half)
+    assert is_correct(r"so \boxed{\frac{2}{4}}", half)
+    assert not is_correct(r"so \boxed{2}", half)
+    (problem,) = load_problems("reasoning-gym:chain_sum?size=1&seed=1")
+    assert is_correct(f"\\boxed{{{problem.answer}}}", problem)
+    assert not is_correct(f"\\boxed{{{problem.answer}1}}", problem)
+    assert not is_correct("nothing", problem)
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "right"),
+    [
+        ("<think>Let me count 204 tokens and then", {}, False),
+        (r"<think>The answer is \boxed{204}, but let me check", {}, False),
+        (r"<think>It is 204.</think>So \boxed{204}", {}, True),
+        (r"<think>The answer is \boxed{204}.</think>So it is \boxed{7}.", {}, False),
+        (r"<think>1</think>\boxed{204}<think>Or is it 204?", {}, False),
+        (r"Hm.</think>So \boxed{204}", {"thinking": True}, True),
+        (r"So \boxed{204}", {"thinking": True}, False),
+        (r"So \boxed{204}", {}, True),
+        (r"Let me see: \boxed{204}, but", {"finish_reason": "length"}, True),
+        (r"<think>No.</think>The answer is 204.", {"finish_reason": "length"}, True),
+        (r"<think>\boxed{204}</think>We have \boxed{20", {"finish_reason": "length"}, False),
+        (r"<answer>7</answer> is not 204", {"finish_reason": "length"}, False),
+    ],
+)
+@pytest.mark.parametrize("task", [False, True], ids=["math-verify", "reasoning-gym"])
+def test_thinking_and_budget(text, settings, right, task):
+    record = {"answer": "204", "metadata": {"source_dataset": "chain_sum"}} if task else {}
+    assert is_correct(text, Problem("?", "204", record), **settings) == right
+
+
+@pytest.mark.parametrize(
+    ("text", "gold", "right"),
+    [
+        ("The sum is \\boxed{12}.\n\nHowever,\n\nthe sum is \\boxed{15}.", "15", True),
+        ("The sum is \\boxed{12}.\n\nHowever,\n\nthe sum is \\boxed{15}.", "12", False),
+        (r"The roots are \boxed{3} and \boxed{5}.", "3, 5", True),
+        (r"It is \boxed{\frac{\sqrt{3}}{2}}.", r"\frac{\sqrt{3}}{2}", True),
+        ("<answer>6</answer>", "6", True),
+        ("The answer is (B).", "B", True),
+        ("The answer is 1,234 dollars.", "1234", True),
+    ],
+)
+def test_a_finished_text_is_graded_no_worse_than_a_cut_one(text, gold, right):
+    """By its last box, as where the model revised its answer, or by all of them."""
+    problem = Problem("?", gold, {})
+    assert is_correct(text, problem) == right
+    assert right or not is_correct(text, problem, finish_reason="length")
+
+
+def test_no_answer_to_compare_with():
+    with pytest.raises(ValueError, match="needs a problem with an answer to compare with, got Problem"):
+        is_correct("1", Problem("?", None, {}))
+
+
+@pytest.mark.parametrize("metadata", [None, "AIME", ["source_dataset"], {}, {"source_dataset": None}, {"level": 5}])
+def test_metadata_of_other_kinds(metadata):
+    assert is_correct(r"\boxed{0.5}", Problem("?", "1/2", {"metadata": metadata}))
+
+
+def test_the_last_number_of_a_cut_off_text():
+    """math-verify takes it, with good reason only of a text that came to its end."""
+    problem = Problem("?", "204", {})
+    assert is_correct("we have 204", problem)
+    assert not is_correct("we have 204", problem, finish_reason="length")
+    assert is_correct("**The answer is $204$**\nas we have 3", problem, finish_reason="length")
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("\\boxed{1" * 20000 + "}", "1"),
+        ("<answer>1" * 20000 + "</answer>", "1"),
+        ("answer is x" + " " * 100000 + "y.", "x" + " " * 100000 + "y"),
+        ("\\boxed{" + "1" * 100000 + "}", "1" * 100000),
+    ],
+    ids=["boxes", "tags", "spaces", "digits"],
+)
+def test_a_text_that_repeats_itself_takes_no_time(text, answer):
+    """As students write: the square of its length took minutes."""
+    start = time.process_time()
+    assert stated_answer(text) == answer
+    assert not is_correct(text, Problem("?", "2", {}), finish_reason="length")
+    assert time.process_time() - start < 5
 
 
 def answers_its_problem(t, tokenizer):

@@ -1,0 +1,103 @@
+"""Whether a text answers a problem."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from motab.data import ANSWER_COLUMNS, Problem
+from motab.trajectory import Trajectory
+
+_LONGEST = 1000  # characters of a stated answer; longer ones are of a text that repeats itself, and take long to parse
+
+
+def stated_answer(text: str) -> str | None:
+    """The answer that a text states: its last ``\\boxed{}``, else ``<answer>``, else "answer is ..."; None if there is
+    none."""
+    if (boxed := _last_boxed(text)) is not None:
+        return boxed.strip()
+    before, closed, _ = text.rpartition("</answer>")
+    _, opened, answer = before.rpartition("<answer>")
+    if closed and opened:
+        return answer.strip()
+    found = re.findall(r"answer is:?\s*([^\n]+)", text, re.IGNORECASE)
+    return found[-1].rstrip().removesuffix(".").strip() if found else None
+
+
+def _last_boxed(text: str) -> str | None:
+    """What the last ``\\boxed{}`` that is closed holds, braces within it included."""
+    last = None
+    opened: list[int | None] = []  # where each open box begins, None for a bare brace
+    for found in re.finditer(r"\\boxed\s*\{|\\[{}]|[{}]", text):  # an escaped brace is text
+        if found[0] == "{":
+            opened.append(None)
+        elif found[0].startswith("\\boxed"):
+            opened.append(found.end())
+        elif found[0] == "}" and opened:
+            begin = opened.pop()
+            if begin is not None and (last is None or begin > last.start):
+                last = slice(begin, found.start())
+    return None if last is None else text[last]
+
+
+def after_thinking(text: str) -> str | None:
+    """The text after the last ``</think>``, or all of it without one; None if a ``<think>`` was not closed."""
+    rest = text.rpartition("</think>")[2]
+    return None if "<think>" in rest else rest
+
+
+def check_answers(problems: Sequence[Problem]) -> None:
+    """Refuse problems without an answer to compare with.
+
+    Raises:
+        ValueError: names the row of the first, and how many there are.
+    """
+    if lacking := [row for row, problem in enumerate(problems) if problem.answer is None]:
+        raise ValueError(
+            f"grading needs an answer to each problem, a text in a column {' or '.join(ANSWER_COLUMNS)}, got none in "
+            f"row {lacking[0]} and in {len(lacking)} of {len(problems)} rows in total; leave them out, or give another "
+            "answer_column"
+        )
+
+
+def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", thinking: bool = False) -> bool:
+    """Whether a text answers a problem: by the task's own verifier for reasoning-gym, else by math-verify.
+
+    Only text after the thinking counts; if the thinking was not closed, nothing does. A text is right if its stated
+    answer is (`stated_answer`) or, unless it was cut off, what math-verify finds in the whole of it: the set of all
+    boxes, or the last number.
+
+    Args:
+        finish_reason: for ``"length"``, a text that ran out of budget, only the stated answer counts: the last number
+            of a truncated text is no answer.
+        thinking: the prompt ended with ``<think>``, so the text begins inside the thinking.
+
+    Raises:
+        ValueError: the problem has no answer to compare with.
+    """
+    if problem.answer is None:
+        raise ValueError(f"is_correct needs a problem with an answer to compare with, got {problem!r}")
+    answer = after_thinking("<think>" + text if thinking else text)
+    if answer is None:
+        return False
+    stated = stated_answer(answer)
+    metadata = problem.record.get("metadata")
+    task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
+    if task is not None:
+        import reasoning_gym
+
+        return bool(reasoning_gym.get_score_answer_fn(task)(stated, problem.record) == 1.0)
+    import math_verify
+
+    gold = math_verify.parse(problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}")
+    answers = [] if stated is None or len(stated) > _LONGEST else [f"\\boxed{{{stated.strip('* ')}}}"]
+    answers += [] if finish_reason == "length" else [answer]
+    return any(math_verify.verify(gold, math_verify.parse(each)) for each in answers)
+
+
+def grade(trajectory: Trajectory, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a trajectory answers the problem that its prompt puts, see `is_correct`."""
+    thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
+    return is_correct(trajectory.text, problem, finish_reason=trajectory.finish_reason, thinking=thinking)
