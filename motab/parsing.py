@@ -122,6 +122,8 @@ def _of_file(config: str, flag: Action, hint: Any, value: Any) -> Any:
         return None
     if type(value) in kinds and not several and flag.choices is None:
         return value
+    if flag.const is True and isinstance(value, bool):  # --fsdp without a value, which is declared as a text
+        return value or flag.default
     try:
         if several:
             return [_converted(flag, each) for each in (value if isinstance(value, list) else [value])]

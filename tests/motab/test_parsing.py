@@ -46,6 +46,8 @@ def test_numbers(text, value):
         ("report_to: [tensorboard]", "report_to", ["tensorboard"]),
         ("loss_type: jsd", "loss_type", "jsd"),
         ("tf32: false", "tf32", False),
+        ("fsdp: true", "fsdp", True),
+        ("fsdp: false", "fsdp", None),
         ("optim_args: 5", "optim_args", "5"),
     ],
 )
