@@ -1,8 +1,8 @@
 """Distil reasoning with a safety boundary: monitored generation with rollback. See `synthesize`."""
 
 from motab.dataset import TrajectoryDataset, collate
-from motab.engine import synthesize
 from motab.export import export_dataset
+from motab.generation import synthesize
 from motab.policies import (
     AdaSwitch,
     MotabPolicy,

@@ -12,8 +12,8 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
-from motab.engine import synthesize
 from motab.files import write_whole
+from motab.generation import synthesize
 from motab.grading import check_answers, grade
 from motab.policies import OnPolicy
 from motab.processes import Processes

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from motab.config import TrainArguments
-from motab.engine import PACE, SETTINGS
 from motab.files import write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
+from motab.generation import PACE, SETTINGS
 from motab.rollouts import Rollouts
 from motab.training_config import MotabConfig
 

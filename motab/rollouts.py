@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import SETTINGS, synthesize
+from motab.generation import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Grade, Trajectory

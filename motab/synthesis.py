@@ -12,9 +12,9 @@ from typing import Any, BinaryIO, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from motab.engine import PACE, SETTINGS, synthesize
 from motab.files import whole_path, write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
+from motab.generation import PACE, SETTINGS, synthesize
 from motab.lock import Lock
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes

@@ -23,78 +23,15 @@ from motab.distillation import (
     loss_from_logits,
 )
 from motab.models import load_model
-from motab.policies import needs_student
 from motab.processes import Processes
 from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
 from motab.sharding import is_sharded, release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
+from motab.trainer_input import Trajectories, as_examples, check, refuse_to_overwrite
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 from motab.trajectory_file import cut_from
-
-Trajectories = Sequence[Trajectory] | str | Path
-
-
-def _examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
-    """The trajectories as the trainer takes them; anything else is refused."""
-    source = data if isinstance(data, str | Path) else _looked_at(data)
-    return TrajectoryDataset(source, args.ignore_authors, args.max_length, args.only_correct)
-
-
-def _looked_at(data: Any) -> Iterator[Trajectory]:
-    for item in data if isinstance(data, Iterable) else [data]:
-        if not isinstance(item, Trajectory):
-            of = f" of {type(item).__name__}" if item is not data else ""
-            raise ValueError(
-                "a dataset must hold trajectories, or be the file that synthesize_to_file wrote, got "
-                f"{type(data).__name__}{of}; let motab.synthesize_to_file write on its prompts, or train on "
-                "motab.Rollouts(prompts)"
-            )
-        yield item
-
-
-def _check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: Any) -> None:
-    """Refuse arguments that do not go together, before a file is read or a model loaded."""
-    if not isinstance(args, MotabConfig):
-        raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
-    has_rollouts = isinstance(train_dataset, Rollouts)
-    by_divergence = args.loss_type != "cross_entropy"
-    if teacher_model is None and by_divergence:
-        raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
-    if teacher_model is not None and not by_divergence and not has_rollouts:
-        raise ValueError(
-            "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model; "
-            "leave it out, or set loss_type to a divergence such as forward_kl"
-        )
-    if args.save_rollouts and not has_rollouts:
-        raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")
-    if not has_rollouts:
-        return
-    if not needs_student(train_dataset.policy):
-        name = type(train_dataset.policy).__name__
-        raise ValueError(
-            f"Rollouts need a policy under which the student writes, got {name}; write its trajectories once with "
-            "synthesize"
-        )
-    if processing_class is None:
-        raise ValueError("Rollouts need the tokenizer; give processing_class")
-    if args.only_correct:
-        raise ValueError("only_correct applies to finished trajectories, got Rollouts, which are all trained on")
-    if args.max_length is not None:
-        raise ValueError(
-            f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
-            "max_new_tokens"
-        )
-
-
-def _refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
-    name = getattr(model, "name_or_path", "")
-    if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
-        raise ValueError(
-            f"output_dir must be another folder than those of the models, got {output_dir!r}, where "
-            f"{type(model).__name__} was loaded from: training would overwrite it"
-        )
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
@@ -156,26 +93,26 @@ class MotabTrainer(Trainer):
         **kwargs: Any,
     ):
         args = MotabConfig() if args is None else args
-        _check(args, teacher_model, train_dataset, processing_class)
+        check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log
         self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
         self.divergence: Divergence | None = None
         if args.loss_type != "cross_entropy":
             self.divergence = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
-        dataset = train_dataset if isinstance(train_dataset, Rollouts) else _examples(train_dataset, args)
+        dataset = train_dataset if isinstance(train_dataset, Rollouts) else as_examples(train_dataset, args)
         if not len(dataset):
             raise ValueError("train_dataset must hold at least one trajectory or prompt, got none")
         held_out: Any = eval_dataset
         if isinstance(eval_dataset, Mapping):
-            held_out = {name: _examples(data, args) for name, data in eval_dataset.items()}
+            held_out = {name: as_examples(data, args) for name, data in eval_dataset.items()}
         elif eval_dataset is not None:
-            held_out = _examples(eval_dataset, args)
+            held_out = as_examples(eval_dataset, args)
         on_cpu = uses_fsdp(args)
         model = load_model(model, "float32", on_cpu=on_cpu) if isinstance(model, str) else model
         teacher_model = load_model(teacher_model, on_cpu=on_cpu) if isinstance(teacher_model, str) else teacher_model
         for each in (model, teacher_model):
-            _refuse_to_overwrite(args.output_dir, each)
+            refuse_to_overwrite(args.output_dir, each)
         super().__init__(
             model=model,
             args=args,
@@ -244,7 +181,7 @@ class MotabTrainer(Trainer):
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
         """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
-            eval_dataset = _examples(eval_dataset, self.args)
+            eval_dataset = as_examples(eval_dataset, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:

@@ -297,7 +297,7 @@ def test_caches_go_with_the_run(student, teacher, tokenizer, prompts, monkeypatc
             super().__init__(*arguments, **settings)
             engines.append(weakref.ref(self))
 
-    monkeypatch.setattr("motab.engine.Engine", Watched)
+    monkeypatch.setattr("motab.generation.Engine", Watched)
     gc.collect()
     gc.disable()
     try:

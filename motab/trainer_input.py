@@ -1,0 +1,78 @@
+"""What `MotabTrainer` takes, and what it refuses before a file is read or a model loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from motab.dataset import TrajectoryDataset
+from motab.policies import needs_student
+from motab.rollouts import Rollouts
+from motab.training_config import MotabConfig
+from motab.trajectory import Trajectory
+
+Trajectories = Sequence[Trajectory] | str | Path
+
+
+def as_examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
+    """The trajectories as the trainer takes them; anything else is refused."""
+    source = data if isinstance(data, str | Path) else _looked_at(data)
+    return TrajectoryDataset(source, args.ignore_authors, args.max_length, args.only_correct)
+
+
+def _looked_at(data: Any) -> Iterator[Trajectory]:
+    for item in data if isinstance(data, Iterable) else [data]:
+        if not isinstance(item, Trajectory):
+            of = f" of {type(item).__name__}" if item is not data else ""
+            raise ValueError(
+                "a dataset must hold trajectories, or be the file that synthesize_to_file wrote, got "
+                f"{type(data).__name__}{of}; let motab.synthesize_to_file write on its prompts, or train on "
+                "motab.Rollouts(prompts)"
+            )
+        yield item
+
+
+def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: Any) -> None:
+    """Refuse arguments that do not go together, before a file is read or a model loaded."""
+    if not isinstance(args, MotabConfig):
+        raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
+    has_rollouts = isinstance(train_dataset, Rollouts)
+    by_divergence = args.loss_type != "cross_entropy"
+    if teacher_model is None and by_divergence:
+        raise ValueError(f"loss_type {args.loss_type} compares the student with a teacher; give teacher_model")
+    if teacher_model is not None and not by_divergence and not has_rollouts:
+        raise ValueError(
+            "MotabTrainer needs no teacher for cross-entropy on finished trajectories, got a teacher_model; "
+            "leave it out, or set loss_type to a divergence such as forward_kl"
+        )
+    if args.save_rollouts and not has_rollouts:
+        raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")
+    if not has_rollouts:
+        return
+    if not needs_student(train_dataset.policy):
+        name = type(train_dataset.policy).__name__
+        raise ValueError(
+            f"Rollouts need a policy under which the student writes, got {name}; write its trajectories once with "
+            "synthesize"
+        )
+    if processing_class is None:
+        raise ValueError("Rollouts need the tokenizer; give processing_class")
+    if args.only_correct:
+        raise ValueError("only_correct applies to finished trajectories, got Rollouts, which are all trained on")
+    if args.max_length is not None:
+        raise ValueError(
+            f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
+            "max_new_tokens"
+        )
+
+
+def refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
+    name = getattr(model, "name_or_path", "")
+    if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():
+        raise ValueError(
+            f"output_dir must be another folder than those of the models, got {output_dir!r}, where "
+            f"{type(model).__name__} was loaded from: training would overwrite it"
+        )
