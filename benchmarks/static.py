@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -252,7 +253,8 @@ def attention_report(
 ) -> AttentionReport:
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.split_kernel
-    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], settings.split, settings)
+    split = settings.split
+    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], math.gcd(split, PAGE), settings)
     of_inputs = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
     types = {n: f"*{dtype}" if n in of_inputs else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
     types |= {"lengths_ptr": "*i64", "page_table_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}
@@ -262,7 +264,7 @@ def attention_report(
     constants = {
         **flags,
         "IS_SPLIT": settings.split_tokens >= T,
-        "SPLIT": settings.split,
+        "SPLIT": split,
         "PAGE": PAGE,
         "GROUP": GROUP,
         "D": D,
@@ -301,10 +303,12 @@ def combine_report(target: str) -> AttentionReport:
 
 
 def attention_reports() -> Iterator[AttentionReport]:
-    """A drafted token and a scored block for models like Qwen3, gpt-oss and Gemma 2; a prompt in pages, not split."""
+    """A drafted token and a scored block for models like Qwen3, gpt-oss and Gemma 2; both with splits of several pages,
+    and a prompt in pages, not split."""
     for target in TARGETS:
         for T in (1, 16):
-            yield attention_report("bf16", target, 128, 4, T, HAS_WINDOW=False, softcap=False)
+            for PAGE in (0, 64):
+                yield attention_report("bf16", target, 128, 4, T, HAS_WINDOW=False, softcap=False, PAGE=PAGE)
         yield attention_report("fp32", target, 128, 4, 16, HAS_WINDOW=False, softcap=False)
         yield attention_report("bf16", target, 64, 8, 16, HAS_WINDOW=True, softcap=False)
         yield attention_report("bf16", target, 256, 2, 16, HAS_WINDOW=True, softcap=True)

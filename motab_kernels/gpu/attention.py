@@ -44,8 +44,8 @@ def settings_for(device: torch.device) -> Settings:
     return tuned("attention", device, DEFAULT, HIP)
 
 
-def blocks(queries: int, D: int, itemsize: int, split: int, settings: Settings) -> dict[str, int]:
-    """The sizes of tiles: of queries, of slots and of a head, at least 16 each for `tl.dot`; and the warps.
+def blocks(queries: int, D: int, itemsize: int, piece: int, settings: Settings) -> dict[str, int]:
+    """The sizes of tiles: of queries, of slots (it divides `piece`) and of a head, 16 at least for `tl.dot`; and warps.
 
     For float32, whose products use no tensor core, a quarter: a thread keeps its factors in registers.
     """
@@ -53,7 +53,7 @@ def blocks(queries: int, D: int, itemsize: int, split: int, settings: Settings) 
     most = min(settings.queries, settings.sums // size) // share
     return {
         "M_BLOCK": max(16, min(most, triton.next_power_of_2(queries))),
-        "N_BLOCK": max(16, min(split, settings.slots, settings.elements // share // size)),
+        "N_BLOCK": max(16, min(piece, settings.slots, settings.elements // share // size)),
         "D_BLOCK": size,
         "num_warps": settings.float32_warps if itemsize == 4 else settings.num_warps,
     }
@@ -81,8 +81,10 @@ def ragged_attention(
     settings = settings_for(query.device)
     queries = T * H_q // H
     pages = 1 if page_table is None else page_table.shape[1]
-    split = math.gcd(settings.split, S) if pages > 1 else settings.split  # a split lies in one page
-    tiles = blocks(queries, D, query.element_size(), split, settings)
+    split = settings.split
+    page = S if pages > 1 else 0
+    piece = math.gcd(split, page)  # a tile lies in one split and one page
+    tiles = blocks(queries, D, query.element_size(), piece, settings)
     splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, split)
     is_split = T <= settings.split_tokens
     # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep rows aligned to 16 bytes.
@@ -131,7 +133,7 @@ def ragged_attention(
             HAS_SOFTCAP=softcap > 0,
             HAS_WINDOW=window < pages * S,
             IS_SPLIT=is_split,
-            PAGE=S if pages > 1 else 0,
+            PAGE=page,
             num_stages=settings.num_stages,
             **shared,
             **tiles,

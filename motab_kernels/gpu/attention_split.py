@@ -81,8 +81,9 @@ def split_kernel(
 ):
     """Sum up split `program_id(1)` for a tile of queries; without splits, write the result.
 
-    A row's slots lie in pages of PAGE, a multiple of SPLIT and N_BLOCK, or, if that is 0, all in one.
+    A row's slots lie in pages of PAGE, a multiple of N_BLOCK, or, if that is 0, all in one.
     """
+    ONE_PAGE: tl.constexpr = PAGE == 0 or (IS_SPLIT and PAGE % SPLIT == 0)  # else a tile looks its own up
     tiles = tl.cdiv(T * GROUP, M_BLOCK)
     head, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     i, head = (head // H).to(tl.int64), (head % H).to(tl.int64)
@@ -91,17 +92,15 @@ def split_kernel(
     page_table_ptr += i * page_table_stride_b
 
     # The tile's queries see no slot outside [begin, end). Without a window all of them see the slots before `common`.
+    # A tile of slots begins at a multiple of its size: it lies in one page, and sums do not depend on where pages end.
     common = length + tile * M_BLOCK // GROUP + 1
-    begin = tl.maximum(common - window, 0)
+    begin = tl.maximum(common - window, 0) // N_BLOCK * N_BLOCK
     end = length + tl.minimum((tile * M_BLOCK + M_BLOCK - 1) // GROUP, T - 1) + 1
     if IS_SPLIT:
         split = tl.program_id(1) * SPLIT
         begin, end = tl.maximum(begin, split), tl.minimum(end, split + SPLIT)
         if begin >= end:
             return
-    first_seen = begin
-    if PAGE > 0 and not IS_SPLIT:
-        begin = begin // N_BLOCK * N_BLOCK  # so that no tile lies in two pages
     # Whole tiles that need no mask come first. With a window all tiles are masked: a third loop would cost registers.
     tail = begin
     if not HAS_WINDOW:
@@ -115,7 +114,7 @@ def split_kernel(
     query = tl.load(query_ptr + offsets[:, None], mask=inside, other=0.0)
     keys_ptr += head * keys_stride_h
     values_ptr += head * values_stride_h
-    if PAGE == 0 or IS_SPLIT:
+    if ONE_PAGE:
         page, place = i, tl.cast(0, tl.int64)
         if PAGE > 0:
             place = tl.cast(begin // PAGE, tl.int64)
@@ -135,18 +134,19 @@ def split_kernel(
         if masked:
             first, last = tail, end
         for start in tl.range(first, last, N_BLOCK):
-            k_ptr = keys_ptr + tl.cast(start, tl.int64) * keys_stride_s + keys_offsets
-            v_ptr = values_ptr + tl.cast(start, tl.int64) * values_stride_s + values_offsets
-            if PAGE > 0 and not IS_SPLIT:
-                place = tl.cast(start // PAGE, tl.int64)
-                page = tl.load(page_table_ptr + place * page_table_stride_n)
-                k_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
-                v_ptr += page * values_stride_b - place * PAGE * values_stride_s
+            k_ptr, v_ptr, before = keys_ptr, values_ptr, tl.cast(start, tl.int64)
+            if not ONE_PAGE:
+                page = tl.load(page_table_ptr + before // PAGE * page_table_stride_n)
+                k_ptr += page * keys_stride_b
+                v_ptr += page * values_stride_b
+                before %= PAGE
+            k_ptr = k_ptr + before * keys_stride_s + keys_offsets
+            v_ptr = v_ptr + before * values_stride_s + values_offsets
             slot = start + n
             if masked:  # load 0 where nothing is seen: a NaN there would outlast a weight of 0
                 there = (slot[:, None] < end) & (d[None, :] < D)
-                if PAGE > 0 and not IS_SPLIT:
-                    there = there & (slot[:, None] >= first_seen)
+                if HAS_WINDOW:
+                    there = there & (slot[:, None] >= common - window)
                 k, v = tl.load(k_ptr, mask=there, other=0.0), tl.load(v_ptr, mask=there, other=0.0)
             elif D == D_BLOCK:
                 k, v = tl.load(k_ptr), tl.load(v_ptr)

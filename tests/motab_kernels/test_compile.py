@@ -81,7 +81,7 @@ def test_instructions_of_a_pair(reports, kernel, most, special, dtype, target):
 def test_attention(reports, target):
     """Keys and values are loaded 16 bytes at a time; on NVIDIA by copies that the tile before does not wait for."""
     found = [r for r in reports.values() if r["target"] == target and "copies" in r]
-    assert len(found) == 7
+    assert len(found) == 9
     registers, shared = (512, 64 << 10) if target.startswith("gfx") else (255, 99 << 10)  # the least that a kind has
     for report in found:
         assert report["spilled"] == 0, report
@@ -89,13 +89,15 @@ def test_attention(reports, target):
         assert report["shared"] <= shared, report
         if report["kernel"].startswith("attention"):
             assert report["wide_loads"] >= report["needed"] > 0, report
-            assert report["narrow_loads"] == report["kernel"].endswith("pages"), report  # the number of the page
+            pages = report["kernel"].endswith("pages")  # whose number a tile loads; sm_100's loop has several turns
+            assert pages <= report["narrow_loads"] <= pages * 1.5 * report["wide_loads"] / report["needed"], report
             assert report["copies"] == (0 if target.startswith("gfx") else report["wide_loads"]), report
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_drafting_leaves_room_for_three_programs(reports, target):
     """Of 128 threads a multiprocessor, or of 256 in waves of 64: memory is waited for by one while others go on."""
-    report = reports["attention D=128 GROUP=4 T=1", "bf16", target]
-    assert report["registers"] <= (256 if target.startswith("gfx") else 168)
-    assert report["shared"] <= 54 << 10
+    for pages in ("", ", pages"):
+        report = reports[f"attention D=128 GROUP=4 T=1{pages}", "bf16", target]
+        assert report["registers"] <= (256 if target.startswith("gfx") else 168)
+        assert report["shared"] <= 54 << 10
