@@ -253,7 +253,7 @@ def attention_report(
 ) -> AttentionReport:
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.split_kernel
-    split = settings.split
+    split = attention.split_length(T * GROUP, settings)
     tiles = attention.blocks(T * GROUP, D, BYTES[dtype], math.gcd(split, PAGE), settings)
     of_inputs = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
     types = {n: f"*{dtype}" if n in of_inputs else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}

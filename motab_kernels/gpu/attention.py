@@ -24,7 +24,8 @@ from motab_kernels.gpu.tuned import tuned
 class Settings(NamedTuple):
     """How the work is divided."""
 
-    split: int = 256  # slots, a multiple of a tile's
+    split: int = 256  # slots, at least, a multiple of a tile's
+    slots_per_query: int = 16  # of a split, at least, a power of two
     queries: int = 64  # of a tile, at most
     sums: int = 8192  # of a tile's queries, at most: they are in registers
     slots: int = 64  # of a tile, at most
@@ -42,6 +43,16 @@ HIP = Settings(float32_warps=4)  # a wave has 64 threads, and matrix units take 
 
 def settings_for(device: torch.device) -> Settings:
     return tuned("attention", device, DEFAULT, HIP)
+
+
+def split_length(queries: int, settings: Settings) -> int:
+    """Slots of a split that `queries` of a kv head share: the more, the longer.
+
+    Each leaves 4 (D + 4) bytes of sums in a split, which are written and read: at 16 slots a query some 13 % of the
+    bytes of keys and values in bfloat16. Queries that fill several tiles make more programs of a split. A row's numbers
+    depend on the length of its splits, which must therefore not depend on the batch.
+    """
+    return max(settings.split, settings.slots_per_query * triton.next_power_of_2(queries))
 
 
 def blocks(queries: int, D: int, itemsize: int, piece: int, settings: Settings) -> dict[str, int]:
@@ -81,12 +92,12 @@ def ragged_attention(
     settings = settings_for(query.device)
     queries = T * H_q // H
     pages = 1 if page_table is None else page_table.shape[1]
-    split = settings.split
+    split = split_length(queries, settings)
     page = S if pages > 1 else 0
     piece = math.gcd(split, page)  # a tile lies in one split and one page
     tiles = blocks(queries, D, query.element_size(), piece, settings)
     splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, split)
-    is_split = T <= settings.split_tokens
+    is_split = splits > 1  # else the numbers are the same: combining one split changes none
     # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep rows aligned to 16 bytes.
     shape = (b * H * queries, splits, D + 4) if is_split else (0,)
     partial = torch.empty(shape, dtype=torch.float32, device=query.device)

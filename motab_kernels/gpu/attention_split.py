@@ -7,7 +7,7 @@ keys and values once for all. With x the scores in units of log2, a split of the
     top = max x      total = sum 2^(x - top)      acc = sum 2^(x - top) values
 
 in float32, and splits are combined by the rule by which a split combines its tiles. A split begins at a multiple of a
-fixed size, so that a row's numbers depend only on the row.
+size that the queries of a row decide, so that a row's numbers depend only on the row.
 """
 
 import triton

@@ -20,7 +20,7 @@ LENGTHS = [0, 31, 130]  # none; with a new token, to the end of a split; many sp
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
 
-SMALL = gpu.Settings(split=32, queries=16, slots=16, split_tokens=16, splits=2)
+SMALL = gpu.Settings(split=32, slots_per_query=1, queries=16, slots=16, split_tokens=16, splits=2)
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +163,40 @@ def test_nan_in_a_slot_that_is_seen_stays():
     _, keys, values, _, rows = case = random_case([50, 50, 50], H=1)
     keys[rows[0], 0, 3], values[rows[1], 0, 50] = torch.nan, torch.nan
     assert triton(*case).isnan().all((1, 2, 3)).tolist() == [True, True, False]
+
+
+class Launches(list):
+    """In a kernel's place: the grids and arguments that it is launched with."""
+
+    def __getitem__(self, grid):
+        return lambda **arguments: self.append((grid, arguments))
+
+
+@pytest.mark.parametrize(("group", "T"), [(1, 1), (8, 1), (2, 16), (4, 16), (8, 16), (1, 64), (4, 64), (8, 64)])
+@pytest.mark.parametrize("page_size", [64, 32768])
+def test_partial_sums_are_few_beside_keys_and_values(group, T, page_size, monkeypatch):
+    """Less than 15 % of their bytes, written and read, in bfloat16, while there is a program for 1024 slots of a head;
+    64 rows are split as one is. The tensors have no memory."""
+    B, H, S, D = 64, 8, 32768, 128
+    pages = S // page_size
+    keys = torch.empty(B * pages, H, page_size, D, dtype=torch.bfloat16, device="meta")
+    table = torch.empty(B, pages, dtype=torch.int64, device="meta")
+    first, second = Launches(), Launches()
+    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.DEFAULT)
+    monkeypatch.setattr(gpu, "split_kernel", first)
+    monkeypatch.setattr(gpu, "combine_kernel", second)
+    for b in (1, B):
+        query = torch.empty(b, H * group, T, D, dtype=torch.bfloat16, device="meta")
+        gpu.ragged_attention(query, keys, keys, table[:b, 0], table[:b], None, 0.1, S, 0.0, S, query)
+    (alone, _), (together, arguments) = list(first)
+    assert alone[1] == together[1] == arguments["partial_ptr"].shape[1]
+    assert alone[0] * alone[1] >= H * S / 1024
+    assert len(second) == 2
+    assert 2 * arguments["partial_ptr"].nbytes < 0.15 * 2 * keys.nbytes
+
+
+def test_one_split_is_written_at_once(monkeypatch):
+    """There is nothing to combine, and no workspace."""
+    monkeypatch.setattr(gpu, "combine_kernel", None)
+    case = random_case([3, 15], 5, H=1)
+    assert_matches_definition(triton(*case), *case)

@@ -81,7 +81,7 @@ def small_tiles(monkeypatch):
     """Of 32 columns, one a split: three splits, of which the last has a tail alone."""
     monkeypatch.setattr(boundary, "settings_for", lambda device: boundary.Settings(lanes=2, tiles=1))
     monkeypatch.setattr(divergence, "settings_for", lambda device: divergence.Settings(lanes=2, tiles=1, rows=4))
-    small = attention.Settings(split=32, queries=16, slots=16, split_tokens=16, splits=4)
+    small = attention.Settings(split=32, slots_per_query=1, queries=16, slots=16, split_tokens=16, splits=4)
     monkeypatch.setattr(attention, "settings_for", lambda device: small)
 
 
