@@ -6,7 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from motab.trajectory import Trajectory
 
@@ -18,13 +19,13 @@ def watch(
 ) -> Iterator[Trajectory]:
     """Yield the trajectories unchanged, with a bar on ``console`` that begins at ``before`` of ``total``; if that is no
     terminal, with a line a minute."""
+    whole = Column(no_wrap=True)  # where a terminal is narrow, the bar gives way
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=whole),
         BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[figures]}"),
+        MofNCompleteColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("{task.fields[figures]}", table_column=whole),
     )
     began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
     logged, grades = began, list[bool]()
@@ -39,7 +40,7 @@ def watch(
                 grades.append(trajectory.correct)
             figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
             if breaches:
-                figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f} steps"
+                figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f}"
             if grades:
                 figures += f"  right {sum(grades) / len(grades):.0%}"
             progress.update(task, advance=1, figures=figures)

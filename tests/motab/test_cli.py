@@ -1,6 +1,7 @@
 """The commands on the tiny pair, from synthesis to report, and what they refuse."""
 
 import importlib.util
+import io
 import itertools
 import json
 import pathlib
@@ -389,3 +390,13 @@ def test_tokenizers_that_differ(config, tmp_path, capsys, tokenizer, student):
     assert main(["synthesize", "--config", config, *flags]) == 2
     assert "must share one tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_leaves_room_for_its_figures():
+    found = [motab.Trajectory(i, [1], [], [], "", [], 0, 0, "eos", correct=True) for i in range(2000)]
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    assert len(list(watch(found, 4000, "synthesize", console))) == 2000
+    last = re.sub(r"\x1b\[[\d;?]*\w", "", console.file.getvalue().strip("\n").rpartition("\r")[2])
+    assert re.search(
+        r"^synthesize .* 2000/4000 \d:\d\d:\d\d [\d,]+ tok/s  breach 100%  rollback 1.00  right 100%", last
+    )
