@@ -17,7 +17,7 @@ from torch import Tensor
 from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.attention_combine import combine_kernel
 from motab_kernels.gpu.attention_split import split_kernel
-from motab_kernels.gpu.online_softmax import LOG2_E
+from motab_kernels.gpu.online_softmax import log2_e
 from motab_kernels.gpu.tuned import tuned
 
 
@@ -138,8 +138,8 @@ def ragged_attention(
             values_stride_s=values.stride(2),
             page_table_stride_b=0 if page_table is None else page_table.stride(0),
             page_table_stride_n=0 if page_table is None else page_table.stride(1),
-            scale=scale / softcap if softcap else scale * LOG2_E.value,
-            softcap=softcap * LOG2_E.value,
+            scale=scale / softcap if softcap else scale * log2_e(),
+            softcap=softcap * log2_e(),
             HAS_PAGE_TABLE=page_table is not None,
             HAS_SOFTCAP=softcap > 0,
             HAS_WINDOW=window < pages * S,

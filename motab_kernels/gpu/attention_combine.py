@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from motab_kernels.gpu.attention_split import with_sinks
-from motab_kernels.gpu.online_softmax import LOWEST
+from motab_kernels.gpu.online_softmax import lowest
 
 
 @triton.jit(do_not_specialize=["visible_length", "S"])
@@ -39,13 +39,13 @@ def combine_kernel(
     begin, end = tl.maximum(position + 1 - window, 0) // SPLIT, position // SPLIT + 1
     d = tl.arange(0, D_BLOCK)
     # A tile of one query, so that `with_sinks` serves both kernels.
-    top, total = tl.full([1], LOWEST, tl.float32), tl.zeros([1], tl.float32)
+    top, total = tl.full([1], lowest(), tl.float32), tl.zeros([1], tl.float32)
     acc = tl.zeros([1, D_BLOCK], tl.float32)
     for start in range(begin, end, S_BLOCK):
         split = start + tl.arange(0, S_BLOCK)
         there = split < end  # the others are not written
         partials = partial_ptr + (query * S + split) * (D + 4)
-        tops = tl.load(partials + D, mask=there, other=LOWEST)
+        tops = tl.load(partials + D, mask=there, other=lowest())
         totals = tl.load(partials + D + 1, mask=there, other=0.0)
         accs = tl.load(partials[:, None] + d[None, :], mask=there[:, None] & (d[None, :] < D), other=0.0)
         new_top = tl.maximum(top, tl.max(tops, axis=0))

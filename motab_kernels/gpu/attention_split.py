@@ -13,7 +13,7 @@ size that the queries of a row decide, so that a row's numbers depend only on th
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.online_softmax import LOG2_E, LOWEST
+from motab_kernels.gpu.online_softmax import log2_e, lowest
 
 
 @triton.jit
@@ -22,13 +22,13 @@ def _tanh(y):
     z = y * y
     p = ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
     near = y + y * z * (p * z - 3.33332819422e-1)
-    return tl.where(tl.abs(y) < 0.625, near, 1 - 2 / (1 + tl.exp2(y * (2 * LOG2_E))))
+    return tl.where(tl.abs(y) < 0.625, near, 1 - 2 / (1 + tl.exp2(y * (2 * log2_e()))))
 
 
 @triton.jit
 def with_sinks(top, total, acc, sinks):
     """Add the sinks, which are scores without values."""
-    sinks = sinks.to(tl.float32) * LOG2_E
+    sinks = sinks.to(tl.float32) * log2_e()
     new_top = tl.maximum(top, sinks)
     factor = tl.exp2(top - new_top)
     return total * factor + tl.exp2(sinks - new_top), acc * factor[:, None]
@@ -126,7 +126,7 @@ def split_kernel(
     keys_offsets = n[:, None] * keys_stride_s + d[None, :]
     values_offsets = n[:, None] * values_stride_s + d[None, :]
 
-    top = tl.full([M_BLOCK], LOWEST, tl.float32)  # unlike -inf, no NaN for a query that sees nothing yet
+    top = tl.full([M_BLOCK], lowest(), tl.float32)  # unlike -inf, no NaN for a query that sees nothing yet
     total = tl.zeros([M_BLOCK], tl.float32)
     acc = tl.zeros([M_BLOCK, D_BLOCK], tl.float32)
     for masked in tl.static_range(1 if HAS_WINDOW else 0, 2):

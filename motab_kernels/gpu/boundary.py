@@ -15,7 +15,7 @@ from torch import Tensor
 from motab_kernels.boundary_state import Rule
 from motab_kernels.gpu import launched_on
 from motab_kernels.gpu.boundary_decide import decide_kernel
-from motab_kernels.gpu.boundary_partial import PARTIALS, partial_kernel
+from motab_kernels.gpu.boundary_partial import partial_kernel, rows
 from motab_kernels.gpu.tuned import tuned
 
 
@@ -40,7 +40,7 @@ def settings_for(device: torch.device) -> Settings:
 def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, int, int]:
     """(positions, sums, splits) float32. The splits depend on V only, so that a row's sums are independent of its
     batch."""
-    return positions, PARTIALS.value, triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
+    return positions, rows(), triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
 
 
 def positions_at_a_time(S_BLOCK: int, settings: Settings) -> int:

@@ -7,8 +7,8 @@ Statistics are float32, the decision is made in float64.
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.boundary_partial import A_S, A_T, ARGMAX, G_S, G_T, PARTIALS, RANK, TOP_S, TOP_T, Z_S, Z_T
-from motab_kernels.gpu.online_softmax import LN_2, LOWEST, inverse_temperature, moved, scaled
+from motab_kernels.gpu.boundary_partial import row, rows
+from motab_kernels.gpu.online_softmax import inverse_temperature, ln_2, lowest, moved, scaled
 
 
 @triton.jit
@@ -103,19 +103,19 @@ def decide_kernel(
 
         # (T_BLOCK, S_BLOCK) partial sums to (T_BLOCK,) statistics. The sums of padding were never written.
         there = counted[:, None] & (split < S)
-        partials = partial_ptr + position[:, None] * (PARTIALS * S) + split
-        top_t = tl.load(partials + TOP_T * S, mask=there, other=LOWEST)
-        top_s = tl.load(partials + TOP_S * S, mask=there, other=LOWEST)
+        partials = partial_ptr + position[:, None] * (rows() * S) + split
+        top_t = tl.load(partials + row("top_t") * S, mask=there, other=lowest())
+        top_s = tl.load(partials + row("top_s") * S, mask=there, other=lowest())
         row_t, row_s = tl.max(top_t, axis=1), tl.max(top_s, axis=1)
         m_t, m_s = scaled(row_t, c), scaled(row_s, c)
         d_t, d_s = scaled(top_t, c) - m_t[:, None], scaled(top_s, c) - m_s[:, None]
         f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
-        part_z_t = tl.load(partials + Z_T * S, mask=there, other=0.0)
-        part_z_s = tl.load(partials + Z_S * S, mask=there, other=0.0)
-        a_t = tl.load(partials + A_T * S, mask=there, other=0.0)
-        a_s = tl.load(partials + A_S * S, mask=there, other=0.0)
-        g_t = tl.load(partials + G_T * S, mask=there, other=0.0)
-        g_s = tl.load(partials + G_S * S, mask=there, other=0.0)
+        part_z_t = tl.load(partials + row("z_t") * S, mask=there, other=0.0)
+        part_z_s = tl.load(partials + row("z_s") * S, mask=there, other=0.0)
+        a_t = tl.load(partials + row("a_t") * S, mask=there, other=0.0)
+        a_s = tl.load(partials + row("a_s") * S, mask=there, other=0.0)
+        g_t = tl.load(partials + row("g_t") * S, mask=there, other=0.0)
+        g_s = tl.load(partials + row("g_s") * S, mask=there, other=0.0)
         z_t, z_s = tl.sum(part_z_t * f_t, axis=1), tl.sum(part_z_s * f_s, axis=1)
         a_t = tl.sum(moved(f_t, a_t, d_t, part_z_t), axis=1)
         a_s = tl.sum(moved(f_s, a_s, d_s, part_z_s), axis=1)
@@ -126,22 +126,22 @@ def decide_kernel(
         nan = float("nan")
         valid = (z_t > 0) & (z_s > 0)
         log_z_t, log_z_s = tl.log2(z_t), tl.log2(z_s)
-        forward_kl = (g_t / z_t - (log_z_t - log_z_s)) * LN_2
-        reverse_kl = ((log_z_t - log_z_s) - g_s / z_s) * LN_2
+        forward_kl = (g_t / z_t - (log_z_t - log_z_s)) * ln_2()
+        reverse_kl = ((log_z_t - log_z_s) - g_s / z_s) * ln_2()
         forward_kl = tl.where(valid, tl.where(forward_kl < 0, 0.0, forward_kl), nan)
         reverse_kl = tl.where(valid, tl.where(reverse_kl < 0, 0.0, reverse_kl), nan)
-        teacher_entropy = tl.where(valid, (log_z_t - a_t / z_t) * LN_2, nan)
-        student_entropy = tl.where(valid, (log_z_s - a_s / z_s) * LN_2, nan)
+        teacher_entropy = tl.where(valid, (log_z_t - a_t / z_t) * ln_2(), nan)
+        student_entropy = tl.where(valid, (log_z_s - a_s / z_s) * ln_2(), nan)
 
         t_offsets = b * teacher_stride_b + i_64 * teacher_stride_t + token
         s_offsets = b * student_stride_b + i_64 * student_stride_t + token
         t = tl.load(teacher_ptr + t_offsets, mask=known, other=0.0).to(tl.float32)
         s = tl.load(student_ptr + s_offsets, mask=known, other=0.0).to(tl.float32)
-        teacher_logprob = tl.where(valid & known, (tl.fma(t, c, -m_t) - log_z_t) * LN_2, nan)
-        student_logprob = tl.where(valid & known, (tl.fma(s, c, -m_s) - log_z_s) * LN_2, nan)
+        teacher_logprob = tl.where(valid & known, (tl.fma(t, c, -m_t) - log_z_t) * ln_2(), nan)
+        student_logprob = tl.where(valid & known, (tl.fma(s, c, -m_s) - log_z_s) * ln_2(), nan)
 
-        rank = tl.sum(tl.load(partials + RANK * S, mask=there, other=0.0), axis=1)
-        column = tl.load(partials + ARGMAX * S, mask=there, other=0.0).to(tl.int32) + split * SPLIT
+        rank = tl.sum(tl.load(partials + row("rank") * S, mask=there, other=0.0), axis=1)
+        column = tl.load(partials + row("argmax") * S, mask=there, other=0.0).to(tl.int32) + split * SPLIT
         argmax = tl.min(tl.where(top_t == row_t[:, None], column, V), axis=1)
 
         inside = i < T

@@ -24,8 +24,8 @@ import triton
 import triton.language as tl
 
 from motab_kernels.gpu.online_softmax import (
-    LOWEST,
     inverse_temperature,
+    lowest,
     moved,
     scaled,
     tile_columns,
@@ -33,9 +33,17 @@ from motab_kernels.gpu.online_softmax import (
     tile_sum,
 )
 
-# Rows of the workspace (positions, 10, S).
-TOP_T, Z_T, A_T, G_T, TOP_S, Z_S, A_S, G_S, RANK, ARGMAX = (tl.constexpr(i) for i in range(10))
-PARTIALS = tl.constexpr(10)
+
+@triton.constexpr_function
+def row(name):
+    """Of the workspace (positions, 10, S)."""
+    teacher, student = {"top_t": 0, "z_t": 1, "a_t": 2, "g_t": 3}, {"top_s": 4, "z_s": 5, "a_s": 6, "g_s": 7}
+    return {**teacher, **student, "rank": 8, "argmax": 9}[name]
+
+
+@triton.constexpr_function
+def rows():
+    return 10
 
 
 @triton.jit
@@ -96,13 +104,13 @@ def partial_kernel(
     teacher_ptr += b * teacher_stride_b + i * teacher_stride_t
     known = (token >= 0) & (token < V)
     token_logit = tl.load(teacher_ptr + token, mask=known, other=0.0).to(tl.float32)
-    # LOWEST is not a bfloat16: otherwise the compiler would compare in bfloat16, with twice the instructions.
-    token_logit = tl.where(known, token_logit, LOWEST)
+    # `lowest` is not a bfloat16: otherwise the compiler would compare in bfloat16, with twice the instructions.
+    token_logit = tl.where(known, token_logit, lowest())
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
     columns = tile_columns(GROUPS, LANES, VECTOR)
-    top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
+    top_t, top_s = tl.full([LANES], lowest(), tl.float32), tl.full([LANES], lowest(), tl.float32)
     zeros = tl.zeros([LANES], tl.float32)
     z_t, a_t, g_t, z_s, a_s, g_s, rank = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     first = split * (TILES * TILE)
@@ -136,14 +144,14 @@ def partial_kernel(
     argmax = tl.min(tl.min(tl.min(tl.where(seen & (t == row_t), columns, V), axis=2), axis=0), axis=0)
 
     S = tl.num_programs(1)
-    partial_ptr += position.to(tl.int64) * PARTIALS * S + split
-    tl.store(partial_ptr + TOP_T * S, row_t)
-    tl.store(partial_ptr + Z_T * S, tl.sum(z_t * f_t, axis=0))
-    tl.store(partial_ptr + A_T * S, tl.sum(moved(f_t, a_t, d_t, z_t), axis=0))
-    tl.store(partial_ptr + G_T * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0))
-    tl.store(partial_ptr + TOP_S * S, row_s)
-    tl.store(partial_ptr + Z_S * S, tl.sum(z_s * f_s, axis=0))
-    tl.store(partial_ptr + A_S * S, tl.sum(moved(f_s, a_s, d_s, z_s), axis=0))
-    tl.store(partial_ptr + G_S * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0))
-    tl.store(partial_ptr + RANK * S, tl.sum(rank, axis=0))
-    tl.store(partial_ptr + ARGMAX * S, (argmax - first).to(tl.float32))  # within the split, exact
+    partial_ptr += position.to(tl.int64) * rows() * S + split
+    tl.store(partial_ptr + row("top_t") * S, row_t)
+    tl.store(partial_ptr + row("z_t") * S, tl.sum(z_t * f_t, axis=0))
+    tl.store(partial_ptr + row("a_t") * S, tl.sum(moved(f_t, a_t, d_t, z_t), axis=0))
+    tl.store(partial_ptr + row("g_t") * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0))
+    tl.store(partial_ptr + row("top_s") * S, row_s)
+    tl.store(partial_ptr + row("z_s") * S, tl.sum(z_s * f_s, axis=0))
+    tl.store(partial_ptr + row("a_s") * S, tl.sum(moved(f_s, a_s, d_s, z_s), axis=0))
+    tl.store(partial_ptr + row("g_s") * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0))
+    tl.store(partial_ptr + row("rank") * S, tl.sum(rank, axis=0))
+    tl.store(partial_ptr + row("argmax") * S, (argmax - first).to(tl.float32))  # within the split, exact

@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from motab_kernels.gpu.online_softmax import (
-    LN_2,
-    LOG2_E,
-    LOWEST,
     inverse_temperature,
+    ln_2,
+    log2_e,
+    lowest,
     moved,
     scaled,
     tile_columns,
@@ -19,10 +19,17 @@ from motab_kernels.gpu.online_softmax import (
     tile_sum,
 )
 
-# Rows of the sums (positions, 6, S).
-TOP_T, Z_T, G_T, TOP_S, Z_S, G_S = (tl.constexpr(i) for i in range(6))
-# Columns of the saved tensor (positions, 6), in the order of `motab_kernels.divergence_sums`.
-SAVED_TOP_T, SAVED_TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = (tl.constexpr(i) for i in range(6))
+
+@triton.constexpr_function
+def row(name):
+    """Of the sums (positions, 6, S)."""
+    return {"top_t": 0, "z_t": 1, "g_t": 2, "top_s": 3, "z_s": 4, "g_s": 5}[name]
+
+
+@triton.constexpr_function
+def column(name):
+    """Of the saved tensor (positions, 6), in the order of `motab_kernels.divergence_sums`."""
+    return {"top_t": 0, "top_s": 1, "reciprocal_t": 2, "reciprocal_s": 3, "log_ratio": 4, "centre": 5}[name]
 
 
 @triton.jit
@@ -78,7 +85,7 @@ def sums_kernel(
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
     columns = tile_columns(GROUPS, LANES, VECTOR)
-    top_t, top_s = tl.full([LANES], LOWEST, tl.float32), tl.full([LANES], LOWEST, tl.float32)
+    top_t, top_s = tl.full([LANES], lowest(), tl.float32), tl.full([LANES], lowest(), tl.float32)
     zeros = tl.zeros([LANES], tl.float32)
     z_t, g_t, z_s, g_s = zeros, zeros, zeros, zeros
     first = split * (TILES * TILE)
@@ -99,12 +106,12 @@ def sums_kernel(
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
     S = tl.num_programs(1)
     sums_ptr += position * 6 * S + split
-    tl.store(sums_ptr + TOP_T * S, row_t)
-    tl.store(sums_ptr + Z_T * S, tl.sum(z_t * f_t, axis=0))
-    tl.store(sums_ptr + G_T * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0) * LN_2)
-    tl.store(sums_ptr + TOP_S * S, row_s)
-    tl.store(sums_ptr + Z_S * S, tl.sum(z_s * f_s, axis=0))
-    tl.store(sums_ptr + G_S * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0) * LN_2)
+    tl.store(sums_ptr + row("top_t") * S, row_t)
+    tl.store(sums_ptr + row("z_t") * S, tl.sum(z_t * f_t, axis=0))
+    tl.store(sums_ptr + row("g_t") * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0) * ln_2())
+    tl.store(sums_ptr + row("top_s") * S, row_s)
+    tl.store(sums_ptr + row("z_s") * S, tl.sum(z_s * f_s, axis=0))
+    tl.store(sums_ptr + row("g_s") * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0) * ln_2())
 
 
 @triton.jit
@@ -125,42 +132,43 @@ def finish_kernel(
     S_BLOCK: tl.constexpr,
 ):
     """`finish` of `motab_kernels.reference.divergence` for ROWS positions."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < R
+    position = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = position < R
     keep = inside
     if HAS_KEEP:
-        keep = inside & (tl.load(keep_ptr + row, mask=inside, other=0) != 0)
+        keep = inside & (tl.load(keep_ptr + position, mask=inside, other=0) != 0)
     temperature = tl.full([ROWS], 1.0, tl.float32)
     if HAS_TEMPERATURE:
-        temperature = tl.load(temperature_ptr + row // T * temperature_stride_b, mask=inside, other=1.0).to(tl.float32)
-    c = (tl.full([ROWS], LOG2_E, tl.float32) / temperature)[:, None]
+        b = position // T
+        temperature = tl.load(temperature_ptr + b * temperature_stride_b, mask=inside, other=1.0).to(tl.float32)
+    c = (tl.full([ROWS], log2_e(), tl.float32) / temperature)[:, None]
     split = tl.arange(0, S_BLOCK)[None, :]
     there = keep[:, None] & (split < S)
-    sums = sums_ptr + row[:, None] * (6 * S) + split
-    top_t = tl.load(sums + TOP_T * S, mask=there, other=LOWEST)
-    top_s = tl.load(sums + TOP_S * S, mask=there, other=LOWEST)
+    sums = sums_ptr + position[:, None] * (6 * S) + split
+    top_t = tl.load(sums + row("top_t") * S, mask=there, other=lowest())
+    top_s = tl.load(sums + row("top_s") * S, mask=there, other=lowest())
     row_t, row_s = tl.max(top_t, axis=1), tl.max(top_s, axis=1)
     d_t, d_s = scaled(top_t, c) - scaled(row_t[:, None], c), scaled(top_s, c) - scaled(row_s[:, None], c)
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
-    part_z_t = tl.load(sums + Z_T * S, mask=there, other=0.0)
-    part_z_s = tl.load(sums + Z_S * S, mask=there, other=0.0)
+    part_z_t = tl.load(sums + row("z_t") * S, mask=there, other=0.0)
+    part_z_s = tl.load(sums + row("z_s") * S, mask=there, other=0.0)
     z_t, z_s = tl.sum(part_z_t * f_t, axis=1), tl.sum(part_z_s * f_s, axis=1)
     # A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     valid = (z_t > 0) & (z_s > 0)
-    log_ratio = tl.where(valid, tl.log2(z_t / z_s) * LN_2, float("nan"))
-    shift = (d_t - d_s) * LN_2
+    log_ratio = tl.where(valid, tl.log2(z_t / z_s) * ln_2(), float("nan"))
+    shift = (d_t - d_s) * ln_2()
     if FORWARD:
-        g_t = tl.load(sums + G_T * S, mask=there, other=0.0)
+        g_t = tl.load(sums + row("g_t") * S, mask=there, other=0.0)
         loss = tl.sum(moved(f_t, g_t, shift, part_z_t), axis=1) / z_t - log_ratio
     else:
-        g_s = tl.load(sums + G_S * S, mask=there, other=0.0)
+        g_s = tl.load(sums + row("g_s") * S, mask=there, other=0.0)
         loss = log_ratio - tl.sum(moved(f_s, g_s, shift, part_z_s), axis=1) / z_s
     loss = tl.where(loss < 0, 0.0, loss)
-    tl.store(loss_ptr + row, tl.where(keep, loss, 0.0), mask=inside)
-    saved_ptr += row * 6
-    tl.store(saved_ptr + SAVED_TOP_T, row_t, mask=inside)
-    tl.store(saved_ptr + SAVED_TOP_S, row_s, mask=inside)
-    tl.store(saved_ptr + RECIPROCAL_T, 1 / z_t, mask=inside)
-    tl.store(saved_ptr + RECIPROCAL_S, 1 / z_s, mask=inside)
-    tl.store(saved_ptr + LOG_RATIO, log_ratio, mask=inside)
-    tl.store(saved_ptr + CENTRE, loss, mask=inside)
+    tl.store(loss_ptr + position, tl.where(keep, loss, 0.0), mask=inside)
+    saved_ptr += position * 6
+    tl.store(saved_ptr + column("top_t"), row_t, mask=inside)
+    tl.store(saved_ptr + column("top_s"), row_s, mask=inside)
+    tl.store(saved_ptr + column("reciprocal_t"), 1 / z_t, mask=inside)
+    tl.store(saved_ptr + column("reciprocal_s"), 1 / z_s, mask=inside)
+    tl.store(saved_ptr + column("log_ratio"), log_ratio, mask=inside)
+    tl.store(saved_ptr + column("centre"), loss, mask=inside)

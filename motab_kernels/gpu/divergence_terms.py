@@ -9,13 +9,13 @@ agree, nothing overflows, and both take two to four special functions. The formu
 import triton
 import triton.language as tl
 
-from motab_kernels.gpu.divergence_sums import CENTRE, LOG_RATIO, RECIPROCAL_S, RECIPROCAL_T, SAVED_TOP_S, SAVED_TOP_T
+from motab_kernels.gpu.divergence_sums import column
 from motab_kernels.gpu.online_softmax import (
-    LN_2,
-    LOG2_E,
-    LOWEST,
     inverse_temperature,
+    ln_2,
     log2,
+    log2_e,
+    lowest,
     scaled,
     tile_columns,
     tile_sum,
@@ -25,15 +25,15 @@ from motab_kernels.gpu.online_softmax import (
 @triton.jit
 def _row(saved_ptr, c):
     """A row's maxima and 1 / z, of the teacher and the student, and the offset: gap = c (t - s) - offset."""
-    m_t, m_s = scaled(tl.load(saved_ptr + SAVED_TOP_T), c), scaled(tl.load(saved_ptr + SAVED_TOP_S), c)
-    offset = (m_t - m_s) + tl.load(saved_ptr + LOG_RATIO) * LOG2_E
-    return m_t, m_s, tl.load(saved_ptr + RECIPROCAL_T), tl.load(saved_ptr + RECIPROCAL_S), offset
+    m_t, m_s = scaled(tl.load(saved_ptr + column("top_t")), c), scaled(tl.load(saved_ptr + column("top_s")), c)
+    offset = (m_t - m_s) + tl.load(saved_ptr + column("log_ratio")) * log2_e()
+    return m_t, m_s, tl.load(saved_ptr + column("reciprocal_t")), tl.load(saved_ptr + column("reciprocal_s")), offset
 
 
 @triton.jit
 def _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset):
     """w, e, gap and whether p is the larger; where neither has probability, w is 0 and the gap is not NaN."""
-    gap = c * (t - tl.maximum(s, LOWEST)) - offset  # a NaN logit makes the offset NaN, and so every gap of the row
+    gap = c * (t - tl.maximum(s, lowest())) - offset  # a NaN logit makes the offset NaN, and so every gap of the row
     p_leads = gap > 0
     x = tl.where(p_leads, tl.fma(t, c, -m_t), tl.fma(s, c, -m_s))
     w = tl.exp2(x) * tl.where(p_leads, reciprocal_t, reciprocal_s)
@@ -82,10 +82,10 @@ def _slope(e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr, F
     log_q_m = tl.where(p_leads, below, above)
     signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
     if KIND == "jsd":
-        return rest * LN_2 * log_q_m
+        return rest * ln_2() * log_q_m
     if KIND == "skew_forward_kl":
         return -(rest * rest) * (signed / u)  # which needs no logarithm
-    return LN_2 * log_q_m + rest * lam * (signed * tl.exp2(above))
+    return ln_2() * log_q_m + rest * lam * (signed * tl.exp2(above))
 
 
 @triton.jit
@@ -105,8 +105,8 @@ def _terms(w, e, gap, p_leads, lam, rest, KIND: tl.constexpr, EVEN: tl.constexpr
     signed = tl.where(p_leads, 1 - e, e - 1)  # (p - q) / w
     pull = q * (signed * tl.exp2(above))  # an exponential takes fewer instructions than a division by u
     if KIND == "skew_forward_kl":
-        return w * (tl.where(p_leads, above, below) - rest * LOG2_E * signed), w * pull
-    return w * (q_log + lam * LOG2_E * signed), w * (q_log + rest * lam * LOG2_E * pull)
+        return w * (tl.where(p_leads, above, below) - rest * log2_e() * signed), w * pull
+    return w * (q_log + lam * log2_e() * signed), w * (q_log + rest * lam * log2_e() * pull)
 
 
 @triton.jit
@@ -115,10 +115,10 @@ def _units(rest, KIND: tl.constexpr, EVEN: tl.constexpr):
     if KIND == "tvd":
         return 0.5, 1.0
     if KIND == "jsd":
-        return 0.5 * LN_2 if EVEN else LN_2, rest * LN_2
+        return 0.5 * ln_2() if EVEN else ln_2(), rest * ln_2()
     if KIND == "skew_forward_kl":
-        return LN_2, -(rest * rest)
-    return LN_2, LN_2
+        return ln_2(), -(rest * rest)
+    return ln_2(), ln_2()
 
 
 @triton.jit
@@ -214,7 +214,7 @@ def _gradient(
     q = tl.where(p_leads, w * e, w)
     if KIND == "reverse_kl":
         # An infinite loss makes each column's gradient infinite, not inf - inf = NaN; 0 where q rounds to 0.
-        pull = tl.where(gap == -float("inf"), float("inf"), gap * -LN_2 - centre)
+        pull = tl.where(gap == -float("inf"), float("inf"), gap * -ln_2() - centre)
         return tl.where(q == 0, 0.0, q * pull) * factor
     return q * (_slope(e, gap, p_leads, lam, rest, KIND, EVEN, FAST) - centre) * factor
 
@@ -269,10 +269,10 @@ def gradient_kernel(
         return
 
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
-    factor = scale * (c * LN_2)
+    factor = scale * (c * ln_2())
     saved_ptr += position * 6
     m_t, m_s, reciprocal_t, reciprocal_s, offset = _row(saved_ptr, c)
-    centre = tl.load(saved_ptr + CENTRE)
+    centre = tl.load(saved_ptr + column("centre"))
     for start in range(first, whole, TILE):
         t = tl.load(teacher_ptr + start + columns).to(tl.float32)
         s = tl.load(student_ptr + start + columns).to(tl.float32)

@@ -6,9 +6,24 @@ Logits are in units of log2, scaled by c = log2(e) / temperature, because the ha
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # where maxima start: unlike -inf, minus itself it is 0
-LN_2 = tl.constexpr(0.6931471805599453)
+# Constants are functions, which are part of a kernel's hash: global ones Triton would compare again at each launch, for
+# a third of the launch's time.
+
+
+@triton.constexpr_function
+def lowest():
+    """Where maxima start: unlike -inf, minus itself it is 0."""
+    return -3.4028234663852886e38
+
+
+@triton.constexpr_function
+def log2_e():
+    return 1.4426950408889634
+
+
+@triton.constexpr_function
+def ln_2():
+    return 0.6931471805599453
 
 
 @triton.jit
@@ -23,7 +38,7 @@ def inverse_temperature(temperature_ptr, HAS_TEMPERATURE: tl.constexpr):
     temperature = tl.full([], 1.0, tl.float32)
     if HAS_TEMPERATURE:
         temperature = tl.load(temperature_ptr).to(tl.float32)
-    return LOG2_E / temperature
+    return log2_e() / temperature
 
 
 @triton.jit
@@ -49,7 +64,7 @@ def tile_max(x):
 @triton.jit
 def scaled(top, c):
     """A maximum in units of log2, finite, because -inf minus itself would be NaN."""
-    return tl.maximum(top * c, LOWEST)
+    return tl.maximum(top * c, lowest())
 
 
 @triton.jit

@@ -67,7 +67,7 @@ KERNELS = {
     "partial_kernel": (boundary, run_boundary, *TAIL),
     "decide_kernel": (boundary, run_boundary, "(split < S)", "(split >= 0)"),
     "sums_kernel": (divergence, run_losses, *TAIL),
-    "finish_kernel": (divergence, run_losses, "inside = row < R", "inside = row >= 0"),
+    "finish_kernel": (divergence, run_losses, "inside = position < R", "inside = position >= 0"),
     "terms_kernel": (divergence, run_losses, *TAIL),
     "gradient_kernel": (divergence, run_losses, *TAIL),
     "_realign_kernel": (kv_cache, run_cache, "(word < head_size)", "(word >= 0)"),
