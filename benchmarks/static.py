@@ -226,7 +226,7 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
 def decide_report(target: str) -> Report:
     """The walk with every option; it reads only the token's logits."""
     settings = boundary.DEFAULT
-    S_BLOCK = triton.next_power_of_2(boundary.workspace_shape(1, V, settings)[2])
+    division = boundary.division(V, BYTES["bf16"], settings)
     doubles = ("scale_ptr", "theta_ptr", "scores_ptr", "history_ptr")
     pointers = [name for name in boundary.decide_kernel.arg_names if name.endswith("_ptr")]
     types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(doubles, "*fp64")
@@ -240,9 +240,7 @@ def decide_report(target: str) -> Report:
         "HAS_DOUBT": True,
         "WINDOW": 8,
         "WINDOW_BLOCK": 8,
-        "SPLIT": settings.lanes * settings.per_lane * settings.tiles,
-        "S_BLOCK": S_BLOCK,
-        "T_BLOCK": boundary.positions_at_a_time(S_BLOCK, settings),
+        **{name: division[name] for name in ("SPLIT", "S_BLOCK", "T_BLOCK")},
     }
     binary = compiled(boundary.decide_kernel, target, types, constants, num_warps=1)
     return Report("decide", "bf16", target, *registers_and_spills(binary, target))
@@ -254,7 +252,7 @@ def attention_report(
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.split_kernel
     split = attention.split_length(T * GROUP, settings)
-    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], math.gcd(split, PAGE), settings)
+    tiles = attention.blocks(T * GROUP, D, BYTES[dtype], math.gcd(split, PAGE), settings).copy()
     of_inputs = ("query_ptr", "keys_ptr", "values_ptr", "out_ptr")
     types = {n: f"*{dtype}" if n in of_inputs else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
     types |= {"lengths_ptr": "*i64", "page_table_ptr": "*i64", "scale": "fp32", "softcap": "fp32"}

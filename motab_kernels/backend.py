@@ -17,7 +17,7 @@ from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
 
 BACKENDS = ("torch", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_PLAIN = {Tensor, torch.nn.Parameter, float, int, type(None)}
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
 
 
@@ -73,12 +73,16 @@ def is_traced(*arguments: Any) -> bool:
     """Whether a call is traced, compiled, transformed or intercepted, so that it must go through the registered op, and
     no tensor that is made in it may outlive it. Arguments that are no tensors do not matter."""
     return (
-        any(type(x) not in _PLAIN and isinstance(x, Tensor) for x in arguments)
-        or torch.compiler.is_compiling()
+        torch.compiler.is_compiling()
+        or (not _PLAIN.issuperset(map(type, arguments)) and any(map(_is_special, arguments)))
         or is_in_torch_dispatch_mode()
         or torch._C._functorch.maybe_current_level() is not None  # of torch.func
         or torch.jit.is_tracing()
     )
+
+
+def _is_special(x: Any) -> bool:
+    return isinstance(x, Tensor) and type(x) not in _PLAIN
 
 
 @functools.cache
@@ -87,15 +91,16 @@ def warn_once() -> None:
     warnings.warn(f"motab_kernels runs in PyTorch on this CPU, without its C++ kernels: {HINT}", stacklevel=5)
 
 
+_imported = functools.cache(importlib.import_module)
+
+
 def triton_kernels(op: str, device: torch.device | None = None) -> Any:
     """`motab_kernels.gpu.<op>`, imported by the first call that runs it on tensors of `device`."""
     if not HAS_TRITON:
         raise ValueError('backend: "triton" expected Triton to be installed; install it')
-    from motab_kernels.gpu import INTERPRETED
-
-    if device is not None and device.type != "cuda" and not INTERPRETED:
+    if device is not None and device.type != "cuda" and not _imported("motab_kernels.gpu").INTERPRETED:
         raise ValueError(
             f'backend: "triton" expected tensors on a GPU, got {device}; use "torch", or set '
             "TRITON_INTERPRET=1 before triton is imported"
         )
-    return importlib.import_module(f"motab_kernels.gpu.{op}")
+    return _imported(f"motab_kernels.gpu.{op}")

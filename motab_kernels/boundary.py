@@ -160,7 +160,7 @@ def fused_kl_boundary(
     if out is None:
         out = _empty_output(token_ids, apart=is_registered)
     else:
-        check_out(out._asdict(), OUTPUT_DTYPES, token_ids)
+        check_out(out, out._fields, OUTPUT_DTYPES, token_ids)
     run(
         student_logits.detach(),
         teacher_logits.detach(),
@@ -231,7 +231,7 @@ def _fused_kl_boundary(
 
     student, teacher = student_logits, teacher_logits
     if not student.shape[-1] == teacher.shape[-1] == vocab_size:
-        student, teacher = student[..., :vocab_size], teacher[..., :vocab_size]
+        student, teacher = student.narrow(-1, 0, vocab_size), teacher.narrow(-1, 0, vocab_size)
     rule = Rule(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
     doubt = None
     if backend != "torch":
@@ -242,9 +242,9 @@ def _fused_kl_boundary(
             check_values(token_ids, temperature, vocab_size)
         return
 
-    student, teacher, tokens = with_tokens(student), with_tokens(teacher), with_tokens(token_ids, 2)
-    ends = None if step_ends is None else with_tokens(step_ends, 2)
     if backend == "torch":
+        student, teacher, tokens = with_tokens(student), with_tokens(teacher), with_tokens(token_ids, 2)
+        ends = None if step_ends is None else with_tokens(step_ends, 2)
         results = reference.fused_kl_boundary(
             student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
         )
@@ -254,11 +254,13 @@ def _fused_kl_boundary(
 
     gpu = triton_kernels("boundary", student.device)
     settings = gpu.settings_for(student.device)
-    shape = gpu.workspace_shape(tokens.numel(), vocab_size, settings)
+    shape = gpu.workspace_shape(token_ids.numel(), vocab_size, settings)
     if workspace is None:
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
     check_workspace(workspace, math.prod(shape), student.device)
-    gpu.fused_kl_boundary(student, teacher, tokens, ends, temperature, doubt, rule, state, out, workspace, settings)
+    gpu.fused_kl_boundary(
+        student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out, workspace, settings
+    )
 
 
 fused_kl_boundary_op = torch.library.custom_op(

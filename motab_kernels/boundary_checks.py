@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,9 +47,11 @@ def check_state(state: BoundaryState, B: int, window: int, device: torch.device)
         raise ValueError(f"state: expected {expected}, got {state!r}")
 
 
-def check_out(out: Mapping[str, Tensor], dtypes: Sequence[torch.dtype], token_ids: Tensor) -> None:
-    for (name, x), dtype in zip(out.items(), dtypes, strict=True):
-        _check(f"out.{name}", x, token_ids.shape, dtype, token_ids.device)
+def check_out(out: Sequence[Tensor], names: Sequence[str], dtypes: Sequence[torch.dtype], token_ids: Tensor) -> None:
+    shape, device = token_ids.shape, token_ids.device
+    for name, x, dtype in zip(names, out, dtypes, strict=True):
+        if x.shape != shape or x.dtype != dtype or x.device != device:
+            _check(f"out.{name}", x, shape, dtype, device)  # which raises: a name made for each would take longer
         if not x.is_contiguous():
             raise ValueError(f"out.{name}: expected a contiguous tensor, got strides {x.stride()}")
 

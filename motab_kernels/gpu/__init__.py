@@ -1,6 +1,8 @@
 """Triton kernels, one file an op."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -18,3 +20,9 @@ INTERPRETED = not isinstance(_probe, triton.JITFunction)
 def launched_on(device: torch.device) -> AbstractContextManager[None]:
     """A context in which kernels are launched on the device, even if another one is current."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:
+    """`kernel[grid](**arguments, **options)`, where arguments may hold more than the kernel has. By position, because
+    Triton takes a third longer to bind keywords."""
+    kernel[grid](*map(arguments.__getitem__, kernel.arg_names), **options)

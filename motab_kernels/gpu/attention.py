@@ -7,6 +7,7 @@ atomics, and the host does not wait. The formulas are in `attention_split`.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from motab_kernels.gpu import launched_on
+from motab_kernels.gpu import launch, launched_on
 from motab_kernels.gpu.attention_combine import combine_kernel
 from motab_kernels.gpu.attention_split import split_kernel
 from motab_kernels.gpu.online_softmax import log2_e
@@ -45,6 +46,7 @@ def settings_for(device: torch.device) -> Settings:
     return tuned("attention", device, DEFAULT, HIP)
 
 
+@functools.lru_cache(maxsize=256)
 def split_length(queries: int, settings: Settings) -> int:
     """Slots of a split that `queries` of a kv head share: the more, the longer.
 
@@ -55,6 +57,7 @@ def split_length(queries: int, settings: Settings) -> int:
     return max(settings.split, settings.slots_per_query * triton.next_power_of_2(queries))
 
 
+@functools.lru_cache(maxsize=256)
 def blocks(queries: int, D: int, itemsize: int, piece: int, settings: Settings) -> dict[str, int]:
     """The sizes of tiles: of queries, of slots (it divides `piece`) and of a head, 16 at least for `tl.dot`; and warps.
 
@@ -96,64 +99,58 @@ def ragged_attention(
     page = S if pages > 1 else 0
     piece = math.gcd(split, page)  # a tile lies in one split and one page
     tiles = blocks(queries, D, query.element_size(), piece, settings)
-    splits = 1 if T > settings.split_tokens else triton.cdiv(visible_length, split)
+    splits = 1 if T > settings.split_tokens else -(-visible_length // split)
     is_split = splits > 1  # else the numbers are the same: combining one split changes none
     # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep rows aligned to 16 bytes.
     shape = (b * H * queries, splits, D + 4) if is_split else (0,)
     partial = torch.empty(shape, dtype=torch.float32, device=query.device)
     # An absent tensor's pointer is never read.
-    shared = {
+    arguments = {
+        **tiles,
+        "query_ptr": query,
+        "query_stride_b": query.stride(0),
+        "query_stride_h": query.stride(1),
+        "query_stride_t": query.stride(2),
+        "keys_ptr": keys,
+        "keys_stride_b": keys.stride(0),
+        "keys_stride_h": keys.stride(1),
+        "keys_stride_s": keys.stride(2),
+        "values_ptr": values,
+        "values_stride_b": values.stride(0),
+        "values_stride_h": values.stride(1),
+        "values_stride_s": values.stride(2),
         "lengths_ptr": lengths,
+        "lengths_stride_b": lengths.stride(0),
+        "HAS_PAGE_TABLE": page_table is not None,
+        "page_table_ptr": lengths if page_table is None else page_table,
+        "page_table_stride_b": 0 if page_table is None else page_table.stride(0),
+        "page_table_stride_n": 0 if page_table is None else page_table.stride(1),
+        "PAGE": page,
+        "HAS_SINKS": sinks is not None,
         "sinks_ptr": query if sinks is None else sinks,
+        "sinks_stride_h": 0 if sinks is None else sinks.stride(0),
         "partial_ptr": partial,
         "out_ptr": out,
-        "lengths_stride_b": lengths.stride(0),
-        "sinks_stride_h": 0 if sinks is None else sinks.stride(0),
         "out_stride_b": out.stride(0),
         "out_stride_h": out.stride(1),
         "out_stride_t": out.stride(2),
+        "scale": scale / softcap if softcap else scale * log2_e(),
+        "HAS_SOFTCAP": softcap > 0,
+        "softcap": softcap * log2_e(),
+        "HAS_WINDOW": window < pages * S,
         "window": window,
         "visible_length": visible_length,
         "T": T,
         "H": H,
-        "HAS_SINKS": sinks is not None,
         "GROUP": H_q // H,
         "D": D,
+        "IS_SPLIT": is_split,
         "SPLIT": split,
+        "S": splits,
+        "S_BLOCK": settings.splits,
     }
+    grid = (b * H * -(-queries // tiles["M_BLOCK"]), splits)
     with launched_on(query.device):
-        split_kernel[(b * H * triton.cdiv(queries, tiles["M_BLOCK"]), splits)](
-            query_ptr=query,
-            keys_ptr=keys,
-            values_ptr=values,
-            page_table_ptr=lengths if page_table is None else page_table,
-            query_stride_b=query.stride(0),
-            query_stride_h=query.stride(1),
-            query_stride_t=query.stride(2),
-            keys_stride_b=keys.stride(0),
-            keys_stride_h=keys.stride(1),
-            keys_stride_s=keys.stride(2),
-            values_stride_b=values.stride(0),
-            values_stride_h=values.stride(1),
-            values_stride_s=values.stride(2),
-            page_table_stride_b=0 if page_table is None else page_table.stride(0),
-            page_table_stride_n=0 if page_table is None else page_table.stride(1),
-            scale=scale / softcap if softcap else scale * log2_e(),
-            softcap=softcap * log2_e(),
-            HAS_PAGE_TABLE=page_table is not None,
-            HAS_SOFTCAP=softcap > 0,
-            HAS_WINDOW=window < pages * S,
-            IS_SPLIT=is_split,
-            PAGE=page,
-            num_stages=settings.num_stages,
-            **shared,
-            **tiles,
-        )
+        launch(split_kernel, grid, arguments, num_warps=tiles["num_warps"], num_stages=settings.num_stages)
         if is_split:
-            combine_kernel[(b * H * queries,)](
-                **shared,
-                S=splits,
-                S_BLOCK=settings.splits,
-                D_BLOCK=tiles["D_BLOCK"],
-                num_warps=settings.num_warps,
-            )
+            launch(combine_kernel, (b * H * queries,), arguments, num_warps=settings.num_warps)

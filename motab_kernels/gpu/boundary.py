@@ -6,14 +6,15 @@ are in `boundary_partial`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from motab_kernels.boundary_state import Rule
-from motab_kernels.gpu import launched_on
+from motab_kernels.gpu import launch, launched_on
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import partial_kernel, rows
 from motab_kernels.gpu.tuned import tuned
@@ -31,6 +32,7 @@ class Settings(NamedTuple):
 
 DEFAULT = Settings()
 HIP = Settings(lanes=256, tiles=2)  # a wave has 64 threads
+ROWS = rows()
 
 
 def settings_for(device: torch.device) -> Settings:
@@ -40,13 +42,28 @@ def settings_for(device: torch.device) -> Settings:
 def workspace_shape(positions: int, V: int, settings: Settings) -> tuple[int, int, int]:
     """(positions, sums, splits) float32. The splits depend on V only, so that a row's sums are independent of its
     batch."""
-    return positions, rows(), triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
+    return positions, ROWS, -(-V // (settings.lanes * settings.per_lane * settings.tiles))
 
 
-def positions_at_a_time(S_BLOCK: int, settings: Settings) -> int:
-    """How many the deciding warp takes, at most one a thread. By V alone, not T: the layout of a sum, and so its last
-    bit, must not depend on how a text is cut."""
-    return max(1, min(32, settings.sums // S_BLOCK))
+@functools.lru_cache(maxsize=256)
+def division(V: int, itemsize: int, settings: Settings) -> dict[str, int]:
+    """Arguments of the kernels that depend on the vocabulary and the logits' dtype alone."""
+    S = workspace_shape(1, V, settings)[2]
+    S_BLOCK = triton.next_power_of_2(S)
+    vector = 16 // itemsize  # 128 bits
+    return {
+        "V": V,
+        "S": S,
+        "SPLIT": settings.lanes * settings.per_lane * settings.tiles,
+        "GROUPS": settings.per_lane // vector,
+        "LANES": settings.lanes,
+        "VECTOR": vector,
+        "TILES": settings.tiles,
+        "S_BLOCK": S_BLOCK,
+        # How many positions the deciding warp takes at a time, at most one a thread. By V alone, not T: the layout of a
+        # sum, and so its last bit, must not depend on how a text is cut.
+        "T_BLOCK": max(1, min(32, settings.sums // S_BLOCK)),
+    }
 
 
 def fused_kl_boundary(
@@ -62,72 +79,53 @@ def fused_kl_boundary(
     workspace: Tensor,
     settings: Settings,
 ) -> None:
-    """Write `out`, (B, T) contiguous each, from (B, T, V) logits contiguous in V; update `state`'s tensors.
+    """Write `out`, contiguous each, from (B, T, V) or (B, V) logits contiguous in V; update `state`'s tensors.
 
-    `doubt` (B, T) contiguous, if given, replaces the teacher's entropy in the threshold.
+    `doubt`, if given, contiguous, replaces the teacher's entropy in the threshold.
     """
-    B, T, V = student_logits.shape
-    S = workspace_shape(B * T, V, settings)[2]
-    S_BLOCK = triton.next_power_of_2(S)
-    vector = 16 // max(student_logits.element_size(), teacher_logits.element_size())  # 128 bits
-    strides = {
-        "student_stride_b": student_logits.stride(0),
-        "student_stride_t": student_logits.stride(1),
-        "teacher_stride_b": teacher_logits.stride(0),
-        "teacher_stride_t": teacher_logits.stride(1),
-        "token_stride_b": token_ids.stride(0),
-        "token_stride_t": token_ids.stride(1),
-        "temperature_stride_b": row_stride(temperature),
-    }
-    logits = {"student_ptr": student_logits, "teacher_ptr": teacher_logits, "token_ptr": token_ids}
+    B, *block, V = student_logits.shape
+    T = block[0] if block else 1
+    itemsize = max(student_logits.element_size(), teacher_logits.element_size())
     # An absent tensor's pointer is never read; any other stands in for it.
     absent = token_ids
-    given = {"temperature_ptr": absent if temperature is None else temperature, "partial_ptr": workspace}
+    arguments: dict[str, Any] = {
+        **division(V, itemsize, settings),
+        "T": T,
+        "student_ptr": student_logits,
+        "student_stride_b": student_logits.stride(0),
+        "student_stride_t": student_logits.stride(1) if block else 0,
+        "teacher_ptr": teacher_logits,
+        "teacher_stride_b": teacher_logits.stride(0),
+        "teacher_stride_t": teacher_logits.stride(1) if block else 0,
+        "token_ptr": token_ids,
+        "token_stride_b": token_ids.stride(0),
+        "token_stride_t": token_ids.stride(1) if block else 0,
+        "HAS_TEMPERATURE": temperature is not None,
+        "temperature_ptr": absent if temperature is None else temperature,
+        "temperature_stride_b": row_stride(temperature),
+        "partial_ptr": workspace,
+        "HAS_ENDS": step_ends is not None,
+        "ends_ptr": absent if step_ends is None else step_ends,
+        "ends_stride_b": 0 if step_ends is None else step_ends.stride(0),
+        "ends_stride_t": step_ends.stride(1) if block and step_ends is not None else 0,
+        "SCORE": rule.score,
+        "scale_ptr": rule.scale,
+        "scale_stride_b": row_stride(rule.scale),
+        "HAS_THETA": rule.theta is not None,
+        "theta_ptr": absent if rule.theta is None else rule.theta,
+        "theta_stride_b": row_stride(rule.theta),
+        "HAS_DOUBT": doubt is not None,
+        "doubt_ptr": absent if doubt is None else doubt,
+        "WINDOW": rule.window,
+        "WINDOW_BLOCK": triton.next_power_of_2(rule.window) if rule.window else 1,
+        "counters_ptr": state[0],
+        "scores_ptr": state[1],
+        "history_ptr": state[2],
+        **dict(zip(OUTPUT_POINTERS, out, strict=True)),
+    }
     with launched_on(student_logits.device):
-        partial_kernel[(B * T, S)](
-            **logits,
-            **given,
-            **strides,
-            T=T,
-            V=V,
-            HAS_TEMPERATURE=temperature is not None,
-            GROUPS=settings.per_lane // vector,
-            LANES=settings.lanes,
-            VECTOR=vector,
-            TILES=settings.tiles,
-            num_warps=settings.num_warps,
-        )
-        decide_kernel[(B,)](
-            **logits,
-            **given,
-            **strides,
-            ends_ptr=absent if step_ends is None else step_ends,
-            scale_ptr=rule.scale,
-            theta_ptr=absent if rule.theta is None else rule.theta,
-            doubt_ptr=absent if doubt is None else doubt,
-            counters_ptr=state[0],
-            scores_ptr=state[1],
-            history_ptr=state[2],
-            **dict(zip(OUTPUT_POINTERS, out, strict=True)),
-            ends_stride_b=0 if step_ends is None else step_ends.stride(0),
-            ends_stride_t=0 if step_ends is None else step_ends.stride(1),
-            scale_stride_b=row_stride(rule.scale),
-            theta_stride_b=row_stride(rule.theta),
-            T=T,
-            V=V,
-            S=S,
-            SCORE=rule.score,
-            HAS_TEMPERATURE=temperature is not None,
-            HAS_ENDS=step_ends is not None,
-            HAS_THETA=rule.theta is not None,
-            HAS_DOUBT=doubt is not None,
-            WINDOW=rule.window,
-            WINDOW_BLOCK=triton.next_power_of_2(max(1, rule.window)),
-            SPLIT=settings.lanes * settings.per_lane * settings.tiles,
-            S_BLOCK=S_BLOCK,
-            T_BLOCK=positions_at_a_time(S_BLOCK, settings),
-            num_warps=1,
-        )
+        launch(partial_kernel, (B * T, arguments["S"]), arguments, num_warps=settings.num_warps)
+        launch(decide_kernel, (B,), arguments, num_warps=1)
 
 
 def row_stride(parameter: Tensor | float | None) -> int:

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from motab_kernels.gpu import launched_on
+from motab_kernels.gpu import launch, launched_on
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
@@ -46,7 +46,7 @@ def settings_for(device: torch.device) -> Settings:
 
 def splits(V: int, settings: Settings) -> int:
     """The number of splits. It depends on V only, so that a row's sums do not depend on its batch."""
-    return triton.cdiv(V, settings.lanes * settings.per_lane * settings.tiles)
+    return -(-V // (settings.lanes * settings.per_lane * settings.tiles))
 
 
 def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: Settings) -> dict[str, Any]:
@@ -68,7 +68,6 @@ def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: S
         "LANES": settings.lanes,
         "VECTOR": vector,
         "TILES": settings.tiles,
-        "num_warps": settings.num_warps,
     }
 
 
@@ -81,15 +80,16 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
     settings = settings_for(student.device)
     B, T, V = student.shape
     sums = torch.empty((B * T, 6, splits(V, settings)), dtype=torch.float32, device=student.device)
+    arguments = {
+        **_arguments(student, teacher, tau, settings),
+        "keep_ptr": student if keep is None else keep,
+        "sums_ptr": sums,
+        "HAS_KEEP": keep is not None,
+        "FORWARD": kind == "forward_kl",
+        "REVERSE": kind == "reverse_kl",
+    }
     with launched_on(student.device):
-        sums_kernel[(B * T, sums.shape[2])](
-            **_arguments(student, teacher, tau, settings),
-            keep_ptr=student if keep is None else keep,
-            sums_ptr=sums,
-            HAS_KEEP=keep is not None,
-            FORWARD=kind == "forward_kl",
-            REVERSE=kind == "reverse_kl",
-        )
+        launch(sums_kernel, (B * T, sums.shape[2]), arguments, num_warps=settings.num_warps)
     return sums
 
 
@@ -98,23 +98,24 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
     loss = torch.empty(R, dtype=torch.float32, device=sums.device)
     saved = torch.empty((R, 6), dtype=torch.float32, device=sums.device)
     rows = settings_for(sums.device).rows
+    arguments = {
+        "sums_ptr": sums,
+        "keep_ptr": sums if keep is None else keep,
+        "temperature_ptr": sums if tau is None else tau,
+        "loss_ptr": loss,
+        "saved_ptr": saved,
+        "temperature_stride_b": 0 if tau is None or tau.dim() == 0 else tau.stride(0),
+        "T": T,
+        "R": R,
+        "S": S,
+        "HAS_KEEP": keep is not None,
+        "HAS_TEMPERATURE": tau is not None,
+        "FORWARD": kind == "forward_kl",
+        "ROWS": rows,
+        "S_BLOCK": triton.next_power_of_2(S),
+    }
     with launched_on(sums.device):
-        finish_kernel[(triton.cdiv(R, rows),)](
-            sums_ptr=sums,
-            keep_ptr=sums if keep is None else keep,
-            temperature_ptr=sums if tau is None else tau,
-            loss_ptr=loss,
-            saved_ptr=saved,
-            temperature_stride_b=0 if tau is None or tau.dim() == 0 else tau.stride(0),
-            T=T,
-            R=R,
-            S=S,
-            HAS_KEEP=keep is not None,
-            HAS_TEMPERATURE=tau is not None,
-            FORWARD=kind == "forward_kl",
-            ROWS=rows,
-            S_BLOCK=triton.next_power_of_2(S),
-        )
+        launch(finish_kernel, (-(-R // rows),), arguments)
     return loss, saved
 
 
@@ -125,19 +126,20 @@ def divergence_terms(
     settings = settings_for(student.device)
     B, T, V = student.shape
     terms = torch.empty((B * T, 2, splits(V, settings)), dtype=torch.float32, device=student.device)
+    arguments = {
+        **_arguments(student, teacher, tau, settings),
+        "keep_ptr": student if keep is None else keep,
+        "saved_ptr": saved,
+        "terms_ptr": terms,
+        "lam": lam,
+        "rest": 1 - lam,
+        "KIND": kind,
+        "EVEN": lam == 0.5,
+        "FAST": NVIDIA,
+        "HAS_KEEP": keep is not None,
+    }
     with launched_on(student.device):
-        terms_kernel[(B * T, terms.shape[2])](
-            **_arguments(student, teacher, tau, settings),
-            keep_ptr=student if keep is None else keep,
-            saved_ptr=saved,
-            terms_ptr=terms,
-            lam=lam,
-            rest=1 - lam,
-            KIND=kind,
-            EVEN=lam == 0.5,
-            FAST=NVIDIA,
-            HAS_KEEP=keep is not None,
-        )
+        launch(terms_kernel, (B * T, terms.shape[2]), arguments, num_warps=settings.num_warps)
     return terms
 
 
@@ -154,17 +156,18 @@ def divergence_gradient(
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
     B, T, V = student.shape
+    arguments = {
+        **_arguments(student, teacher, tau, settings),
+        "saved_ptr": saved,
+        "scale_ptr": scale,
+        "out_ptr": out,
+        "out_stride_b": out.stride(0),
+        "out_stride_t": out.stride(1),
+        "lam": lam,
+        "rest": 1 - lam,
+        "KIND": kind,
+        "EVEN": lam == 0.5,
+        "FAST": NVIDIA,
+    }
     with launched_on(student.device):
-        gradient_kernel[(B * T, splits(V, settings))](
-            **_arguments(student, teacher, tau, settings),
-            saved_ptr=saved,
-            scale_ptr=scale,
-            out_ptr=out,
-            out_stride_b=out.stride(0),
-            out_stride_t=out.stride(1),
-            lam=lam,
-            rest=1 - lam,
-            KIND=kind,
-            EVEN=lam == 0.5,
-            FAST=NVIDIA,
-        )
+        launch(gradient_kernel, (B * T, splits(V, settings)), arguments, num_warps=settings.num_warps)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from motab_kernels.backend import on_device
-from motab_kernels.gpu import launched_on
+from motab_kernels.gpu import launch, launched_on
 
 WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
@@ -93,17 +93,17 @@ def realign_(
     num_heads = max(x.shape[1] for x in storages)
     numbers = on_device([*(number for row in table for number in row), *starts, *lengths], device)
     B = len(starts)
+    arguments = {
+        "table_ptr": numbers,
+        "starts_ptr": numbers[-2 * B : -B],
+        "lengths_ptr": numbers[-B:],
+        "width": width,
+        "num_heads": num_heads,
+        "WORD": WORDS[word],
+        "DIVISIBLE": common // word,
+        "BLOCK_S": max(1, 4096 // block_d),
+        "BLOCK_D": block_d,
+        "CLEAR_PADDING": clear_padding,
+    }
     with launched_on(device):
-        _realign_kernel[(B * num_heads, len(storages))](
-            table_ptr=numbers,
-            starts_ptr=numbers[-2 * B : -B],
-            lengths_ptr=numbers[-B:],
-            width=width,
-            num_heads=num_heads,
-            WORD=WORDS[word],
-            DIVISIBLE=common // word,
-            BLOCK_S=max(1, 4096 // block_d),
-            BLOCK_D=block_d,
-            CLEAR_PADDING=clear_padding,
-            num_warps=8,
-        )
+        launch(_realign_kernel, (B * num_heads, len(storages)), arguments, num_warps=8)

@@ -109,11 +109,11 @@ def test_a_lost_mask_is_found(name, monkeypatch, tmp_path):
 
 
 def test_all_kernels_are_tested():
-    """Each that a launcher starts: `name[grid](...)`."""
+    """Each that a launcher starts: `launch(name, ...)`."""
     started = {
         match
         for module in (attention, boundary, divergence, kv_cache)
-        for match in re.findall(r"(\w+)\[\(", inspect.getsource(module))
+        for match in re.findall(r"launch\((\w+),", inspect.getsource(module))
     }
     assert started == set(KERNELS)
 
