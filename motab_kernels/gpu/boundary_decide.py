@@ -169,6 +169,9 @@ def decide_kernel(
         doubt = teacher_entropy.to(tl.float64)
         if HAS_DOUBT:
             doubt = tl.load(doubt_ptr + position, mask=inside, other=0.0).to(tl.float64)
+        if HAS_THETA:
+            # Thresholds of steps that begin here: a warp takes as long for one as for 32.
+            bounds = scale * tl.exp(-theta * doubt)
         ends = counted
         if HAS_ENDS:
             ends_offsets = b * ends_stride_b + i_64 * ends_stride_t
@@ -184,7 +187,7 @@ def decide_kernel(
 
             fresh = scale
             if HAS_THETA:
-                fresh = scale * tl.exp(-theta * _pick(doubt, here))
+                fresh = _pick(bounds, here)
             if WINDOW > 0:
                 fresh = tl.where(steps < WINDOW, float("inf"), scale * (tl.sum(history, axis=0) / WINDOW))
             threshold = tl.where(live & (step_tokens == 0), fresh, threshold)
