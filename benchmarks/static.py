@@ -2,13 +2,13 @@
 
     python -m benchmarks.static [--json]
 
-Each kernel is compiled ahead of time for each target. Columns: registers per thread; bytes spilled; for the main loop,
-the longest in the machine code, the instructions and special-function instructions per column of one position (a pair
-of a student's and a teacher's logit); then how often one iteration loads 128 bits, loads fewer, waits at a barrier or
-passes a value between lanes; then, *predicted* and not measured, for each device the time to issue the loop's
-instructions and that of its special functions, over the time of its bytes. The kernels of ragged attention have their
-own table: shared memory, and how often the main loop loads 128 bits, directly into shared memory or not, and fewer. Run
-it without TRITON_INTERPRET.
+Each kernel is compiled ahead of time for each target. Columns: registers per thread; bytes spilled; per column of one
+position (a pair of a student's and a teacher's logit) the instructions of a program, with what it executes before and
+after its loop, those of the main loop alone, the longest in the machine code, and its special functions; then how often
+one iteration loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes; then, *predicted* and not
+measured, for each device the time to issue a program's instructions and that of the special functions, over the time of
+the bytes. The kernels of ragged attention have their own table: shared memory, and how often the main loop loads 128
+bits, directly into shared memory or not, and fewer. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class Report:
     target: str
     registers: int
     spilled: int
+    program: float = 0.0
     instructions: float = 0.0
     special: float = 0.0
     wide_loads: int = 0
@@ -134,8 +135,8 @@ def lines_of(binary: Any, target: str) -> list[str]:
     return [line.split("\t")[-1].strip() for line in binary.asm["sass"].splitlines()[1:] if line.strip()]
 
 
-def main_loop(lines: list[str]) -> list[str]:
-    """The longest stretch between a backward branch and its target: a label, or an address in NVIDIA's code, whose
+def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and the places of branches and of their targets: labels, or addresses in NVIDIA's code, whose
     instructions have 16 bytes each."""
     labels: dict[str, int] = {}
     code: list[str] = []
@@ -144,15 +145,33 @@ def main_loop(lines: list[str]) -> list[str]:
             labels[line[:-1]] = len(code)
         else:
             code.append(line)
-    loop: list[str] = []
+    found = []
     for i, line in enumerate(code):
         branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.?LBB\w+)|0x([0-9a-f]+))", line)
-        if not branch:
-            continue
-        start = labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16
-        if i - start > len(loop):
-            loop = code[start : i + 1]
-    return loop
+        if branch:
+            found.append((i, labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16))
+    return code, found
+
+
+def main_loop(lines: list[str]) -> list[str]:
+    """The longest stretch between a backward branch and its target."""
+    code, places = branches(lines)
+    start, end = max(((target, i + 1) for i, target in places if target < i), key=length, default=(0, 0))
+    return code[start:end]
+
+
+def executed(lines: list[str], tiles: int) -> int:
+    """Instructions of a program of whole tiles: what comes before the main loop, the loop, and what comes after it but
+    for the tail, the longest stretch that a branch behind the loop skips. If none does, all of it is the tail."""
+    code, places = branches(lines)
+    start, end = max(((target, i + 1) for i, target in places if target < i), key=length)
+    tail = max(((i + 1, target) for i, target in places if target > i >= end), key=length, default=(end, len(code)))
+    rest = [line for line in code[end : tail[0]] + code[tail[1] :] if not line.startswith("NOP")]
+    return start + tiles * (end - start) + len(rest)
+
+
+def length(stretch: tuple[int, int]) -> int:
+    return stretch[1] - stretch[0]
 
 
 def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:
@@ -186,7 +205,8 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
         "TILES": settings.tiles,
     }
     binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
-    loop = main_loop(lines_of(binary, target))
+    lines = lines_of(binary, target)
+    loop = main_loop(lines)
     threads = settings.num_warps * TARGETS[target].warp_size
     pairs = settings.lanes * settings.per_lane / threads
     return Report(
@@ -194,6 +214,7 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
         dtype,
         target,
         *registers_and_spills(binary, target),
+        program=executed(lines, settings.tiles) / (settings.tiles * pairs),
         instructions=len(loop) / pairs,
         special=count(SPECIAL, loop) / pairs,
         wide_loads=count(WIDE_LOAD, loop),
@@ -225,7 +246,7 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
 
 def decide_report(target: str) -> Report:
     """The walk with every option; it reads only the token's logits."""
-    settings = boundary.DEFAULT
+    settings = boundary.HIP if target.startswith("gfx") else boundary.DEFAULT
     division = boundary.division(V, BYTES["bf16"], settings)
     doubles = ("scale_ptr", "theta_ptr", "scores_ptr", "history_ptr")
     pointers = [name for name in boundary.decide_kernel.arg_names if name.endswith("_ptr")]
@@ -315,13 +336,13 @@ def attention_reports() -> Iterator[AttentionReport]:
 
 
 def predicted(report: Report, name: str) -> str:
-    """Issue and special-function time of the main loop over the time of its bytes; below 1 it is bound by memory."""
+    """Issue and special-function time of a program over the time of its bytes; below 1 it is bound by memory."""
     device = DEVICES[name]
     if report.target != device.target or not report.instructions:
         return ""
     bytes_a_pair = BYTES[report.dtype] * (3 if report.kernel.startswith("gradient") else 2)
     pairs = device.bandwidth * 1e3 / bytes_a_pair / (device.units * device.clock)  # per clock and unit
-    return f"{report.instructions * pairs / device.lanes:.2f}, {report.special * pairs / device.special:.2f}"
+    return f"{report.program * pairs / device.lanes:.2f}, {report.special * pairs / device.special:.2f}"
 
 
 def reports() -> Iterator[Report]:
