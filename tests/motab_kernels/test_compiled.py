@@ -26,7 +26,7 @@ pytestmark = [
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A tile has 2048 columns; a split of the boundary has 4 of them, of the losses 16.
+# A tile of the boundary has 512 columns and a split 4 tiles; of the losses 2048 and 16.
 SIZES = [1, 2047, 8193, 50257, 151936] + [7, 2048, 32768] * (DEVICE == "cuda")
 
 
@@ -308,13 +308,14 @@ def bytes_touched(launch, x, writes=False):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_boundary_reads_each_logit_once(dtype, launches, seed):
-    """16 bytes at a time; beside that the token's logit, and of each split the lane's columns that hold its argmax."""
+    """16 bytes at a time; beside that the token's logit, and of each split of 2048 columns those 16 again of the
+    lane that holds its argmax, from a cache."""
     student, teacher, tokens = random_inputs(2, 1, 151936, dtype, seed=seed)
     mk.fused_kl_boundary(student, teacher, tokens, backend="triton")
     first, second = launches
     assert bytes_touched(first, student) == (student.nbytes, student.nbytes)
     read, wide = bytes_touched(first, teacher)
-    assert teacher.nbytes <= wide <= read < 1.0025 * teacher.nbytes
+    assert teacher.nbytes <= wide <= read < (1 + 16 / 2048 + 1e-3) * teacher.nbytes
     assert bytes_touched(second, student)[0] + bytes_touched(second, teacher)[0] < 2000
 
 
