@@ -29,6 +29,12 @@ struct BoundarySums {
         g_s += product<MASKED>(w_s, gap);
     }
 
+    KERNEL_MEMBER void operator+=(const BoundarySums& more) {
+        z_t += more.z_t, a_t += more.a_t, g_t += more.g_t;
+        z_s += more.z_s, a_s += more.a_s, g_s += more.g_s;
+        above += more.above;
+    }
+
     KERNEL_MEMBER void move(float d_t, float d_s) {
         const float f_t = std::exp(d_t), f_s = std::exp(d_s);
         a_t = moved(f_t, a_t, d_t, z_t);

@@ -29,6 +29,11 @@ struct DivergenceSums {
         if (KIND == REVERSE_KL) g_s += product<MASKED>(w_s, x_t - x_s);
     }
 
+    KERNEL_MEMBER void operator+=(const DivergenceSums& more) {
+        z_t += more.z_t, g_t += more.g_t;
+        z_s += more.z_s, g_s += more.g_s;
+    }
+
     KERNEL_MEMBER void move(float d_t, float d_s) {
         const float f_t = std::exp(d_t), f_s = std::exp(d_s);
         g_t = moved(f_t, g_t, d_t - d_s, z_t);

@@ -5,14 +5,18 @@
 //
 //     x_t = t - m_t      w_t = e^x_t      x_s = s - m_s      w_s = e^x_s
 //
-// a block at a time, each lane on its own. m is the maximum of the blocks before, unless a block has logits far above
-// it, so that a block is read once. The first pass over a block ignores 0 * inf: if a sum becomes NaN, the block is
-// summed again with masks. At the end the sums are moved to the maxima.
+// a block at a time, each lane on its own. m is the maximum of the blocks before, unless a block has logits more than
+// ROOM above it, so that a block is read once. The first pass over a block ignores 0 * inf: if a sum becomes NaN, the
+// block is summed again with masks. At the end the sums are moved to the maxima.
 //
-// Sums have `template <bool MASKED> add(t, x_t, x_s)`, `move(d_t, d_s)` for constants that grow by -d, and
-// `weighted()`, NaN where a sum of weighted values is.
+// Parts of a block have sums of their own, which are then added up: a long sum in float32 loses digits where the
+// numbers are equal, or small beside the first.
+//
+// Sums have `template <bool MASKED> add(t, x_t, x_s)`, `+=` for other columns' sums, `move(d_t, d_s)` for constants
+// that grow by -d, and `weighted()`, NaN where a sum of weighted values is.
 
-constexpr float ROOM = 40;       // e^40 times any vocabulary is far below float32's maximum
+constexpr int64_t PART = 32 * LANES;  // columns
+constexpr float ROOM = 8;             // with more, one w x of e^x x would take the digits of its part's other columns
 
 // `weight * value`, and 0 for a weight of 0, whatever the value. A weight that is NaN is != 0, and the product NaN.
 template <bool MASKED>
@@ -36,18 +40,25 @@ KERNEL Tops tops_of(const Block& block, Tops tops) {
 }
 
 template <bool MASKED, class Sums>
-KERNEL void add_block(Sums& kept, Tops& kept_tops, const Block& block, float m_t, float m_s, float inverse_temperature) {
-    Sums sums = kept;
+KERNEL Sums sums_of(
+    const Block& block, const Sums& empty, Tops& kept_tops, float m_t, float m_s, float inverse_temperature) {
+    Sums total = empty;
     Tops tops = kept_tops;
     const Floats all_m_t = all(m_t), all_m_s = all(m_s), c = all(inverse_temperature);
-    for (int64_t i = 0; i < block.columns; i += LANES) {
-        const Floats t = load(block.t + i), s = load(block.s + i);
-        block.prefetch(i);
-        tops.t = larger(t, tops.t);
-        tops.s = larger(s, tops.s);
-        sums.template add<MASKED>(t, (t - all_m_t) * c, (s - all_m_s) * c);
+    for (int64_t first = 0; first < block.columns; first += PART) {
+        const int64_t end = first + PART < block.columns ? first + PART : block.columns;
+        Sums part = empty;
+        for (int64_t i = first; i < end; i += LANES) {
+            const Floats t = load(block.t + i), s = load(block.s + i);
+            block.prefetch(i);
+            tops.t = larger(t, tops.t);
+            tops.s = larger(s, tops.s);
+            part.template add<MASKED>(t, (t - all_m_t) * c, (s - all_m_s) * c);
+        }
+        total += part;
     }
-    kept = sums, kept_tops = tops;
+    kept_tops = tops;
+    return total;
 }
 
 struct Found {
@@ -61,6 +72,7 @@ KERNEL Found sum_columns(Sums& sums, const Split& split) {
     const float c = split.inverse_temperature;
     float m_t = LOWEST, m_s = LOWEST, top = LOWEST;
     int64_t top_block = 0;
+    const Sums empty = sums;
     bool masked = false;
     Tops tops = {all(LOWEST), all(LOWEST)};
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
@@ -73,19 +85,16 @@ KERNEL Found sum_columns(Sums& sums, const Split& split) {
                 sums.move((m_t - new_t) * c, (m_s - new_s) * c);
                 m_t = new_t, m_s = new_s;
             }
-            const Sums before = sums;
-            if (masked)
-                add_block<true>(sums, tops, block, m_t, m_s, c);
-            else
-                add_block<false>(sums, tops, block, m_t, m_s, c);
-            const float top_t = largest(tops.t), top_s = largest(tops.s);
-            const bool low = (top_t - m_t) * c > ROOM || (top_s - m_s) * c > ROOM;
-            const bool undefined = !masked && has_nan(sums.weighted());
+            const Sums of_block = masked ? sums_of<true>(block, empty, tops, m_t, m_s, c)
+                                         : sums_of<false>(block, empty, tops, m_t, m_s, c);
+            const bool low = any(((tops.t - m_t) * c > ROOM) | ((tops.s - m_s) * c > ROOM));
+            const Floats weighted = of_block.weighted();
+            const bool undefined = !masked && any(weighted != weighted);
             if (!low && !undefined) {
-                if (top_t > top) top = top_t, top_block = start;
+                sums += of_block;
+                if (any(tops.t > top)) top = largest(tops.t), top_block = start;
                 break;
             }
-            sums = before;
             fits = !low;
             masked = masked || undefined;
         }

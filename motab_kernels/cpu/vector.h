@@ -34,10 +34,9 @@ KERNEL float largest(Floats x) {
     return tops[0];
 }
 
-KERNEL bool has_nan(Floats x) {
-    const Ints bad = x != x;
-    uint64_t pairs[LANES / 2], any = 0;
-    __builtin_memcpy(pairs, &bad, sizeof pairs);
-    for (int i = 0; i < LANES / 2; ++i) any |= pairs[i];
-    return any != 0;
+KERNEL bool any(Ints x) {
+    uint64_t pairs[LANES / 2], bits = 0;
+    __builtin_memcpy(pairs, &x, sizeof pairs);
+    for (int i = 0; i < LANES / 2; ++i) bits |= pairs[i];
+    return bits != 0;
 }

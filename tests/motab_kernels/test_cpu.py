@@ -155,6 +155,20 @@ def test_maxima_that_rise_and_fall(library):
 
 
 @needs_library
+@pytest.mark.parametrize("V", [4096, 32000])
+def test_sums_keep_their_digits(library, V):
+    """One column far above the others, in the first block or after it; many equal ones."""
+    student, teacher, tokens = random_inputs(2, 20, V, scale=0.3, noise=0.3)
+    student[0, 10:] = teacher[0, 10:] = 0.0
+    height = torch.arange(7, 17.0).repeat(2)
+    for row, column in enumerate((1500, 0)):
+        teacher[row, :, column], student[row, :, column] = height, height - 2
+    student[0, 10:, 1::2] = 1.9
+    out = mk.fused_kl_boundary(student, teacher, tokens, backend="cpu")
+    assert_matches_definition(out, student, teacher, tokens, atol=4e-6)
+
+
+@needs_library
 def test_threads_change_nothing():
     inputs = random_inputs(3, 2, 50000)
     before = torch.get_num_threads()
