@@ -26,6 +26,11 @@ struct SplitTerms {
     float divergence, centre;
 };
 
+// Of p and q in the mixture m. Both come from the host: in float32 1 - (1 - 1e-9) would be 0.
+struct Shares {
+    float p, q;
+};
+
 // Saved at each position for the backward pass.
 struct Saved {
     float top_t, top_s, reciprocal_t, reciprocal_s, log_ratio, centre;
@@ -113,19 +118,19 @@ extern "C" void motab_divergence_finish(const DivergenceCall* call, const float*
 }
 
 // To (R, 2, S); 0 for a position that does not count.
-extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, float* terms) {
+extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, float rest, float* terms) {
     const int64_t S = splits_of(call->V);
     const auto terms_of = AT_LEVEL(split_terms);
     for_each_split(*call, [&](int64_t position, int64_t index, const Split& split) {
         SplitTerms of_split = {0, 0};
-        if (!call->keep || call->keep[position]) terms_of(call->kind, split, call->saved[position], lam, of_split);
+        if (!call->keep || call->keep[position]) terms_of(call->kind, split, call->saved[position], {lam, rest}, of_split);
         float* out = terms + position * 2 * S + index;
         out[0] = of_split.divergence, out[S] = of_split.centre;
     });
 }
 
 // To `out`, of any type; 0 where the position's scale is 0, whatever its logits.
-extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam) {
+extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam, float rest) {
     const auto gradient_of = AT_LEVEL(split_gradient);
     prefer_large_pages(call->out.at(0, 0, 0), call->out.at(call->B - 1, call->T - 1, call->V));
     for_each_split(*call, [&](int64_t position, int64_t index, const Split& split) {
@@ -134,6 +139,6 @@ extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam)
         if (scale == 0)
             std::memset(out, 0, split.columns * bytes_of(call->out.type));
         else
-            gradient_of(call->kind, split, call->saved[position], lam, scale, call->out.type, out);
+            gradient_of(call->kind, split, call->saved[position], {lam, rest}, scale, call->out.type, out);
     });
 }

@@ -51,6 +51,10 @@ def _pointer(x: Tensor) -> ctypes.c_void_p:
     return ctypes.c_void_p(x.data_ptr())
 
 
+def _shares(lam: float) -> tuple[ctypes.c_float, ctypes.c_float]:
+    return ctypes.c_float(lam), ctypes.c_float(1 - lam)
+
+
 def _splits(V: int) -> int:
     return -(-V // SPLIT)
 
@@ -75,7 +79,7 @@ def divergence_terms(
 ) -> Tensor:
     B, T, V = student.shape
     terms = student.new_empty((B * T, 2, _splits(V)), dtype=torch.float32)
-    numbers = ctypes.c_float(lam), _pointer(terms)
+    numbers = *_shares(lam), _pointer(terms)
     _call("terms", (B, T, V), tau, kind, *numbers, sides=(student, teacher), keep=keep, saved=saved)
     return terms
 
@@ -92,4 +96,4 @@ def divergence_gradient(
 ) -> None:
     B, T, V = student.shape
     sides, scale = (student, teacher), scale.float()
-    _call("gradient", (B, T, V), tau, kind, ctypes.c_float(lam), sides=sides, saved=saved, scale=scale, out=out)
+    _call("gradient", (B, T, V), tau, kind, *_shares(lam), sides=sides, saved=saved, scale=scale, out=out)

@@ -95,23 +95,24 @@ struct Slope {
 };
 
 template <int64_t KIND>
-KERNEL Slope slope_of(const Pair& pair, Floats lam) {
+KERNEL Slope slope_of(const Pair& pair, Shares in_m) {
     const Floats gap = pair.gap;
     if (KIND == TVD) {  // 0 at a tie; NaN stays NaN
         const Floats g = pair.p_leads ? all(-0.5f) : gap < 0.0f ? all(0.5f) : gap;
         return {g, g, g};
     }
-    const Floats share = pair.p_leads ? 1.0f - lam : lam, rest = pair.p_leads ? lam : 1.0f - lam;
-    const Floats lost = share * pair.less, u = rest + share * pair.e;
+    const Floats of_p = all(in_m.p), of_q = all(in_m.q);
+    const Floats lead = pair.p_leads ? of_p : of_q, share = pair.p_leads ? of_q : of_p;
+    const Floats lost = share * pair.less, u = lead + share * pair.e;
     const Floats log_u = vector_log(u, lost);
     // A probability that far below the other is 0 to rounding; the bound avoids 0 * inf = NaN.
     const Floats apart = magnitude(gap), down = apart > 200.0f ? all(-200.0f) : -apart;
     const Floats log_p_m = (pair.p_leads ? Floats{} : down) - log_u, log_q_m = (pair.p_leads ? down : Floats{}) - log_u;
-    if (KIND == JSD) return {(1.0f - lam) * log_q_m, log_p_m, log_q_m};
+    if (KIND == JSD) return {in_m.q * log_q_m, log_p_m, log_q_m};
     // p / m - 1 and q / m - 1, as g may lack a constant: lost / u for the larger of p and q.
     if (KIND == SKEW_FORWARD_KL)
-        return {(lam - 1.0f) * ((pair.p_leads ? lost : lost - pair.less) / u), log_p_m, log_q_m};
-    return {log_q_m - (1.0f - lam) * ((pair.p_leads ? lost - pair.less : lost) / u), log_p_m, log_q_m};
+        return {-in_m.q * ((pair.p_leads ? lost : lost - pair.less) / u), log_p_m, log_q_m};
+    return {log_q_m - in_m.q * ((pair.p_leads ? lost - pair.less : lost) / u), log_p_m, log_q_m};
 }
 
 // Each column's terms of the divergence and of sum q g.
@@ -120,8 +121,8 @@ struct Terms {
 };
 
 template <int64_t KIND>
-KERNEL Terms terms_of(const Pair& pair, Floats lam) {
-    const Slope slope = slope_of<KIND>(pair, lam);
+KERNEL Terms terms_of(const Pair& pair, Shares in_m) {
+    const Slope slope = slope_of<KIND>(pair, in_m);
     const Floats lesser = pair.w * pair.e;
     const Floats p = pair.p_leads ? pair.w : lesser, q = pair.p_leads ? lesser : pair.w;
     const Floats apart = pair.w * pair.less, q_less_p = pair.p_leads ? -apart : apart;
@@ -129,25 +130,24 @@ KERNEL Terms terms_of(const Pair& pair, Floats lam) {
     if (KIND == TVD)
         term = 0.5f * apart;
     else if (KIND == JSD)
-        term = lam * p * slope.log_p_m + (1.0f - lam) * q * slope.log_q_m;
+        term = in_m.p * p * slope.log_p_m + in_m.q * q * slope.log_q_m;
     else if (KIND == SKEW_FORWARD_KL)
-        term = p * slope.log_p_m + (1.0f - lam) * q_less_p;
+        term = p * slope.log_p_m + in_m.q * q_less_p;
     else
-        term = q * slope.log_q_m - lam * q_less_p;
+        term = q * slope.log_q_m - in_m.p * q_less_p;
     return {term, q * slope.g};
 }
 
 template <int64_t KIND>
-ENTRY void terms_of_kind(const Split& split, const Saved& saved, float lam, SplitTerms& out) {
+ENTRY void terms_of_kind(const Split& split, const Saved& saved, Shares in_m, SplitTerms& out) {
     alignas(64) float room_s[BLOCK], room_t[BLOCK];
     const Row row = row_of(saved, split.inverse_temperature);
-    const Floats all_lam = all(lam);
     Floats divergence = {}, centre = {};
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
         for (int64_t i = 0; i < block.columns; i += LANES) {
             block.prefetch(i);
-            const Terms terms = terms_of<KIND>(pair_of(load(block.s + i), load(block.t + i), row), all_lam);
+            const Terms terms = terms_of<KIND>(pair_of(load(block.s + i), load(block.t + i), row), in_m);
             divergence += terms.divergence;
             centre += terms.centre;
         }
@@ -155,18 +155,18 @@ ENTRY void terms_of_kind(const Split& split, const Saved& saved, float lam, Spli
     out = {sum(divergence), sum(centre)};
 }
 
-ENTRY void split_terms(int64_t kind, const Split& split, const Saved& saved, float lam, SplitTerms& out) {
+ENTRY void split_terms(int64_t kind, const Split& split, const Saved& saved, Shares in_m, SplitTerms& out) {
     switch (kind) {
-        case JSD: return terms_of_kind<JSD>(split, saved, lam, out);
-        case SKEW_FORWARD_KL: return terms_of_kind<SKEW_FORWARD_KL>(split, saved, lam, out);
-        case SKEW_REVERSE_KL: return terms_of_kind<SKEW_REVERSE_KL>(split, saved, lam, out);
-        default: return terms_of_kind<TVD>(split, saved, lam, out);
+        case JSD: return terms_of_kind<JSD>(split, saved, in_m, out);
+        case SKEW_FORWARD_KL: return terms_of_kind<SKEW_FORWARD_KL>(split, saved, in_m, out);
+        case SKEW_REVERSE_KL: return terms_of_kind<SKEW_REVERSE_KL>(split, saved, in_m, out);
+        default: return terms_of_kind<TVD>(split, saved, in_m, out);
     }
 }
 
 // `factor` times the derivative by the student's logit over the temperature; 0 where the student excludes the column.
 template <int64_t KIND>
-KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Floats lam, Floats factor) {
+KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Shares in_m, Floats factor) {
     const Pair pair = pair_of(s, t, row);
     const Floats infinite = all(__builtin_inff());
     const Floats q = pair.p_leads ? pair.w * pair.e : pair.w;
@@ -177,16 +177,16 @@ KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Flo
         // An infinite loss makes each column's gradient infinite, not inf - inf = NaN; 0 where q rounds to 0.
         result = q == 0.0f ? Floats{} : q * (pair.gap == -infinite ? infinite : -pair.gap - centre);
     else
-        result = q * (slope_of<KIND>(pair, lam).g - centre);
+        result = q * (slope_of<KIND>(pair, in_m).g - centre);
     return s == -infinite ? Floats{} : result * factor;
 }
 
 template <int64_t KIND>
 ENTRY void gradient_of_kind(
-    const Split& split, const Saved& saved, float lam, float scale, int64_t out_type, char* out) {
+    const Split& split, const Saved& saved, Shares in_m, float scale, int64_t out_type, char* out) {
     alignas(64) float room_s[BLOCK], room_t[BLOCK], room_out[BLOCK];
     const Row row = row_of(saved, split.inverse_temperature);
-    const Floats all_lam = all(lam), centre = all(saved.centre), factor = all(scale * split.inverse_temperature);
+    const Floats centre = all(saved.centre), factor = all(scale * split.inverse_temperature);
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
         char* target = out + start * bytes_of(out_type);
@@ -196,21 +196,21 @@ ENTRY void gradient_of_kind(
         float* room = at_once ? reinterpret_cast<float*>(target) : room_out;
         for (int64_t i = 0; i < block.columns; i += LANES) {
             block.prefetch(i);
-            store(room + i, gradient_of<KIND>(load(block.s + i), load(block.t + i), row, centre, all_lam, factor));
+            store(room + i, gradient_of<KIND>(load(block.s + i), load(block.t + i), row, centre, in_m, factor));
         }
         if (!at_once) from_floats(out_type, room, block.columns, target);
     }
 }
 
 ENTRY void split_gradient(
-    int64_t kind, const Split& split, const Saved& saved, float lam, float scale, int64_t out_type, char* out) {
+    int64_t kind, const Split& split, const Saved& saved, Shares in_m, float scale, int64_t out_type, char* out) {
     switch (kind) {
-        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, lam, scale, out_type, out);
-        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, lam, scale, out_type, out);
-        case JSD: return gradient_of_kind<JSD>(split, saved, lam, scale, out_type, out);
-        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, lam, scale, out_type, out);
-        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, lam, scale, out_type, out);
-        default: return gradient_of_kind<TVD>(split, saved, lam, scale, out_type, out);
+        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, in_m, scale, out_type, out);
+        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, in_m, scale, out_type, out);
+        case JSD: return gradient_of_kind<JSD>(split, saved, in_m, scale, out_type, out);
+        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, in_m, scale, out_type, out);
+        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, in_m, scale, out_type, out);
+        default: return gradient_of_kind<TVD>(split, saved, in_m, scale, out_type, out);
     }
 }
 

@@ -95,8 +95,13 @@ def distributions(s: Tensor, t: Tensor, tau: Tensor, saved: Tensor) -> tuple[Ten
 def by_mixture(gap: Tensor, lam: float) -> tuple[Tensor, Tensor]:
     """log(p / m) and log(q / m) for m = lam p + (1 - lam) q, accurate also where p and q nearly agree."""
     gap = gap.clamp(-200, 200)  # beyond, the smaller is 0 to rounding; inf * 0 would be NaN
-    smaller = torch.where(gap > 0, 1 - lam, lam)  # the share in the mixture of the smaller of p and q
-    log_m = torch.log1p(smaller * torch.expm1(-gap.abs()))  # m over the larger of p and q
+    # The shares in the mixture of the larger and the smaller of p and q. In float32 1 - (1 - 1e-9) would be 0, and
+    # torch.where gives two numbers torch's default dtype.
+    of_p, of_q = gap.new_full((), lam), gap.new_full((), 1 - lam)
+    larger, smaller = torch.where(gap > 0, of_p, of_q), torch.where(gap > 0, of_q, of_p)
+    # m over the larger of p and q is 1 + less, of which either form keeps the digits: near 1 and near 0.
+    less = smaller * torch.expm1(-gap.abs())
+    log_m = torch.where(less > -0.5, torch.log1p(less), torch.log(larger + smaller * torch.exp(-gap.abs())))
     log_p_m = torch.where(gap > 0, 0.0, gap) - log_m
     log_q_m = torch.where(gap > 0, -gap, 0.0) - log_m
     return log_p_m, log_q_m
