@@ -64,6 +64,9 @@ static void sum_splits(const BoundaryCall& call, int64_t splits, int64_t begin, 
     }
 }
 
+// Of what is negative by rounding only; NaN stays.
+static float not_negative(double x) { return x < 0 ? 0 : float(x); }
+
 // Combine the splits of a position in order.
 static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const Partial* parts, int64_t splits, int64_t& argmax) {
     const double inverse = call.temperature.inverse(b);
@@ -91,14 +94,13 @@ static Statistics combine(const BoundaryCall& call, int64_t b, int64_t i, const 
     while (call.teacher.logit(b, i, argmax) != best->m_t) ++argmax;
     const double log_z_t = std::log(z_t), log_z_s = std::log(z_s), log_z_gap = log_z_t - log_z_s;
     const int64_t token = call.token(b, i);
-    const double forward = g_t / z_t - log_z_gap, reverse = log_z_gap - g_s / z_s;
     return {
-        float(forward < 0 ? 0 : forward),
-        float(reverse < 0 ? 0 : reverse),
-        float((call.student.logit(b, i, token) - m_s) * inverse - log_z_s),
-        float((call.teacher.logit(b, i, token) - m_t) * inverse - log_z_t),
-        float(log_z_s - a_s / z_s),
-        float(log_z_t - a_t / z_t),
+        not_negative(g_t / z_t - log_z_gap),
+        not_negative(log_z_gap - g_s / z_s),
+        -not_negative(log_z_s - (call.student.logit(b, i, token) - m_s) * inverse),
+        -not_negative(log_z_t - (call.teacher.logit(b, i, token) - m_t) * inverse),
+        not_negative(log_z_s - a_s / z_s),
+        not_negative(log_z_t - a_t / z_t),
         int32_t(above),
     };
 }

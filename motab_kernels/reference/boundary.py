@@ -72,15 +72,16 @@ def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | No
         return x.masked_fill(invalid, torch.nan)
 
     def logprob(x: Tensor, log_z: Tensor) -> Tensor:
-        return (x.gather(1, column).squeeze(1) - log_z).masked_fill(~known, torch.nan)
+        return (x.gather(1, column).squeeze(1) - log_z).clamp_max(0).masked_fill(~known, torch.nan)
 
+    # Clamped, because of rounding.
     return Statistics(
         where_valid(forward_kl.clamp_min(0)),
         where_valid(reverse_kl.clamp_min(0)),
         logprob(x_s, log_z_s),
         logprob(x_t, log_z_t),
-        where_valid(student_entropy),
-        where_valid(teacher_entropy),
+        where_valid(student_entropy.clamp_min(0)),
+        where_valid(teacher_entropy.clamp_min(0)),
         rank.masked_fill(~known, -1).to(torch.int32),
         teacher.argmax(-1).masked_fill(invalid, -1),
     )

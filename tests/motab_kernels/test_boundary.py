@@ -93,6 +93,16 @@ def test_temperature(temperature):
     assert_matches_definition(out, student, teacher, tokens, tau)
 
 
+def test_no_statistic_has_the_wrong_sign_by_rounding():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 64, 4096, generator=generator)
+    tokens = torch.randint(4096, (1, 64), generator=generator)
+    teacher.scatter_(2, tokens[..., None], torch.linspace(25, 45, 64)[None, :, None])
+    out = mk.fused_kl_boundary(teacher, teacher, tokens)
+    assert min(x.min() for x in (out.student_entropy, out.teacher_entropy, out.forward_kl, out.reverse_kl)) >= 0
+    assert max(out.student_logprob.max(), out.teacher_logprob.max()) <= 0
+
+
 def test_different_vocabularies_and_vocab_size():
     student, teacher, tokens = random_inputs(2, 3, 1000)
     expected = mk.fused_kl_boundary(student, teacher, tokens)
