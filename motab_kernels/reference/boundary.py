@@ -110,6 +110,7 @@ def top_k_entropy(teacher_logits: Tensor, k: int, temperature: Tensor | None) ->
     """Entropy of the renormalised `k` largest of (B, ..., V) teacher logits, (B, ...)."""
     top = teacher_logits.topk(min(k, teacher_logits.shape[-1])).values
     top = top.to(torch.promote_types(top.dtype, torch.float32))
+    top = top - top[..., :1]  # before the division, which rounds: large logits would lose their differences
     if temperature is not None:
         top = top / temperature.reshape(-1, *(1,) * (top.dim() - 1)).to(top.dtype)
     log_p = top.log_softmax(-1)

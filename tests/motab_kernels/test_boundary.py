@@ -103,6 +103,15 @@ def test_no_statistic_has_the_wrong_sign_by_rounding():
     assert max(out.student_logprob.max(), out.teacher_logprob.max()) <= 0
 
 
+def test_top_k_entropy_of_large_logits():
+    """Divided by the temperature before their maximum is subtracted, they would lose three digits."""
+    teacher, tau = torch.tensor([[30000.37, 30000.11, 29999.9]]), torch.tensor(0.1338)
+    p = (teacher.double() / tau).softmax(-1)
+    boundary = mk.EntropyBoundary(1.0, 1.0, entropy_top_k=3)
+    out = mk.fused_kl_boundary(torch.zeros(1, 3), teacher, torch.tensor([0]), boundary=boundary, temperature=tau)
+    assert out.threshold.item() == pytest.approx(math.exp((p * p.log()).sum().item()), rel=1e-6)
+
+
 def test_different_vocabularies_and_vocab_size():
     student, teacher, tokens = random_inputs(2, 3, 1000)
     expected = mk.fused_kl_boundary(student, teacher, tokens)
