@@ -85,7 +85,7 @@ def divergence_loss(
             in the mask) or "batchmean" (the sum over B).
         num_items: replaces the divisor of "mean" and "batchmean": with gradient accumulation, the number of positions
             of all micro-batches together, so that the loss does not depend on how a batch is split. A number > 0, or
-            a 0-d tensor, which may be 0 where no position counts.
+            a 0-d tensor without gradient, which may be 0 where no position counts.
         vocab_size: how many columns count, at most. None: all that both sides have. Other columns are padding, with no
             probability and a gradient of 0.
         inplace_backward: write the gradient over `student_logits`, whose values are then lost: for logits that are not
@@ -109,10 +109,11 @@ def divergence_loss(
         of an infinite reverse_kl is infinite too. A column at -inf has a gradient of 0.
 
     Raises:
-        ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher that asks for a gradient, an unknown
-            divergence, reduction or backend; with `group`, slices that student and teacher do not share, or ranks that
-            differ in `vocab_size` or in the width that it needs (compared once for equal calls, because the host waits
-            for it); in the backward pass, with `check_finite`, a gradient that is not finite.
+        ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher or another tensor that asks for a
+            gradient and gets none, an unknown divergence, reduction or backend; with `group`, slices that student and
+            teacher do not share, or ranks that differ in `vocab_size` or in the width that it needs (compared once for
+            equal calls, because the host waits for it); in the backward pass, with `check_finite`, a gradient that is
+            not finite.
 
     Source: forward KL, Hinton et al. 2015 (arXiv 1503.02531); jsd, GKD (arXiv 2306.13649, equation 1); skew KL,
     DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).

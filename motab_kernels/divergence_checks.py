@@ -62,6 +62,7 @@ def check_position_tensors(
         if x.shape != leading or not fits or x.device != device:
             expected = f"{kind} of shape {tuple(leading)} on {device}"
             raise ValueError(f"{name}: expected {expected}, got {x.dtype} of shape {tuple(x.shape)} on {x.device}")
+        check_no_gradient(name, x)
 
 
 def temperature_tensor(temperature: float | Tensor, B: int, device: torch.device) -> Tensor | None:
@@ -85,6 +86,7 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
             if num_items.dim() or num_items.dtype == torch.bool or num_items.is_complex():
                 got = f"{num_items.dtype} of shape {tuple(num_items.shape)}"
                 raise ValueError(f"num_items: expected a number or a 0-d tensor of one, got {got}")
+            check_no_gradient("num_items", num_items)
             if num_items.device.type == "cpu" and not torch.compiler.is_compiling() and not num_items >= 0:
                 raise ValueError(f"num_items: expected a number >= 0, got {num_items}")
             num_items = num_items.to(student.device)

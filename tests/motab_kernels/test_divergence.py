@@ -572,6 +572,8 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"num_items": torch.ones(2)}, r"num_items: .* a 0-d tensor of one, got torch.float32 of shape \(2,\)"),
         ({"mask": torch.ones(2)}, r"mask: expected bool of shape \(2,\) on cpu, got torch.float32"),
         ({"weights": torch.ones(3)}, r"weights: expected floating-point of shape \(2,\).*shape \(3,\)"),
+        ({"weights": torch.ones(2, requires_grad=True)}, "weights: expected a tensor without gradient"),
+        ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items: expected a tensor without gradient"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
         ({"backend": "cuda"}, "backend: expected one of"),
         ({"student_logits": torch.ones(2, 10).int()}, "student_logits: expected float32.*got torch.int32"),

@@ -439,6 +439,8 @@ def test_check_finite():
         ({"student_logit_scale": torch.nan}, "student_logit_scale: expected a finite number, got nan"),
         ({"teacher_logit_scale": torch.nn.Parameter(torch.ones(()))}, "teacher_logit_scale: expected a finite number"),
         ({"chunk_size": 0}, "chunk_size: expected an integer >= 1, got 0"),
+        ({"weights": torch.ones(3, requires_grad=True)}, "weights: expected a tensor without gradient"),
+        ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items: expected a tensor without gradient"),
         ({"mask": torch.ones(3)}, r"mask: expected bool of shape \(3,\)"),
         ({"divergence": "mse"}, "divergence: expected one of"),
         (
