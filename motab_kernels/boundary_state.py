@@ -173,10 +173,12 @@ class BoundaryState:
     def __init__(self, batch_size: int, device: torch.device | str | None = None, window: int = 0) -> None:
         check_count("batch_size", batch_size, minimum=0)
         check_count("window", window, minimum=0)
-        self._counters = torch.zeros(batch_size, 6, dtype=torch.int32, device=device)
-        self._counters[:, self.BREACH_POSITION :] = -1
-        self._scores = torch.zeros(batch_size, 5, dtype=torch.float64, device=device)
-        self._history = torch.zeros(batch_size, window, dtype=torch.float64, device=device)
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self._counters = torch.zeros(batch_size, 6, dtype=torch.int32, device=device)
+            self._counters[:, self.BREACH_POSITION :] = -1
+            self._scores = torch.zeros(batch_size, 5, dtype=torch.float64, device=device)
+            self._history = torch.zeros(batch_size, window, dtype=torch.float64, device=device)
 
     @classmethod
     def of(cls, counters: Tensor, scores: Tensor, history: Tensor) -> BoundaryState:

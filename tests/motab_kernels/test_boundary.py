@@ -112,6 +112,16 @@ def test_top_k_entropy_of_large_logits():
     assert out.threshold.item() == pytest.approx(math.exp((p * p.log()).sum().item()), rel=1e-6)
 
 
+def test_a_state_outlives_inference_mode():
+    student, teacher, tokens = random_inputs(2, 3, 50)
+    with torch.inference_mode():
+        state = mk.EntropyBoundary(0.0).new_state(2)
+        mk.fused_kl_boundary(student, teacher, tokens, boundary=mk.EntropyBoundary(0.0), state=state)
+    mk.fused_kl_boundary(student, teacher, tokens, boundary=mk.EntropyBoundary(0.0), state=state)
+    assert state.tokens.tolist() == [6, 6]
+    assert state.reset_().tokens.tolist() == [0, 0]
+
+
 def test_different_vocabularies_and_vocab_size():
     student, teacher, tokens = random_inputs(2, 3, 1000)
     expected = mk.fused_kl_boundary(student, teacher, tokens)
