@@ -115,6 +115,8 @@ def _ragged_attention(
     if query.device.type == "cpu":
         check_indices(lengths, page_table, keys, T, window, visible_length)
     settings = (scale, window, softcap)
+    if backend != "torch":  # of a tensor that is negated only when it is read, the memory holds other values
+        query, keys, values = query.resolve_neg(), keys.resolve_neg(), values.resolve_neg()
     if backend == "torch":
         with torch.autocast(query.device.type, enabled=False):  # in float32
             reference.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)

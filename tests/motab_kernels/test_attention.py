@@ -125,6 +125,14 @@ def test_a_row_does_not_depend_on_its_batch(backend, T):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_tensors_that_are_negated_when_they_are_read(backend):
+    query, keys, values, lengths, rows = random_case([5, 9])
+    expected = mk.ragged_attention(-query, -keys, -values, lengths, rows=rows, backend=backend)
+    negated = (torch._neg_view(x) for x in (query, keys, values))
+    assert torch.equal(mk.ragged_attention(*negated, lengths, rows=rows, backend=backend), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do(backend):
     query, keys, values, lengths, rows = random_case([5, 9])
     out = mk.ragged_attention(query[:0], keys, values, lengths[:0], rows=rows[:0], backend=backend)

@@ -103,6 +103,12 @@ def test_no_statistic_has_the_wrong_sign_by_rounding():
     assert max(out.student_logprob.max(), out.teacher_logprob.max()) <= 0
 
 
+def test_a_tensor_that_is_negated_when_it_is_read():
+    student, teacher, tokens = random_inputs(2, 3, 50)
+    expected = mk.fused_kl_boundary(-student, -teacher, tokens)
+    assert_equal(mk.fused_kl_boundary(torch._neg_view(student), torch._neg_view(teacher), tokens), expected)
+
+
 def test_top_k_entropy_of_large_logits():
     """Divided by the temperature before their maximum is subtracted, they would lose three digits."""
     teacher, tau = torch.tensor([[30000.37, 30000.11, 29999.9]]), torch.tensor(0.1338)
