@@ -14,28 +14,33 @@ from torch import Tensor
 from motab_kernels.backend import KERNEL_DTYPES, is_traced
 
 DTYPES = (*KERNEL_DTYPES, torch.float64)
+DIVISORS = 1e-30, 1e30  # the range of a number that logits are divided by: far from where float32's reciprocals end
 
 
 def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
-    """A finite number of at least (`strict`: above) `minimum`, or a floating-point tensor, 0-d or (B,).
+    """A finite number of at least `minimum`, or a floating-point tensor, 0-d or (B,); `strict`: in DIVISORS.
 
     A tensor's values are checked on the CPU only: elsewhere the host would have to wait.
     """
-    bound = f" {'>' if strict else '>='} {minimum:g}"
+    least, most = DIVISORS if strict else (minimum, math.inf)
     if isinstance(value, Tensor):
         if value.dim() > 1 or not value.dtype.is_floating_point:
             got = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
         if value.device.type != "cpu" or is_traced(value):
             return
-        if not ((value > minimum if strict else value >= minimum) & value.isfinite()).all():
-            raise ValueError(f"{name}: expected finite values{bound}, got {value.tolist()}")
+        if not ((value >= least) & (value <= most if strict else value.isfinite())).all():
+            raise ValueError(f"{name}: expected finite values{_bound(minimum, strict, value.tolist())}")
     elif not is_number(value):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    else:
-        too_low = value <= minimum if strict else value < minimum
-        if too_low or not -math.inf < value < math.inf:  # isfinite is not for symbolic numbers
-            raise ValueError(f"{name}: expected a finite number{bound}, got {value}")
+    elif not (least <= value <= most and -math.inf < value < math.inf):  # isfinite is not for symbolic numbers
+        raise ValueError(f"{name}: expected a finite number{_bound(minimum, strict, value)}")
+
+
+def _bound(minimum: float, strict: bool, got: object) -> str:
+    if strict:
+        return " > 0, got {}: float32 can divide by {:g} to {:g}".format(got, *DIVISORS)
+    return f", got {got}" if minimum == -math.inf else f" >= {minimum:g}, got {got}"
 
 
 def is_number(value: object) -> bool:
@@ -73,6 +78,8 @@ def check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.dtype not in DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
+        if logits.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got {logits.layout}")
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
 

@@ -65,9 +65,9 @@ def ragged_attention(
         rows: (b,) int64, the row of the cache that each row of queries reads, in [0, B). None: all in order.
         page_table: (b, n) int64, instead of ``rows``: the pages, in [0, B), that hold the slots of each row, in order;
             a page without a slot that is seen may be any number. S must be a multiple of 64 if n > 1.
-        scale: of the scores. None: ``D ** -0.5``.
+        scale: of the scores, -1e30 to 1e30. None: ``D ** -0.5``.
         window: slots that a token sees, its own included; > 0. None: all.
-        softcap: > 0, bounds the scores (Gemma 2). None: no bound.
+        softcap: 1e-30 to 1e30, bounds the scores (Gemma 2). None: no bound.
         sinks: (H_q,), floating point: scores without values that take a share of the weights (gpt-oss). None: none.
         visible_length: a bound on ``lengths + T`` that the host knows, at most S: it decides how many programs a GPU
             starts. None: S.

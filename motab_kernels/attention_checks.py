@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DTYPES
+from motab_kernels.arguments import DIVISORS, DTYPES, check_count, is_number
 
 PAGE_MULTIPLE = 64  # of a page's slots, if rows have several pages: a tile of slots lies in one page
 
@@ -27,6 +27,8 @@ def check_tensors(
             raise ValueError(f"{name}: expected {query.dtype} on {query.device}, got {x.dtype} on {x.device}")
     b, H_q, _, D = query.shape
     B, H, S, _ = keys.shape
+    if D == 0:
+        raise ValueError(f"query: expected heads of at least one number, got shape {tuple(query.shape)}")
     for name, x in (("keys", keys), ("values", values)):
         if x.shape != (B, H, S, D):
             raise ValueError(f"{name}: expected shape (B, H, S, {D}) as the keys and the query, got {tuple(x.shape)}")
@@ -60,17 +62,19 @@ def check_settings(
     scale: float | None, window: int | None, softcap: float | None, visible_length: int | None, S: int, T: int
 ) -> tuple[int, int]:
     """The window and the visible length, as numbers."""
-    if scale is not None and not abs(scale) < float("inf"):
-        raise ValueError(f"scale: expected a finite number, got {scale}")
-    if window is not None and window < 1:
-        raise ValueError(f"window: expected None or an int of at least 1, got {window}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected None or a finite number above 0, got {softcap}")
+    least, most = DIVISORS
+    if scale is not None and not (is_number(scale) and -most <= scale <= most):
+        raise ValueError(f"scale: expected None or a number from {-most:g} to {most:g}, got {scale!r}")
+    if softcap is not None and not (is_number(softcap) and least <= softcap <= most):
+        raise ValueError(f"softcap: expected None or a number from {least:g} to {most:g}, got {softcap!r}")
+    for name, value in (("window", window), ("visible_length", visible_length)):
+        if value is not None:
+            check_count(name, value)
     if T > S:
         raise ValueError(f"query: expected at most the {S} tokens that the keys have slots for, got {T}")
     if visible_length is not None and not T <= visible_length <= S:
         raise ValueError(f"visible_length: expected T = {T} to S = {S}, got {visible_length}")
-    return S if window is None else window, S if visible_length is None else visible_length
+    return S if window is None else min(window, S), S if visible_length is None else visible_length
 
 
 def check_indices(

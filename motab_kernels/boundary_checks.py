@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import check_logits
+from motab_kernels.arguments import check_logits, check_parameter
 from motab_kernels.boundary_state import BoundaryState
 
 
@@ -61,5 +61,5 @@ def check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
     outside = (token_ids < -1) | (token_ids >= V)
     if outside.any():
         raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")
-    if temperature is not None and not (temperature > 0).all():
-        raise ValueError(f"temperature: expected values > 0, got {temperature.tolist()}")
+    if temperature is not None:
+        check_parameter("temperature", temperature, minimum=0, strict=True)

@@ -76,8 +76,8 @@ def divergence_loss(
         divergence: "forward_kl" | "reverse_kl" | "jsd" | "skew_forward_kl" | "skew_reverse_kl" | "tvd".
         beta: of jsd, 0 to 1.
         alpha: of the skew kinds, at least 0 and below 1; DistiLLM takes 0.1.
-        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor without gradient, 0-d or (B,),
-            on the device.
+        temperature: 1e-30 to 1e30, divides both sides' logits. Float, or a floating-point tensor without gradient, 0-d
+            or (B,), on the device.
         mask: bool, the leading shape. A position where it is False does not count, whatever its logits: its loss and
             its gradient are 0. None: all count.
         weights: floating-point, the leading shape; multiply the positions' losses. Without gradient.

@@ -101,10 +101,11 @@ ENTRY void add_tile(const float* weights, int64_t count, const float* values, in
     if (d < width) add_values<QUERIES, 1>(weights, count, values + d, stride, sums + d, width);
 }
 
-// cap tanh(x / cap)
+// cap tanh(x / cap), with all digits also where that is nearly x
 KERNEL Floats capped(Floats x, float cap) {
-    const Floats y = larger(all(-80.0f), x * (2 / cap)), e = vector_exp(y > 80.0f ? all(80.0f) : y);
-    return cap - 2 * cap / (e + 1.0f);
+    const Exponential e = split_exp(-magnitude(x) * (2 / cap));
+    const Floats y = cap * (one_less(e) / (value(e) + 1.0f));
+    return x < 0.0f ? -y : y;
 }
 
 // Turns a query's scores of the tile that begins at `start` into weights relative to its maximum; rescales its sums.

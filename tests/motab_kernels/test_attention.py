@@ -125,6 +125,16 @@ def test_a_row_does_not_depend_on_its_batch(backend, T):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_bounds_beyond_what_they_bound(backend):
+    query, keys, values, lengths, rows = random_case([5, 9])
+    out = mk.ragged_attention(query, keys, values, lengths, rows=rows, backend=backend)
+    seen = mk.ragged_attention(query, keys, values, lengths, rows=rows, window=10**20, backend=backend)
+    assert torch.equal(seen, out)
+    capped = mk.ragged_attention(query, keys, values, lengths, rows=rows, softcap=1e30, backend=backend)
+    torch.testing.assert_close(capped, out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_tensors_that_are_negated_when_they_are_read(backend):
     query, keys, values, lengths, rows = random_case([5, 9])
     expected = mk.ragged_attention(-query, -keys, -values, lengths, rows=rows, backend=backend)
@@ -185,9 +195,15 @@ def test_is_an_op_to_torch():
             "keys: expected pages of a multiple of 64 slots, got 19",
         ),
         ({"sinks": torch.zeros(2)}, r"sinks: expected \(4,\) floating point on cpu, got \(2,\)"),
-        ({"scale": math.inf}, "scale: expected a finite number, got inf"),
-        ({"window": 0}, "window: expected None or an int of at least 1, got 0"),
-        ({"softcap": 0.0}, "softcap: expected None or a finite number above 0, got 0.0"),
+        ({"query": torch.zeros(2, 4, 1, 0)}, r"query: expected heads of at least one number, got shape \(2, 4, 1, 0\)"),
+        ({"scale": math.inf}, r"scale: expected None or a number from -1e\+30 to 1e\+30, got inf"),
+        ({"scale": 1e300}, r"scale: expected None or a number from -1e\+30 to 1e\+30, got 1e\+300"),
+        ({"window": 0}, "window: expected an integer >= 1, got 0"),
+        ({"window": 2.5}, "window: expected an integer >= 1, got 2.5"),
+        ({"window": True}, "window: expected an integer >= 1, got True"),
+        ({"softcap": 0.0}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 0.0"),
+        ({"softcap": 1e300}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 1e\+300"),
+        ({"visible_length": 10.5}, "visible_length: expected an integer >= 1, got 10.5"),
         ({"visible_length": 20}, "visible_length: expected T = 1 to S = 19, got 20"),
         ({"visible_length": 9}, r"lengths: expected values in \[0, 8\], got \[5, 9\]"),
         ({"backend": "cuda"}, "backend: expected one of"),

@@ -561,6 +561,7 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"alpha": None}, "alpha: expected a finite number, got None"),
         ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected finite values > 0"),
         ({"temperature": torch.tensor(2.0, requires_grad=True)}, "temperature: expected a tensor without gradient"),
+        ({"temperature": 1e-40}, "temperature: .*got 1e-40: float32 can divide by 1e-30 to 1e.30"),
         ({"temperature": torch.ones(3)}, r"0-d or \(2,\), on cpu, got shape \(3,\)"),
         ({"reduction": "avg"}, "reduction: expected one of none, sum, mean, batchmean, got 'avg'"),
         ({"reduction": "sum", "num_items": 3}, 'num_items: expected None with reduction "sum"'),
@@ -578,6 +579,10 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"backend": "cuda"}, "backend: expected one of"),
         ({"student_logits": torch.ones(2, 10).int()}, "student_logits: expected float32.*got torch.int32"),
         ({"student_logits": torch.ones(10)}, r"student_logits: expected shape \(B, V\) or \(B, T, V\), got \(10,\)"),
+        (
+            {"student_logits": torch.ones(2, 10).to_sparse()},
+            "student_logits: expected a dense tensor, got torch.sparse",
+        ),
         ({"teacher_logits": torch.ones(3, 10)}, r"teacher_logits: expected .*\(2, 'V'\).*got \(3, 10\)"),
         ({"teacher_logits": torch.ones(2, 0)}, "expected a shared vocabulary, got 10 and 0 columns"),
     ],
