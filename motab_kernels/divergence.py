@@ -106,7 +106,9 @@ def divergence_loss(
         float32 (float64 for float64 logits): 0-d, or of the leading shape for "none". 0, with a gradient of 0, where
         nothing counts. A position with NaN or +inf among the shared logits of a side, or with no finite one, has
         a loss of NaN. Where only one side excludes a column, forward_kl or reverse_kl may be inf; the gradient
-        of an infinite reverse_kl is infinite too. A column at -inf has a gradient of 0.
+        of an infinite reverse_kl is infinite too. A column at -inf has a gradient of 0. jsd, the skew kinds
+        and tvd subtract one side's logits from the other's: where the two lie 1e4 apart, float32 leaves these losses
+        two to three digits, and at 1e7 hardly one.
 
     Raises:
         ValueError: shapes, dtypes, devices or numbers that do not fit, a teacher or another tensor that asks for a
