@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
-$(READY): pyproject.toml setup.py
+$(READY): pyproject.toml setup.py $(wildcard motab_kernels/cpu/*.cpp motab_kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "torch==2.13.0" "triton==3.7.1"

@@ -115,8 +115,8 @@ def fused_kl_boundary(
         state: changed in place; it belongs to one boundary (`reset_` it before another's use). None: a fresh one,
             discarded after the call.
         step_ends: (B,) or (B, T) bool, whether the token ends a step. None: every token is a step.
-        temperature: > 0, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
-            device.
+        temperature: 1e-30 to 1e30, divides both sides' logits. Float, or a floating-point tensor, 0-d or (B,), on the
+            device; there it is not checked.
         vocab_size: how many columns count, at most. None: all that both sides have.
         out: a `BoundaryOutput` of contiguous tensors to write into and return. None: new tensors.
         workspace: scratch memory of "triton", from `boundary_workspace`, that calls on one stream may share.
@@ -234,8 +234,8 @@ def _fused_kl_boundary(
         student, teacher = student.narrow(-1, 0, vocab_size), teacher.narrow(-1, 0, vocab_size)
     rule = Rule(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
     doubt = None
-    if backend != "torch":
-        student, teacher = (x if x.stride(-1) == 1 else x.contiguous() for x in (student, teacher))
+    if backend != "torch":  # whose reads negate what the memory of a tensor with the negative bit holds
+        student, teacher = ((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg() for x in (student, teacher))
         doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
     if backend == "cpu":
         if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out):

@@ -37,8 +37,6 @@ def fused_kl_boundary(
 
     `doubt` (B, T) contiguous float32, if given, replaces the teacher's entropy in the threshold.
     """
-    # Of a tensor that is negated only when it is read, the memory holds other values.
-    student_logits, teacher_logits = student_logits.resolve_neg(), teacher_logits.resolve_neg()
     parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
     call = CALL.pack(
         student_logits.shape[0],

@@ -130,15 +130,17 @@ def decide_kernel(
         reverse_kl = ((log_z_t - log_z_s) - g_s / z_s) * ln_2()
         forward_kl = tl.where(valid, tl.where(forward_kl < 0, 0.0, forward_kl), nan)
         reverse_kl = tl.where(valid, tl.where(reverse_kl < 0, 0.0, reverse_kl), nan)
-        teacher_entropy = tl.where(valid, (log_z_t - a_t / z_t) * ln_2(), nan)
-        student_entropy = tl.where(valid, (log_z_s - a_s / z_s) * ln_2(), nan)
+        teacher_entropy, student_entropy = (log_z_t - a_t / z_t) * ln_2(), (log_z_s - a_s / z_s) * ln_2()
+        teacher_entropy = tl.where(valid, tl.where(teacher_entropy < 0, 0.0, teacher_entropy), nan)
+        student_entropy = tl.where(valid, tl.where(student_entropy < 0, 0.0, student_entropy), nan)
 
         t_offsets = b * teacher_stride_b + i_64 * teacher_stride_t + token
         s_offsets = b * student_stride_b + i_64 * student_stride_t + token
         t = tl.load(teacher_ptr + t_offsets, mask=known, other=0.0).to(tl.float32)
         s = tl.load(student_ptr + s_offsets, mask=known, other=0.0).to(tl.float32)
-        teacher_logprob = tl.where(valid & known, (tl.fma(t, c, -m_t) - log_z_t) * ln_2(), nan)
-        student_logprob = tl.where(valid & known, (tl.fma(s, c, -m_s) - log_z_s) * ln_2(), nan)
+        teacher_logprob, student_logprob = tl.fma(t, c, -m_t) - log_z_t, tl.fma(s, c, -m_s) - log_z_s
+        teacher_logprob = tl.where(valid & known, tl.where(teacher_logprob > 0, 0.0, teacher_logprob) * ln_2(), nan)
+        student_logprob = tl.where(valid & known, tl.where(student_logprob > 0, 0.0, student_logprob) * ln_2(), nan)
 
         rank = tl.sum(tl.load(partials + row("rank") * S, mask=there, other=0.0), axis=1)
         column = tl.load(partials + row("argmax") * S, mask=there, other=0.0).to(tl.int32) + split * SPLIT

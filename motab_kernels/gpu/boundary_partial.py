@@ -138,10 +138,13 @@ def partial_kernel(
 
     # The first maximum lies in the earliest tile that has it: search that tile again, in the lanes that saw it.
     tile = tl.min(tl.where(top_t == row_t, best, V), axis=0)
-    columns += tile
-    seen = ((top_t == row_t) & (best == tile))[None, :, None] & (columns < end)
-    t = tl.load(teacher_ptr + columns, mask=seen, other=-float("inf")).to(tl.float32)
-    argmax = tl.min(tl.min(tl.min(tl.where(seen & (t == row_t), columns, V), axis=2), axis=0), axis=0)
+    columns += tile // TILE * TILE  # which says that it is a multiple
+    seen = ((top_t == row_t) & (best == tile))[None, :, None]
+    if tile < whole:  # its loads are of 128 bits, which a mask by column would cut
+        t = tl.load(teacher_ptr + columns, mask=seen, other=-float("inf")).to(tl.float32)
+    else:
+        t = tl.load(teacher_ptr + columns, mask=seen & (columns < end), other=-float("inf")).to(tl.float32)
+    argmax = tl.min(tl.min(tl.min(tl.where(t == row_t, columns, V), axis=2), axis=0), axis=0)
 
     S = tl.num_programs(1)
     partial_ptr += position.to(tl.int64) * rows() * S + split

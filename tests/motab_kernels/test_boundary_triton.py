@@ -372,3 +372,20 @@ except ValueError as error:
     printed = subprocess.run(run, check=True, capture_output=True, text=True).stdout
     assert "expected tensors on a GPU, got cpu" in printed
     assert "TRITON_INTERPRET=1" in printed
+
+
+def test_no_statistic_has_the_wrong_sign_by_rounding():
+    generator = torch.Generator().manual_seed(0)
+    teacher = torch.randn(1, 8, 2048, generator=generator).to(DEVICE)
+    tokens = torch.randint(2048, (1, 8), generator=generator).to(DEVICE)
+    teacher.scatter_(2, tokens[..., None], torch.linspace(25, 45, 8, device=DEVICE)[None, :, None])
+    out = mk.fused_kl_boundary(teacher, teacher, tokens, backend="triton")
+    assert min(x.min() for x in (out.student_entropy, out.teacher_entropy, out.forward_kl, out.reverse_kl)) >= 0
+    assert max(out.student_logprob.max(), out.teacher_logprob.max()) <= 0
+
+
+def test_a_tensor_that_is_negated_when_it_is_read():
+    student, teacher, tokens = (x.to(DEVICE) for x in random_inputs(2, 3, 50))
+    expected = mk.fused_kl_boundary(-student, -teacher, tokens, backend="triton")
+    found = mk.fused_kl_boundary(torch._neg_view(student), torch._neg_view(teacher), tokens, backend="triton")
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
