@@ -67,7 +67,8 @@ class MotabTrainer(Trainer):
             sharded as the student is. A name or path is loaded in the dtype it was saved in. Refused for cross-entropy
             on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
-        train_dataset: trajectories, the file that `synthesize_to_file` wrote, or `Rollouts`.
+        train_dataset: trajectories, the file that `synthesize_to_file` wrote, a `TrajectoryDataset` of them, or
+            `Rollouts`.
         eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over
             trajectories of the mean over the tokens of their batch, is logged as ``eval_strategy`` says and returned by
             `evaluate`.
@@ -178,7 +179,7 @@ class MotabTrainer(Trainer):
         # Under FSDP only the main process may have read weights; of models that are sharded already all have a part.
         return are_plain() if any(map(is_sharded, models)) else Processes().from_main(are_plain)
 
-    def get_eval_dataloader(self, eval_dataset: str | Trajectories | TrajectoryDataset | None = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: str | Trajectories | None = None) -> Any:
         """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
             eval_dataset = as_examples(eval_dataset, self.args)

@@ -14,11 +14,16 @@ from motab.rollouts import Rollouts
 from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 
-Trajectories = Sequence[Trajectory] | str | Path
+Trajectories = Sequence[Trajectory] | TrajectoryDataset | str | Path
 
 
 def as_examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
     """The trajectories as the trainer takes them; anything else is refused."""
+    if isinstance(data, TrajectoryDataset):
+        given = [name for name in ("ignore_authors", "max_length", "only_correct") if getattr(args, name)]
+        if given:
+            raise ValueError(f"a TrajectoryDataset is taken as it is, got {', '.join(given)}: set them when it is made")
+        return data
     source = data if isinstance(data, str | Path) else _looked_at(data)
     return TrajectoryDataset(source, args.ignore_authors, args.max_length, args.only_correct)
 

@@ -69,7 +69,8 @@ def trajectories_in(
             except ValueError as error:
                 raise ValueError(
                     f"line {number} of {path} must hold one whole trajectory, got {error}; rerun the motab "
-                    "synthesize that wrote the file, which writes the line anew, or remove it"
+                    "synthesize that wrote the file, which writes the line anew, or remove it; problems are for "
+                    "--dataset_name"
                 ) from error
             yield trajectory
 

@@ -90,3 +90,14 @@ def test_models_by_name(tmp_path):
     for name in (names[0], names[1] + "/../teacher"):
         with pytest.raises(ValueError, match=r"another folder than those of .*, got .* LlamaForCausalLM was loaded"):
             motab.MotabTrainer(*names, config(name, loss_type="jsd"), train_dataset=TRAJECTORIES)
+
+
+def test_a_dataset_that_is_made_already(tmp_path):
+    dataset = motab.TrajectoryDataset(TRAJECTORIES, ignore_authors="teacher", max_length=100)
+    trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=dataset, eval_dataset=dataset)
+    assert trainer.train_dataset is dataset
+    assert trainer.evaluate()["eval_loss"] > 0
+    for settings in ({"ignore_authors": ["teacher"]}, {"max_length": 5}, {"only_correct": True}):
+        (name,) = settings
+        with pytest.raises(ValueError, match=f"TrajectoryDataset is taken as it is, got {name}: set them when"):
+            motab.MotabTrainer(make_model(3), args=config(tmp_path, **settings), train_dataset=dataset)
