@@ -150,7 +150,7 @@ def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
 
     loaded = []
     load = lambda *given, **columns: loaded.append((given, columns)) or [Problem("b", "1", {})]  # noqa: E731
-    monkeypatch.setattr("motab.config.load_problems", load)
+    monkeypatch.setattr("motab.config_groups.load_problems", load)
     monkeypatch.setattr("motab.prompts.PromptFormat.render", stop)
     models = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
     flags = [*models[: 2 if command == "evaluate" else 4], "--dataset_name", "some", "--dataset_config", "main"]
