@@ -152,7 +152,7 @@ def evaluate(arguments: list[str], console: Console) -> None:
     problems = args.short_enough(problems, tokenizer)
     model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
     settings = {
-        "samples": args.num_samples,
+        "num_samples": args.num_samples,
         "prompt_format": prompt_format,
         "answers_file": args.answers_file,
         **args.generation(),
@@ -161,9 +161,9 @@ def evaluate(arguments: list[str], console: Console) -> None:
     result = evaluation.evaluate(model, tokenizer, problems, watch=shown, **settings)
     if args.output_file and state.is_main_process:
         write_whole(args.output_file, json.dumps({**asdict(result), "settings": asdict(args)}, indent=1))
-    passed = f"pass@{result.samples} {result.pass_at_k:.3f}, " if result.samples > 1 else ""
+    passed = f"pass@{result.num_samples} {result.pass_at_k:.3f}, " if result.num_samples > 1 else ""
     console.print(
-        f"accuracy {result} (mean over {result.samples} samples of {result.problems} problems), "
+        f"accuracy {result} (mean over {result.num_samples} samples of {result.num_problems} problems), "
         f"{passed}out of budget {result.overlong:.1%}"
     )
     if result.overlong > _MANY_OVERLONG and state.is_main_process:

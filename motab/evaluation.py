@@ -31,17 +31,17 @@ class Evaluation:
         accuracy: share of right answers, the mean over problems of the mean over their samples.
         standard_error: of `accuracy`, from the spread between problems.
         overlong: share of answers that ran out of budget.
-        problems, samples: how many problems, and how many answers to each.
+        num_problems, num_samples: how many problems, and how many answers to each.
         correct: for each problem its share of right answers.
-        pass_at_k: share of problems with at least one right answer among their k = `samples`; equal to `accuracy` for
-            one sample.
+        pass_at_k: share of problems with at least one right answer among their k = `num_samples`; equal to `accuracy`
+            for one sample.
     """
 
     accuracy: float
     standard_error: float
     overlong: float
-    problems: int
-    samples: int
+    num_problems: int
+    num_samples: int
     correct: tuple[float, ...]
     pass_at_k: float
 
@@ -54,7 +54,7 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     problems: Sequence[Problem],
     *,
-    samples: int = 1,
+    num_samples: int = 1,
     temperature: float = 0.6,
     prompt_format: PromptFormat = PromptFormat(),  # noqa: B008 (it is frozen)
     answers_file: str | Path | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     its share of the problems and returns the result for all.
 
     Args:
-        samples: answers to each problem.
+        num_samples: answers to each problem.
         temperature: 0 is greedy.
         prompt_format: how the problems are put to the model.
         answers_file: JSONL file to which the main process writes every answer at the end, in order:
@@ -85,14 +85,16 @@ def evaluate(
     if not problems:
         raise ValueError("evaluate needs at least one problem, got none")
     check_answers(problems)
-    if samples < 1 or (samples > 1 and temperature == 0):
-        raise ValueError(f"samples must be 1 at temperature 0, and at least 1 above, got {samples} at {temperature}")
-    prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(samples)]
+    if num_samples < 1 or (num_samples > 1 and temperature == 0):
+        raise ValueError(
+            f"num_samples must be 1 at temperature 0, and at least 1 above, got {num_samples} at {temperature}"
+        )
+    prompts = [prompt_format.render(tokenizer, problem) for problem in problems for _ in range(num_samples)]
     options: dict[str, Any] = {"policy": OnPolicy(), "temperature": temperature, **settings}
     processes = Processes()
     place = processes.from_main(lambda: None if answers_file is None else str(answers_file))
     first, end = (
-        samples * (len(problems) * index // processes.count) for index in (processes.index, processes.index + 1)
+        num_samples * (len(problems) * index // processes.count) for index in (processes.index, processes.index + 1)
     )
     if place is None:
         texts: Iterable[Trajectory] = synthesize(model, None, tokenizer, prompts, **options)
@@ -111,12 +113,12 @@ def evaluate(
         for _ in texts:
             pass
         texts = trajectories_in(begun, statistics=False, first=first, end=end)
-    graded = [_graded(trajectory, problems, samples, tokenizer, keep_text) for trajectory in texts]
+    graded = [_graded(trajectory, problems, num_samples, tokenizer, keep_text) for trajectory in texts]
     answers = [answer for part in processes.gather(graded) for answer in part]
     if place is not None:
         lines = "".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers)
         processes.from_main(lambda: _finish(Path(place), begun, lines))
-    return _summary(answers, len(problems), samples)
+    return _summary(answers, len(problems), num_samples)
 
 
 def _finish(path: Path, begun: Path, lines: str) -> None:
@@ -128,12 +130,12 @@ def _finish(path: Path, begun: Path, lines: str) -> None:
 def _graded(
     trajectory: Trajectory,
     problems: Sequence[Problem],
-    samples: int,
+    num_samples: int,
     tokenizer: PreTrainedTokenizerBase,
     keep_text: bool,
 ) -> dict[str, Any]:
     """One answer as a line of ``answers_file`` holds it."""
-    index, sample = divmod(trajectory.index, samples)
+    index, sample = divmod(trajectory.index, num_samples)
     return {
         "index": index,
         "sample": sample,
@@ -144,19 +146,19 @@ def _graded(
     }
 
 
-def _summary(answers: Sequence[Mapping[str, Any]], problems: int, samples: int) -> Evaluation:
+def _summary(answers: Sequence[Mapping[str, Any]], problems: int, num_samples: int) -> Evaluation:
     right = [0] * problems
     for answer in answers:
         right[answer["index"]] += answer["correct"]
-    shares = [count / samples for count in right]
+    shares = [count / num_samples for count in right]
     mean = sum(shares) / problems
     spread = sum((share - mean) ** 2 for share in shares) / max(problems - 1, 1)
     return Evaluation(
         accuracy=mean,
         standard_error=math.sqrt(spread / problems),
         overlong=sum(answer["finish_reason"] == "length" for answer in answers) / len(answers),
-        problems=problems,
-        samples=samples,
+        num_problems=problems,
+        num_samples=num_samples,
         correct=tuple(shares),
         pass_at_k=sum(count > 0 for count in right) / problems,
     )

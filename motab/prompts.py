@@ -51,13 +51,13 @@ class PromptFormat:
 
     Attributes:
         system_prompt: the system's message, in place of the problem's own if it has one.
-        suffix: text after the user's last message, such as how to state the answer.
-        template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        prompt_suffix: text after the user's last message, such as how to state the answer.
+        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
     """
 
     system_prompt: str | None = None
-    suffix: str = ""
-    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    prompt_suffix: str = ""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def render(self, tokenizer: PreTrainedTokenizerBase, problem: Problem) -> Prompt:
         """The prompt as `synthesize` takes it.
@@ -67,14 +67,14 @@ class PromptFormat:
                 template refuses or that are not its own; a suffix without a message of the user.
         """
         messages = list(problem.messages())
-        if self.suffix:
+        if self.prompt_suffix:
             places = [place for place, message in enumerate(messages) if message["role"] == "user"]
             if not places:
                 raise ValueError(f"prompt_suffix needs a message by the user, got {messages!r}")
             last = messages[places[-1]]
-            messages[places[-1]] = {**last, "content": last["content"] + self.suffix}
+            messages[places[-1]] = {**last, "content": last["content"] + self.prompt_suffix}
         if tokenizer.chat_template is None:
-            if self.system_prompt is not None or self.template_kwargs:
+            if self.system_prompt is not None or self.chat_template_kwargs:
                 raise ValueError(
                     "system_prompt and chat_template_kwargs need a chat template, got a tokenizer without one; put "
                     "the text into the problems or into prompt_suffix"
@@ -83,13 +83,13 @@ class PromptFormat:
         if self.system_prompt is not None:
             others = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": self.system_prompt}, *others]
-        if self.template_kwargs:
-            if given := [name for name in self.template_kwargs if name in _OURS]:
+        if self.chat_template_kwargs:
+            if given := [name for name in self.chat_template_kwargs if name in _OURS]:
                 raise ValueError(
                     "chat_template_kwargs must be variables of the template, such as enable_thinking, got "
                     + ", ".join(given)
                 )
-            return _from_template(tokenizer, messages, **self.template_kwargs)
+            return _from_template(tokenizer, messages, **self.chat_template_kwargs)
         return messages
 
 

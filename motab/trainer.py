@@ -201,7 +201,7 @@ class MotabTrainer(Trainer):
         """Refused: Trainer's method returns the logits of every token, which are never held."""
         raise ValueError(
             "MotabTrainer gives no predictions: evaluate(dataset) measures the loss on trajectories, motab.synthesize "
-            "lets the model write, motab.evaluation.evaluate grades its answers"
+            "lets the model write, motab.evaluate grades its answers"
         )
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:

@@ -77,7 +77,7 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     assert "mean over 1 samples of 6 problems" in printed
     assert "pass@" not in printed
     found = json.loads(figures.read_text())
-    assert found["problems"] == 6
+    assert found["num_problems"] == 6
     settings = {name: found["settings"][name] for name in ("model_name_or_path", "dataset_name", "temperature")}
     assert settings == {"model_name_or_path": str(model), "dataset_name": TASK, "temperature": 0.0}
     answers = ["--temperature", "1", "--num_samples", "2", "--answers_file", str(tmp_path / "answers.jsonl")]

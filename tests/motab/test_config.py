@@ -34,7 +34,7 @@ def test_the_papers_recipe():
     write = parse(SynthesizeArguments, ["--config", str(folder / "synthesize.yaml")], "synthesize")
     assert write.make_policy() == motab.MotabPolicy(epsilon0=0.2, theta=1.0, stitch="However,", delimiter=".\n\n")
     assert (write.num_samples, write.temperature, write.max_new_tokens) == (5, 0.6, 32768)
-    assert write.prompt_format().suffix.endswith("within \\boxed{}.")
+    assert write.prompt_format().prompt_suffix.endswith("within \\boxed{}.")
     train, config = parse((TrainArguments, motab.MotabConfig), ["--config", str(folder / "train.yaml")], "train")
     assert train.train_file == f"{write.output_dir}/trajectories.jsonl"
     assert (config.loss_type, config.learning_rate, config.num_train_epochs) == ("cross_entropy", 5e-5, 6)

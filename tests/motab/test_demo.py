@@ -20,7 +20,7 @@ def test_demo_and_again(tmp_path, capsys):
     assert all(name in out for name in names)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["name"] for row in metrics["evaluation"]] == names
-    assert all(row["problems"] == 6 for row in metrics["evaluation"])
+    assert all(row["num_problems"] == 6 for row in metrics["evaluation"])
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 3
     assert f"{metrics['synthesis']['breach_rate']:.1%}" in page

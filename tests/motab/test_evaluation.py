@@ -27,7 +27,7 @@ def test_figures_and_answers(monkeypatch, tmp_path, student, tokenizer):
 
     monkeypatch.setattr("motab.synthesis.synthesize", fake)
     path = tmp_path / "answers" / "a.jsonl"
-    settings = {"samples": 2, "temperature": 1.0, "answers_file": path}
+    settings = {"num_samples": 2, "temperature": 1.0, "answers_file": path}
     result = evaluate(student, tokenizer, [Problem("a", "1", {})] * 4, **settings)
     assert result.correct == (1.0, 0.5, 0.0, 1.0)
     assert result.accuracy == 0.625
@@ -74,13 +74,15 @@ def test_problems_are_put_as_asked(student, tokenizer, monkeypatch):
         return write(model, teacher, tokenizer, prompts, **settings)
 
     monkeypatch.setattr(evaluation, "synthesize", spy)
-    evaluate(student, tokenizer, [Problem("a", "1", {})], max_new_tokens=1, prompt_format=PromptFormat(suffix="b"))
+    evaluate(
+        student, tokenizer, [Problem("a", "1", {})], max_new_tokens=1, prompt_format=PromptFormat(prompt_suffix="b")
+    )
     assert asked == [(["ab"], 0.6)]
 
 
 def test_an_evaluation_that_is_interrupted_goes_on(tmp_path, student, tokenizer):
     problems = [Problem(text, "1", {}) for text in ("ab.", "c,a", "b", "a")]
-    settings = {"samples": 2, "max_new_tokens": 9, "batch_size": 2}
+    settings = {"num_samples": 2, "max_new_tokens": 9, "batch_size": 2}
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
     expected = evaluate(student, tokenizer, problems, answers_file=whole, **settings)
 
@@ -113,14 +115,18 @@ def test_an_evaluation_that_is_interrupted_goes_on(tmp_path, student, tokenizer)
 def test_a_real_model_runs_out_of_budget(student, tokenizer):
     problems = [Problem("ab.", "1", {}), Problem("c,a", "2", {})]
     result = evaluate(student, tokenizer, problems, max_new_tokens=1)
-    assert (result.accuracy, result.overlong, result.problems) == (0.0, 1.0, 2)
+    assert (result.accuracy, result.overlong, result.num_problems) == (0.0, 1.0, 2)
 
 
 @pytest.mark.parametrize(
     ("problems", "settings", "message"),
     [
         ([], {}, "at least one problem, got none"),
-        ([Problem("a", "1", {})], {"samples": 2, "temperature": 0}, "samples must be 1 at temperature 0.* got 2 at 0"),
+        (
+            [Problem("a", "1", {})],
+            {"num_samples": 2, "temperature": 0},
+            "num_samples must be 1 at temperature 0.* got 2 at 0",
+        ),
         (
             [Problem("a", "1", {}), Problem("b", None, {}), Problem("c", None, {})],
             {"max_new_tokens": 2},

@@ -112,7 +112,7 @@ def test_what_flags_cannot_say(flags, message):
 
 def test_numbers_in_settings_of_a_template():
     args = parse(EvaluateArguments, ["--chat_template_kwargs", "{a: 1e-3}"], "some")
-    assert args.prompt_format().template_kwargs == {"a": 1e-3}
+    assert args.prompt_format().chat_template_kwargs == {"a": 1e-3}
 
 
 def test_the_last_config_counts(tmp_path):

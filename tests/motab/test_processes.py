@@ -185,7 +185,7 @@ def message(call, *arguments, **settings):
 def measure(file):
     problems = [Problem(text, answer, {}) for text, answer in (("ab.", "1"), ("c,a", "2"), ("b", "3"))]
     model = make_model(1).float()
-    settings = {"samples": 2, "temperature": 1.0, "max_new_tokens": 9}
+    settings = {"num_samples": 2, "temperature": 1.0, "max_new_tokens": 9}
     return [
         evaluate(model, tokenizer.__wrapped__(), problems[:size], answers_file=file.with_suffix(f".{size}"), **settings)
         for size in (3, 1)
@@ -417,7 +417,7 @@ def test_commands_print_and_save_once(ranks, folder):
     assert not (folder / "model-1" / "motab_training.json").exists()
     assert (folder / "model-0" / "model.safetensors").exists()
     assert not list(folder.glob("model-1/**/*.safetensors"))
-    assert json.loads((folder / "figures-0.json").read_text())["problems"] == 6
+    assert json.loads((folder / "figures-0.json").read_text())["num_problems"] == 6
     assert not (folder / "figures-1.json").exists()
 
 

@@ -24,8 +24,8 @@ def chat_tokenizer(tokenizer):
 
 def test_without_a_template(tokenizer):
     assert PromptFormat().render(tokenizer, Problem(CONVERSATION, None, {})) == "a\nb"
-    assert PromptFormat(suffix=",").render(tokenizer, Problem("c", None, {})) == "c,"
-    for wrong in ({"system_prompt": "a"}, {"template_kwargs": {"quiet": True}}):
+    assert PromptFormat(prompt_suffix=",").render(tokenizer, Problem("c", None, {})) == "c,"
+    for wrong in ({"system_prompt": "a"}, {"chat_template_kwargs": {"quiet": True}}):
         with pytest.raises(ValueError, match=r"need a chat template, got a tokenizer without .* prompt_suffix"):
             PromptFormat(**wrong).render(tokenizer, Problem("c", None, {}))
 
@@ -33,7 +33,7 @@ def test_without_a_template(tokenizer):
 def test_messages(chat_tokenizer):
     render = lambda problem, **settings: PromptFormat(**settings).render(chat_tokenizer, Problem(problem, None, {}))  # noqa: E731
     assert render(CONVERSATION) == CONVERSATION
-    assert render("b", suffix=",") == [{"role": "user", "content": "b,"}]
+    assert render("b", prompt_suffix=",") == [{"role": "user", "content": "b,"}]
     assert render(CONVERSATION, system_prompt="c") == [{"role": "system", "content": "c"}, CONVERSATION[1]]
     assert CONVERSATION[1]["content"] == "b"  # as it was
 
@@ -41,7 +41,9 @@ def test_messages(chat_tokenizer):
 def test_settings_of_the_template(chat_tokenizer):
     """Token ids then, in which nothing is left to be said."""
     problem = Problem("b", None, {})
-    ids = [PromptFormat(template_kwargs={"quiet": quiet}).render(chat_tokenizer, problem) for quiet in (True, False)]
+    ids = [
+        PromptFormat(chat_template_kwargs={"quiet": quiet}).render(chat_tokenizer, problem) for quiet in (True, False)
+    ]
     assert ids[0] == chat_tokenizer.encode("ub.")
     assert ids[1] == chat_tokenizer.encode("ub.c")
 
@@ -49,10 +51,10 @@ def test_settings_of_the_template(chat_tokenizer):
 @pytest.mark.parametrize("name", ["conversation", "add_generation_prompt", "continue_final_message", "return_tensors"])
 def test_settings_that_are_not_of_the_template(chat_tokenizer, name):
     with pytest.raises(ValueError, match=f"chat_template_kwargs must be variables of the template, .* got {name}"):
-        PromptFormat(template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
+        PromptFormat(chat_template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
 
 
-@pytest.mark.parametrize("settings", [{}, {"template_kwargs": {"quiet": True}}])
+@pytest.mark.parametrize("settings", [{}, {"chat_template_kwargs": {"quiet": True}}])
 def test_a_template_that_refuses(chat_tokenizer, settings):
     """As Gemma's does a system's message; with and without settings of the template."""
     chat_tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
@@ -64,15 +66,15 @@ def test_a_template_that_refuses(chat_tokenizer, settings):
 
 def test_the_suffix_ends_what_the_user_says(tokenizer):
     messages = [CONVERSATION[1], CONVERSATION[0]]
-    assert PromptFormat(suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
+    assert PromptFormat(prompt_suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
     with pytest.raises(ValueError, match=r"prompt_suffix needs a message by the user, got \[\{'role': 'system'"):
-        PromptFormat(suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
+        PromptFormat(prompt_suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
 
 
 def test_prompts_that_are_too_long(chat_tokenizer):
     """As they are put: with the system's message, suffix and template."""
     problems = [Problem(text, None, {}) for text in ("b", "b,b", "c")]
-    put = PromptFormat("a", suffix=",")  # of "sa.ub,.c" the tokenizer knows six letters
+    put = PromptFormat("a", prompt_suffix=",")  # of "sa.ub,.c" the tokenizer knows six letters
     assert short_enough(problems, chat_tokenizer, put, 8) == problems
     message = "1 of 3 problems have prompts of more than max_prompt_length 7 tokens and are left out"
     with pytest.warns(UserWarning, match=message):
