@@ -28,7 +28,7 @@ pytestmark = [
 DEVICE = "cuda"
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# A tile has 2048 columns; a split of the boundary has 4 of them, of the losses 16.
+# A split of the boundary has 2048 columns in 4 tiles; a tile of the losses has 2048, a split 16 of them.
 SIZES = [1, 7, 2047, 2048, 8193, 32768, 50257, 151936]
 
 
