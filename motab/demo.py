@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from motab.data import Problem, load_problems
 from motab.evaluation import Evaluation, evaluate
 from motab.files import write_whole
+from motab.grading import grade
 from motab.models import load_model, load_tokenizer
 from motab.parsing import setting
 from motab.policies import MotabPolicy, Policy, TeacherOnly
@@ -82,8 +83,8 @@ def run(args: DemoArguments, console: Console) -> dict[str, Evaluation]:
     write_report(folder / "report.html", written["motab"], tokenizer.decode, title="motab demo", rows=rows)
     console.print(_table(results))
     console.print(
-        f"breach rate {synthesis['breach_rate']:.1%}, revised answers {synthesis['revised']:.1%} of "
-        f"{len(train)} trajectories; {time.monotonic() - began:.0f} s"
+        f"breach rate {synthesis['breach_rate']:.1%}, right answers {synthesis['correct']:.1%}, revised answers "
+        f"{synthesis['revised']:.1%} of {len(train)} trajectories; {time.monotonic() - began:.0f} s"
     )
     before, *after = (results[name] for name in results if name.startswith("student"))
     for name, result in zip(TRAININGS, after, strict=True):
@@ -106,6 +107,7 @@ def _write(
     student, teacher = (load_model(str(TINY / name)) for name in ("student", "teacher"))
     prompts = [problem.messages() for problem in problems]
     settings: dict[str, Any] = {**GENERATION, "temperature": 0.6, "seed": args.seed}
+    settings["grade"] = lambda trajectory, place: grade(trajectory, problems[place], tokenizer)
     found = synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=policy, **settings)
     tokenizer.save_pretrained(folder)
     for _ in watch(found, len(prompts), f"write ({folder.name})", console):
