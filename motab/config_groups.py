@@ -147,7 +147,7 @@ class PromptArguments:
         "Column of the question: a text, or messages (the assistant's at the end are dropped).",
         _first(QUESTION_COLUMNS),
     )
-    answer_column: str | None = unset("Column of the answer, for evaluate.", _first(ANSWER_COLUMNS))
+    answer_column: str | None = unset("Column of the answer, for evaluate and --grade.", _first(ANSWER_COLUMNS))
     max_prompt_length: int | None = setting(
         None, "Leave out problems whose prompts have more tokens, before the others are numbered."
     )

@@ -49,18 +49,18 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, target only
-        if isinstance(trajectories, str | Path):
-            trajectories = trajectories_in(trajectories, statistics=False)
-        for t in trajectories:
+        source = trajectories
+        for t in trajectories_in(source, statistics=False) if isinstance(source, str | Path) else source:
             if len(t.author) != len(t.token_ids):
                 raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
             if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
                 longer += 1
                 continue
             if only_correct and t.correct is None:
+                of_file = f" of {source}" if isinstance(source, str | Path) else ""
                 raise ValueError(
-                    f"only_correct needs graded trajectories, got trajectory {t.index} without a grade; run its motab "
-                    "synthesize again with --grade, which grades those that are written"
+                    f"only_correct needs graded trajectories, got trajectory {t.index}{of_file} without a grade; run "
+                    "its motab synthesize again with --grade, which grades those that are written"
                 )
             if only_correct and not t.correct:
                 wrong += 1
@@ -72,11 +72,12 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         of = f"of {longer + wrong + len(self.ids)} trajectories"
         reasons = {
             f"{longer} {of} have more than max_length {max_length} tokens": longer,
-            f"{wrong} {of} do not answer their problem": wrong,
+            f"{wrong} {of} have a wrong answer": wrong,
         }
         if left_out := " and ".join(reason for reason, count in reasons.items() if count):
             if not self.ids:
-                raise ValueError(f"{left_out}: none is left; raise max_length, or drop only_correct")
+                ways = {"raise max_length": longer, "leave only_correct out": wrong}
+                raise ValueError(f"{left_out}: none is left; {' or '.join(way for way in ways if ways[way])}")
             if process_state().is_main_process:
                 warnings.warn(f"{left_out}; they are left out", stacklevel=2)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from motab.data import ANSWER_COLUMNS, Problem
 from motab.trajectory import Trajectory
 
+_SECONDS = 5  # for a verifier, as math-verify gives itself
 _LONGEST = 1000  # characters of a stated answer; longer ones are of a text that repeats itself, and take long to parse
 
 
@@ -21,7 +24,7 @@ def stated_answer(text: str) -> str | None:
     before, closed, _ = text.rpartition("</answer>")
     _, opened, answer = before.rpartition("<answer>")
     if closed and opened:
-        return answer.strip()
+        return answer.partition("</answer>")[0].strip()
     found = re.findall(r"answer is:?\s*([^\n]+)", text, re.IGNORECASE)
     return found[-1].rstrip().removesuffix(".").strip() if found else None
 
@@ -86,9 +89,7 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
     metadata = problem.record.get("metadata")
     task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if task is not None:
-        import reasoning_gym
-
-        return bool(reasoning_gym.get_score_answer_fn(task)(stated, problem.record) == 1.0)
+        return _passes(task, stated, problem.record)
     import math_verify
 
     gold = math_verify.parse(problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}")
@@ -97,7 +98,30 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
     return any(math_verify.verify(gold, math_verify.parse(each)) for each in answers)
 
 
+def _passes(task: str, stated: str | None, record: Mapping[str, Any]) -> bool:
+    """Whether a reasoning-gym task's own verifier accepts an answer. Some evaluate it as Python or raise if it has
+    another form: what names Python's internals, takes long or raises is wrong."""
+    import reasoning_gym
+    from math_verify.errors import TimeoutException
+    from math_verify.utils import timeout
+
+    score = reasoning_gym.get_score_answer_fn(task)
+    if stated is not None and (len(stated) > _LONGEST or "__" in stated):
+        return False
+    if threading.current_thread() is threading.main_thread():  # which alone gets a signal
+        score = timeout(_SECONDS)(score)
+    try:
+        return bool(score(stated, record) == 1.0)
+    except (Exception, TimeoutException):
+        return False
+
+
 def grade(trajectory: Trajectory, problem: Problem, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a trajectory answers the problem that its prompt puts, see `is_correct`."""
+    """Whether a trajectory answers the problem that its prompt puts, see `is_correct`.
+
+    As ``grade=`` of `motab.synthesize_to_file` and `motab.Rollouts`::
+
+        lambda trajectory, place: motab.grade(trajectory, problems[place], tokenizer)
+    """
     thinking = tokenizer.decode(trajectory.prompt_ids).rstrip().endswith("<think>")
     return is_correct(trajectory.text, problem, finish_reason=trajectory.finish_reason, thinking=thinking)

@@ -73,10 +73,13 @@ def parse(kinds: type[T] | tuple[type, ...], arguments: list[str], command: str)
     parser.add_argument("--config", metavar="FILE", help="YAML file of these settings; flags override it.")
     _group(parser, kinds)
     known = [entry.name for kind in kinds for entry in dataclasses.fields(kind) if entry.init]
+    hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
+    flags = {name: parser._option_string_actions[f"--{name}"] for name in known}
+    for name in known:
+        if hints[name] == bool | None and flags[name].default is None:  # as a flag of type bool: without a value, true
+            flags[name].nargs, flags[name].const = "?", True
     config = _config_file(arguments)
     if config:
-        hints = {name: hint for kind in kinds for name, hint in get_type_hints(kind).items()}
-        flags = {name: parser._option_string_actions[f"--{name}"] for name in known}
         values = _settings_in(config, known, command)
         null = {name: value for kind in kinds for name, value in getattr(kind, "NULL", {}).items()}
         values = {name: null.get(name) if value is None else value for name, value in values.items()}

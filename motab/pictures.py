@@ -98,7 +98,7 @@ class Strays:
             strays, total = _by_place(self.breaches, size), _by_place(self.steps, size)
             axis.set(xlabel="step", ylabel="share that breaches", title="Where the student strays")
         else:
-            size = max([*self.takeovers, *self.run_ends]) + 1
+            size = max([*self.takeovers, *self.run_ends], default=0) + 1
             strays = _by_place(self.takeovers, size)
             total = strays + np.cumsum(_by_place(self.run_ends, size))
             axis.set(xlabel="token", ylabel="share of tokens", title="Where the teacher takes over")

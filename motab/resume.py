@@ -18,7 +18,7 @@ FILE = "motab_training.json"
 #: Arguments that decide the outcome of a training. The number of trajectories per step is another; logging, saving and
 #: speed are not.
 DECISIVE = (
-    *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length", "only_correct"),
+    *("loss_type", "beta", "alpha", "temperature", "ignore_authors", "max_length"),
     *("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "num_train_epochs", "max_steps"),
     *("optim", "optim_args", "optim_target_modules", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay"),
     *("max_grad_norm", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
@@ -48,6 +48,8 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
         found["content of train_file"] = _hash_of_file(data)
     if config.load_best_model_at_end and args.eval_file:
         found["content of eval_file"] = _hash_of_file(args.eval_file)
+    if config.only_correct:
+        found["only_correct"] = True
     found |= {name: getattr(config, name) for name in DECISIVE if hasattr(config, name)}
     return json.loads(json.dumps(found, default=str))
 

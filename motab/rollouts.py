@@ -28,7 +28,7 @@ class Rollouts(Dataset[int]):
             max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
             more than the prompts of one device and step has no effect.
         grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
-            ``correct``, and the share is logged.
+            ``correct``, see `motab.grade`, and the share is logged.
     """
 
     prompts: Sequence[Prompt]
@@ -87,5 +87,5 @@ class Rollouts(Dataset[int]):
             student.train(was_training)
         if self.grade is not None:
             for trajectory, place in zip(written, places, strict=True):
-                trajectory.correct = self.grade(trajectory, place)
+                trajectory.correct = bool(self.grade(trajectory, place))
         return written

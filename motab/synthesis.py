@@ -53,7 +53,8 @@ def synthesize_to_file(
     Args:
         path: the file, visible to every process; ``path.settings.json`` beside it holds the settings it was begun with.
         grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
-            ``correct``. Trajectories that the file holds already without a grade are graded too.
+            ``correct``, see `motab.grade`. Trajectories that the file holds already without a grade are graded too;
+            grades that it holds are kept.
         settings: as for `synthesize`.
 
     Raises:
@@ -115,7 +116,7 @@ def _write(
         part.parent.mkdir(parents=True, exist_ok=True)
         with part.open("a", encoding="utf-8") as file:
             for trajectory in here:
-                trajectory.correct = grade and grade(trajectory, trajectory.index)
+                trajectory.correct = None if grade is None else bool(grade(trajectory, trajectory.index))
                 file.write(trajectory.to_json() + "\n")
                 file.flush()
                 yield trajectory

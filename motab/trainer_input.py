@@ -20,9 +20,6 @@ Trajectories = Sequence[Trajectory] | TrajectoryDataset | str | Path
 def as_examples(data: Trajectories, args: MotabConfig) -> TrajectoryDataset:
     """The trajectories as the trainer takes them; anything else is refused."""
     if isinstance(data, TrajectoryDataset):
-        given = [name for name in ("ignore_authors", "max_length", "only_correct") if getattr(args, name)]
-        if given:
-            raise ValueError(f"a TrajectoryDataset is taken as it is, got {', '.join(given)}: set them when it is made")
         return data
     source = data if isinstance(data, str | Path) else _looked_at(data)
     return TrajectoryDataset(source, args.ignore_authors, args.max_length, args.only_correct)
@@ -55,6 +52,9 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
         )
     if args.save_rollouts and not has_rollouts:
         raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")
+    own = [name for name in ("ignore_authors", "max_length", "only_correct") if getattr(args, name)]
+    if isinstance(train_dataset, TrajectoryDataset) and own:
+        raise ValueError(f"a TrajectoryDataset is taken as it is, got {', '.join(own)}: set them when it is made")
     if not has_rollouts:
         return
     if not needs_student(train_dataset.policy):

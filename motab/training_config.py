@@ -36,8 +36,8 @@ class MotabConfig(TrainingArguments):
             they stay in the context. The paper trains on all.
         max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
             ``max_new_tokens`` instead.
-        only_correct: leave out trajectories that do not answer their problem (`Trajectory.correct`); all must have been
-            graded. The paper trains on all.
+        only_correct: leave out trajectories that do not answer their problem (`Trajectory.correct`), held-out ones too;
+            all must have been graded. The paper trains on all.
         save_rollouts: keep the trajectories of `Rollouts` in ``output_dir/rollouts/trajectories.jsonl`` as they are
             written, with the tokenizer beside it, for ``motab show`` and ``motab report``; with several processes those
             of the main one.

@@ -69,9 +69,10 @@ def trajectories_in(
             except ValueError as error:
                 raise ValueError(
                     f"line {number} of {path} must hold one whole trajectory, got {error}; rerun the motab "
-                    "synthesize that wrote the file, which writes the line anew, or remove it; problems are for "
-                    "--dataset_name"
+                    "synthesize that wrote the file, which rewrites the line, or remove the line"
                 ) from error
+            if not statistics:
+                trajectory.statistics = {}
             yield trajectory
 
 
@@ -116,11 +117,11 @@ def unfinished(path: str | Path) -> str | None:
 
 
 def whole_trajectory(line: bytes) -> Trajectory | None:
-    """The trajectory on a line, without its statistics; None if the line is damaged or incomplete."""
+    """The trajectory on a line; None if the line is damaged or incomplete."""
     if not line.endswith(b"\n"):
         return None
     try:
-        return Trajectory.from_json(_without_statistics(line).decode("utf-8"))
+        return Trajectory.from_json(line.decode("utf-8"))
     except ValueError:
         return None
 
@@ -132,7 +133,7 @@ def grade_rest(path: str | Path, grade: Grade) -> None:
     with whole_file(path) as graded:
         for trajectory in trajectories_in(path):
             if trajectory.correct is None:
-                trajectory.correct = grade(trajectory, trajectory.index)
+                trajectory.correct = bool(grade(trajectory, trajectory.index))
             graded.write(trajectory.to_json() + "\n")
 
 

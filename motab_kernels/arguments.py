@@ -6,7 +6,7 @@ B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -22,19 +22,25 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
 
     A tensor's values are checked on the CPU only: elsewhere the host would have to wait.
     """
-    least, most = DIVISORS if strict else (minimum, math.inf)
     if isinstance(value, Tensor):
         if value.dim() > 1 or not value.dtype.is_floating_point:
             got = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
-        if value.device.type != "cpu" or is_traced(value):
-            return
-        if not ((value >= least) & (value <= most if strict else value.isfinite())).all():
-            raise ValueError(f"{name}: expected finite values{_bound(minimum, strict, value.tolist())}")
-    elif not is_number(value):
+        if value.device.type == "cpu" and not is_traced(value):
+            check_values_of(name, value, minimum, strict)
+        return
+    if not is_number(value):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    elif not (least <= value <= most and -math.inf < value < math.inf):  # isfinite is not for symbolic numbers
+    least, most = DIVISORS if strict else (minimum, math.inf)
+    if not (least <= value <= most and -math.inf < value < math.inf):  # isfinite is not for symbolic numbers
         raise ValueError(f"{name}: expected a finite number{_bound(minimum, strict, value)}")
+
+
+def check_values_of(name: str, parameter: Tensor, minimum: float, strict: bool) -> None:
+    """The values of a parameter that `check_parameter` accepts, on the CPU."""
+    least, most = DIVISORS if strict else (minimum, math.inf)
+    if not ((parameter >= least) & (parameter <= most if strict else parameter.isfinite())).all():
+        raise ValueError(f"{name}: expected finite values{_bound(minimum, strict, parameter.tolist())}")
 
 
 def _bound(minimum: float, strict: bool, got: object) -> str:
@@ -44,8 +50,8 @@ def _bound(minimum: float, strict: bool, got: object) -> str:
 
 
 def is_number(value: object) -> bool:
-    """NumPy's are numbers too, and bool is none."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+    """NumPy's and a trace's are numbers too, and bool is none."""
+    return isinstance(value, Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: float) -> None:
@@ -55,7 +61,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt) or value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
 
 

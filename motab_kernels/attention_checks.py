@@ -67,9 +67,10 @@ def check_settings(
         raise ValueError(f"scale: expected None or a number from {-most:g} to {most:g}, got {scale!r}")
     if softcap is not None and not (is_number(softcap) and least <= softcap <= most):
         raise ValueError(f"softcap: expected None or a number from {least:g} to {most:g}, got {softcap!r}")
-    for name, value in (("window", window), ("visible_length", visible_length)):
-        if value is not None:
-            check_count(name, value)
+    if window is not None:
+        check_count("window", window)
+    if visible_length is not None:
+        check_count("visible_length", visible_length, minimum=0)
     if T > S:
         raise ValueError(f"query: expected at most the {S} tokens that the keys have slots for, got {T}")
     if visible_length is not None and not T <= visible_length <= S:

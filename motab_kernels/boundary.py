@@ -240,6 +240,7 @@ def _fused_kl_boundary(
     if backend == "cpu":
         if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out):
             check_values(token_ids, temperature, vocab_size)
+            raise AssertionError("the kernel refused what the check accepts")
         return
 
     if backend == "torch":

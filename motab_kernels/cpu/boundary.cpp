@@ -143,7 +143,8 @@ enum Code { DONE, NO_MEMORY, OUT_OF_RANGE };
 
 static bool in_range(const BoundaryCall& call) {
     for (int64_t b = 0; b < call.B; ++b) {
-        if (call.temperature.data && !(call.temperature[b] >= 1e-30 && call.temperature[b] <= 1e30)) return false;
+        // The bounds of DIVISORS, as any dtype rounds them.
+        if (call.temperature.data && !(call.temperature[b] >= 0.99e-30 && call.temperature[b] <= 1.01e30)) return false;
         for (int64_t i = 0; i < call.T; ++i)
             if (call.token(b, i) < -1 || call.token(b, i) >= call.V) return false;
     }

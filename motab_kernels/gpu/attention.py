@@ -134,7 +134,8 @@ def ragged_attention(
         "out_stride_b": out.stride(0),
         "out_stride_h": out.stride(1),
         "out_stride_t": out.stride(2),
-        "scale": scale / softcap if softcap else scale * log2_e(),
+        # A quotient beyond float32 is as good as its largest: tanh is 1, and of a score of 0 it must be 0.
+        "scale": max(-3e38, min(scale / softcap, 3e38)) if softcap else scale * log2_e(),
         "HAS_SOFTCAP": softcap > 0,
         "softcap": softcap * log2_e(),
         "HAS_WINDOW": window < pages * S,

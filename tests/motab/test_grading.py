@@ -30,6 +30,7 @@ PAIR = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_
         (r"\boxed{1}, no: \boxed{\frac{\sqrt{3}}{\sqrt[3]{2}}}", r"\frac{\sqrt{3}}{\sqrt[3]{2}}"),
         (r"\boxed {\{1, \}2\{\}} and", r"\{1, \}2\{\}"),
         (r"\boxed{4}, or rather \boxed{5 (cut", "4"),
+        ("<answer>5</answer> I close it. </answer>", "5"),
         ("I do not know", None),
     ],
 )
@@ -126,6 +127,23 @@ def test_a_text_that_repeats_itself_takes_no_time(text, answer):
     assert time.process_time() - start < 5
 
 
+@pytest.mark.parametrize(
+    ("task", "answer"),
+    [
+        ("prime_factorization", "7x"),
+        ("boxnet", "5"),
+        ("countdown", "9**9**9"),
+        ("countdown", "__import__('os').system('false')"),
+    ],
+)
+def test_what_a_verifier_cannot_take_is_wrong(task, answer, monkeypatch):
+    """Some evaluate what they are given."""
+    monkeypatch.setattr("motab.grading._SECONDS", 1)
+    monkeypatch.setattr("os.system", None)
+    (problem,) = load_problems(f"reasoning-gym:{task}?size=1&seed=1")
+    assert not is_correct(f"\\boxed{{{answer}}}", problem)
+
+
 def answers_its_problem(t, tokenizer):
     """Straight from the sum in the prompt and the last box in the text."""
     total = eval(re.findall(r"problem: ([\d +-]+) =", tokenizer.decode(t.prompt_ids))[0])
@@ -144,8 +162,12 @@ def test_grades_of_a_synthesis(tmp_path, capsys, monkeypatch):
     train = ["train", *PAIR[:2], *files, "--output_dir", str(tmp_path / "model"), "--only_correct", "--use_cpu"]
     train += ["--num_train_epochs", "1", "--save_strategy", "no", "--report_to", "none"]
     assert main(train) == 2
-    assert "got trajectory 0 without a grade; run its motab synthesize again with --grade" in capsys.readouterr().err
-    assert main([*write, f"{TASK}10", "--grade"]) == 0  # grades the 12 that are there, and 8 new ones
+    assert f"got trajectory 0 of {path} without a grade; run its motab synthesize again" in capsys.readouterr().err
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b'"teacher_rank":[', b'"teacher_rank":[\0', 1)  # is written again
+    path.write_bytes(b"".join(lines))
+    with pytest.warns(UserWarning, match="the first is line 2"):
+        assert main([*write, f"{TASK}10", "--grade"]) == 0  # grades the 12 that are there, and 8 new ones
     graded = motab.read_trajectories(path)
     tokenizer = motab.models.load_tokenizer(str(TINY / "student"))
     right = [answers_its_problem(t, tokenizer) for t in graded]
@@ -160,7 +182,7 @@ def test_grades_of_a_synthesis(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(["show", *out, "--index", str(right.index(False))]) == 0
     assert "the answer is wrong" in capsys.readouterr().out
-    left_out = f"{20 - sum(right)} of 20 trajectories do not answer their problem"
+    left_out = f"{20 - sum(right)} of 20 trajectories have a wrong answer"
     with pytest.warns(UserWarning, match=left_out):
         assert main(train) == 0
     with pytest.warns(UserWarning, match=left_out):
@@ -172,12 +194,14 @@ def test_only_correct_ones():
     marked = [trajectory(i, t.prompt_ids, t.token_ids, t.author) for i, t in enumerate([*TRAJECTORIES, *TRAJECTORIES])]
     for t, correct in zip(marked, [True, False, True, True], strict=True):
         t.correct = correct
-    message = "1 of 4 trajectories have more than max_length 6 tokens and 1 of 4 trajectories do not answer"
+    message = "1 of 4 trajectories have more than max_length 6 tokens and 1 of 4 trajectories have a wrong answer"
     with pytest.warns(UserWarning, match=message):
         kept = TrajectoryDataset([marked[0], marked[1], marked[3], marked[3]], max_length=6, only_correct=True)
     assert list(kept) == [TrajectoryDataset(marked)[3]] * 2
     assert len(TrajectoryDataset(marked)) == 4
-    with pytest.raises(ValueError, match="2 of 2 trajectories do not answer their problem: none is left"):
+    with pytest.raises(
+        ValueError, match="2 of 2 trajectories have a wrong answer: none is left; leave only_correct out"
+    ):
         TrajectoryDataset([marked[1]] * 2, only_correct=True)
     marked[3].correct = None
     with pytest.raises(ValueError, match="got trajectory 3 without a grade"):
@@ -189,7 +213,7 @@ def test_the_trainer_takes_only_correct_ones(tmp_path, student):
     for t, correct in zip(TRAJECTORIES, [True, False], strict=True):
         t.correct = correct
     try:
-        with pytest.warns(UserWarning, match="1 of 2 trajectories do not answer"):
+        with pytest.warns(UserWarning, match="1 of 2 trajectories have a wrong answer"):
             trainer = motab.MotabTrainer(
                 copy.deepcopy(student), None, config(tmp_path, only_correct=True), train_dataset=TRAJECTORIES
             )

@@ -122,3 +122,11 @@ def test_the_last_config_counts(tmp_path):
     first, last = (str(tmp_path / name) for name in "ab")
     for arguments in (["--config", first, "--config", last], [f"--config={first}", f"--config={last}"]):
         assert parse(SynthesizeArguments, arguments, "some").num_samples == 4
+
+
+@pytest.mark.parametrize("flag", ["grade", "rollout_torch_compile"])
+def test_switches_that_need_no_value(flag):
+    """Also those that are not set unless given."""
+    for arguments, value in ([], None), ([f"--{flag}"], True), ([f"--{flag}", "false"], False):
+        args, _ = parse((TrainArguments, motab.MotabConfig), arguments, "train")
+        assert getattr(args, flag) is value

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from attention_cases import assert_matches_definition, expected, in_pages, random_case
@@ -203,7 +204,7 @@ def test_is_an_op_to_torch():
         ({"window": True}, "window: expected an integer >= 1, got True"),
         ({"softcap": 0.0}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 0.0"),
         ({"softcap": 1e300}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 1e\+300"),
-        ({"visible_length": 10.5}, "visible_length: expected an integer >= 1, got 10.5"),
+        ({"visible_length": 10.5}, "visible_length: expected an integer >= 0, got 10.5"),
         ({"visible_length": 20}, "visible_length: expected T = 1 to S = 19, got 20"),
         ({"visible_length": 9}, r"lengths: expected values in \[0, 8\], got \[5, 9\]"),
         ({"backend": "cuda"}, "backend: expected one of"),
@@ -214,3 +215,24 @@ def test_wrong_arguments(changes, message):
     arguments = {"query": query, "keys": keys, "values": values, "lengths": lengths, "rows": rows} | changes
     with pytest.raises(ValueError, match=message):
         mk.ragged_attention(**arguments)
+
+
+def test_lengths_that_are_symbols():
+    """torch.export without strict tracing, and NumPy's integers."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, query, keys, lengths):
+            return mk.ragged_attention(query, keys, keys, lengths, visible_length=keys.shape[2], window=32)
+
+    slots = torch.export.Dim("slots", min=8, max=500)
+    query, lengths = torch.randn(2, 2, 1, 16), torch.tensor([3, 9])
+    keys = torch.randn(2, 2, 40, 16)
+    program = torch.export.export(
+        Attend(), (query, keys, lengths), dynamic_shapes=({}, {2: slots}, {}), strict=False
+    ).module()
+    expected = Attend()(query, keys, lengths)
+    torch.testing.assert_close(program(query, keys, lengths), expected)
+    found = mk.ragged_attention(query, keys, keys, lengths, visible_length=np.int64(40), window=np.int64(32))
+    torch.testing.assert_close(found, expected)
+    nothing = mk.ragged_attention(query[:, :, :0], keys, keys, lengths, visible_length=0)
+    assert nothing.shape == (2, 2, 0, 16)

@@ -192,3 +192,11 @@ def test_one_split_is_written_at_once(monkeypatch):
     monkeypatch.setattr(gpu, "combine_kernel", None)
     case = random_case([3, 15], 5, H=1)
     assert_matches_definition(triton(*case), *case)
+
+
+def test_a_quotient_beyond_float32():
+    """Of scale and softcap; a score of 0 stays 0."""
+    case = random_case([3, 15], 2, H=1)
+    case = [torch.zeros_like(case[0]), *case[1:]]
+    found = triton(*case, scale=1e10, softcap=1e-30)
+    torch.testing.assert_close(found, triton(*case, scale=1.0))

@@ -648,3 +648,24 @@ out = mk.fused_kl_boundary(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(1, 
 assert out.forward_kl.item() == 0
 """
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if HAS_LIBRARY else [])])
+@pytest.mark.parametrize("bad", [0.0, -1.0, 1e-35, 1e35])
+def test_a_compiled_call_refuses_temperatures_as_any_other(backend, bad):
+    """In a registered op's body a call still looks traced; what is not written must not be returned."""
+    student, teacher, tokens = random_inputs(2, 1, 50)
+    call = torch.compile(
+        lambda *x: mk.fused_kl_boundary(*x[:3], temperature=x[3], backend=backend), backend="aot_eager"
+    )
+    with pytest.raises(ValueError, match="temperature: expected finite values > 0"):
+        call(student, teacher, tokens, torch.tensor([1.0, bad]))
+
+
+@pytest.mark.parametrize("backend", ["torch", *(["cpu"] if HAS_LIBRARY else [])])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_temperatures_at_their_bounds(backend, dtype):
+    """Which dtypes round differently."""
+    student, teacher, tokens = random_inputs(2, 1, 50)
+    out = mk.fused_kl_boundary(student, teacher, tokens, temperature=torch.tensor(1e30, dtype=dtype), backend=backend)
+    torch.testing.assert_close(out.teacher_logprob, torch.full_like(out.teacher_logprob, -math.log(50)))
