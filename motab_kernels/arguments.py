@@ -17,8 +17,8 @@ DTYPES = (*KERNEL_DTYPES, torch.float64)
 DIVISORS = 1e-30, 1e30  # the range of a number that logits are divided by: far from where float32's reciprocals end
 
 
-def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bool = False) -> None:
-    """A finite number of at least `minimum`, or a floating-point tensor, 0-d or (B,); `strict`: in DIVISORS.
+def check_parameter(name: str, value: float | Tensor, least: float = -math.inf, most: float = math.inf) -> None:
+    """A finite number within the bounds, or a floating-point tensor of such, 0-d or (B,).
 
     A tensor's values are checked on the CPU only: elsewhere the host would have to wait.
     """
@@ -27,26 +27,24 @@ def check_parameter(name: str, value: float | Tensor, minimum: float, strict: bo
             got = f"{value.dtype} of shape {tuple(value.shape)}"
             raise ValueError(f"{name}: expected a floating-point tensor, 0-d or (B,), got {got}")
         if value.device.type == "cpu" and not is_traced(value):
-            check_values_of(name, value, minimum, strict)
+            check_values_of(name, value, least, most)
         return
     if not is_number(value):
         raise ValueError(f"{name}: expected a number or a tensor, got {type(value).__name__}")
-    least, most = DIVISORS if strict else (minimum, math.inf)
     if not (least <= value <= most and -math.inf < value < math.inf):  # isfinite is not for symbolic numbers
-        raise ValueError(f"{name}: expected a finite number{_bound(minimum, strict, value)}")
+        raise ValueError(f"{name}: expected a finite number{_bounds(least, most)}, got {value}")
 
 
-def check_values_of(name: str, parameter: Tensor, minimum: float, strict: bool) -> None:
+def check_values_of(name: str, parameter: Tensor, least: float, most: float) -> None:
     """The values of a parameter that `check_parameter` accepts, on the CPU."""
-    least, most = DIVISORS if strict else (minimum, math.inf)
-    if not ((parameter >= least) & (parameter <= most if strict else parameter.isfinite())).all():
-        raise ValueError(f"{name}: expected finite values{_bound(minimum, strict, parameter.tolist())}")
+    if not ((parameter >= least) & (parameter <= most if most < math.inf else parameter.isfinite())).all():
+        raise ValueError(f"{name}: expected finite values{_bounds(least, most)}, got {parameter.tolist()}")
 
 
-def _bound(minimum: float, strict: bool, got: object) -> str:
-    if strict:
-        return " > 0, got {}: float32 can divide by {:g} to {:g}".format(got, *DIVISORS)
-    return f", got {got}" if minimum == -math.inf else f" >= {minimum:g}, got {got}"
+def _bounds(least: float, most: float) -> str:
+    if most < math.inf:
+        return f" from {least:g} to {most:g}"
+    return f" >= {least:g}" if least > -math.inf else ""
 
 
 def is_number(value: object) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from motab_kernels.arguments import check_count, check_parameter, check_place, shared_columns, with_tokens
+from motab_kernels.arguments import DIVISORS, check_count, check_parameter, check_place, shared_columns, with_tokens
 from motab_kernels.backend import choose_backend, is_traced, triton_kernels
 from motab_kernels.boundary_checks import (
     check_out,
@@ -143,7 +143,7 @@ def fused_kl_boundary(
     rule = boundary.rule
     check_tensors(student_logits, teacher_logits, token_ids, step_ends)
     V = shared_columns(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
-    check_parameter("temperature", temperature, minimum=0, strict=True)
+    check_parameter("temperature", temperature, *DIVISORS)
 
     B, device = token_ids.shape[0], token_ids.device
     backend = choose_backend(backend, student_logits, teacher_logits)

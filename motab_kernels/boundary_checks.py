@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import check_logits, check_values_of
+from motab_kernels.arguments import DIVISORS, check_logits, check_values_of
 from motab_kernels.boundary_state import BoundaryState
 
 
@@ -62,4 +62,4 @@ def check_values(token_ids: Tensor, temperature: Tensor | None, V: int) -> None:
     if outside.any():
         raise ValueError(f"token_ids: expected -1 or 0 to {V - 1}, got {token_ids[outside][0].item()}")
     if temperature is not None:
-        check_values_of("temperature", temperature, minimum=0, strict=True)
+        check_values_of("temperature", temperature, *DIVISORS)

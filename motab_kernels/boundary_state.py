@@ -10,7 +10,6 @@ and is accepted while the score lies on the safe side of the threshold. NaN lies
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -80,8 +79,8 @@ class EntropyBoundary(Boundary):
     entropy_top_k: int | None = None
 
     def __post_init__(self) -> None:
-        check_parameter("epsilon0", self.epsilon0, minimum=0)
-        check_parameter("theta", self.theta, minimum=0)
+        check_parameter("epsilon0", self.epsilon0, least=0)
+        check_parameter("theta", self.theta, least=0)
         if self.entropy_top_k is not None:
             check_count("entropy_top_k", self.entropy_top_k)
 
@@ -117,7 +116,7 @@ class FixedBoundary(Boundary):
     score: str = "teacher_value"
 
     def __post_init__(self) -> None:
-        check_parameter("threshold", self.threshold, minimum=-math.inf)
+        check_parameter("threshold", self.threshold)
         if self.score not in SCORES:
             raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {self.score!r}")
 
@@ -146,7 +145,7 @@ class MovingAverageBoundary(Boundary):
     window: int
 
     def __post_init__(self) -> None:
-        check_parameter("factor", self.factor, minimum=0)
+        check_parameter("factor", self.factor, least=0)
         check_count("window", self.window)
 
     @property

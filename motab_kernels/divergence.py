@@ -84,8 +84,8 @@ def divergence_loss(
         reduction: "none" (each position's, in the leading shape), "sum", "mean" (the sum over the number of positions
             in the mask) or "batchmean" (the sum over B).
         num_items: replaces the divisor of "mean" and "batchmean": with gradient accumulation, the number of positions
-            of all micro-batches together, so that the loss does not depend on how a batch is split. A number > 0, or
-            a 0-d tensor without gradient, which may be 0 where no position counts.
+            of all micro-batches together, so that the loss does not depend on how a batch is split. A number
+            from 1e-30 to 1e30, or a 0-d tensor without gradient, which may be 0 where no position counts.
         vocab_size: how many columns count, at most. None: all that both sides have. Other columns are padding, with no
             probability and a gradient of 0.
         inplace_backward: write the gradient over `student_logits`, whose values are then lost: for logits that are not

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DTYPES, check_logits, check_number, check_parameter, check_place, shared_columns
+from motab_kernels.arguments import (
+    DIVISORS,
+    DTYPES,
+    check_logits,
+    check_number,
+    check_parameter,
+    check_place,
+    shared_columns,
+)
 from motab_kernels.vocab_parallel import gather
 
 # In the order of the enum in cpu/divergence.cpp.
@@ -67,7 +75,7 @@ def check_position_tensors(
 
 def temperature_tensor(temperature: float | Tensor, B: int, device: torch.device) -> Tensor | None:
     """The temperature as a float32 (or float64) tensor, None for 1."""
-    check_parameter("temperature", temperature, minimum=0, strict=True)
+    check_parameter("temperature", temperature, *DIVISORS)
     if not isinstance(temperature, Tensor):
         return None if temperature == 1.0 else torch.full((), temperature, dtype=torch.float64, device=device)
     check_place("temperature", temperature, B, device)
@@ -91,7 +99,7 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
                 raise ValueError(f"num_items: expected a number >= 0, got {num_items}")
             num_items = num_items.to(student.device)
             return torch.where(num_items > 0, num_items, 1)  # of micro-batches without a position
-        check_parameter("num_items", num_items, minimum=0, strict=True)
+        check_parameter("num_items", num_items, *DIVISORS)
         return num_items
     if reduction == "batchmean":
         return max(1, student.shape[0])
@@ -126,7 +134,7 @@ def check_heads(
             raise ValueError(f"{side}_bias: expected {expected}, got {bias.dtype} of shape {tuple(bias.shape)}")
         check_number(f"{side}_logit_scale", scale)
         if softcap is not None:
-            check_parameter(f"{side}_softcap", softcap, minimum=0, strict=True)
+            check_parameter(f"{side}_softcap", softcap, *DIVISORS)
             check_number(f"{side}_softcap", softcap)
     leading, device = student[0].shape[:-1], student[0].device
     if teacher[0].shape[:-1] != leading or teacher[0].device != device:

@@ -482,12 +482,12 @@ GOOD = {
         ({"token_ids": torch.full((2, 3), -2)}, "token_ids: expected -1 or 0 to 7, got -2"),
         ({"step_ends": torch.zeros(2, 3)}, "step_ends: expected torch.bool .*got torch.float32"),
         ({"step_ends": torch.zeros(2, 2, dtype=torch.bool)}, r"step_ends: .*\(2, 3\).*got .*\(2, 2\)"),
-        ({"temperature": 0.0}, "temperature: expected a finite number > 0, got 0.0"),
-        ({"temperature": NAN}, "temperature: expected a finite number > 0, got nan"),
-        ({"temperature": 1e-40}, "temperature: expected .*, got 1e-40: float32 can divide by 1e-30 to 1e.30"),
-        ({"temperature": torch.tensor([1.0, 1e-40])}, "temperature: expected .*: float32 can divide by 1e-30 to 1e.30"),
-        ({"temperature": torch.tensor([1.0, -1.0])}, "temperature: expected finite values > 0"),
-        ({"temperature": torch.tensor([1.0, INF])}, "temperature: expected finite values > 0"),
+        ({"temperature": 0.0}, r"temperature: expected a finite number from 1e-30 to 1e\+30, got 0.0"),
+        ({"temperature": NAN}, r"temperature: expected a finite number from 1e-30 to 1e\+30, got nan"),
+        ({"temperature": 1e-40}, "temperature: expected .* from 1e-30 to 1e.30, got 1e-40"),
+        ({"temperature": torch.tensor([1.0, 1e-40])}, "temperature: expected .* from 1e-30 to 1e.30, got"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, r"temperature: expected finite values from 1e-30 to 1e\+30"),
+        ({"temperature": torch.tensor([1.0, INF])}, r"temperature: expected finite values from 1e-30 to 1e\+30"),
         ({"temperature": torch.ones(3)}, r"temperature: expected a number or a tensor, 0-d or \(2,\)"),
         ({"temperature": torch.ones(2, 3)}, r"temperature: expected a floating-point tensor, 0-d or \(B,\)"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
@@ -658,7 +658,7 @@ def test_a_compiled_call_refuses_temperatures_as_any_other(backend, bad):
     call = torch.compile(
         lambda *x: mk.fused_kl_boundary(*x[:3], temperature=x[3], backend=backend), backend="aot_eager"
     )
-    with pytest.raises(ValueError, match="temperature: expected finite values > 0"):
+    with pytest.raises(ValueError, match=r"temperature: expected finite values from 1e-30 to 1e\+30"):
         call(student, teacher, tokens, torch.tensor([1.0, bad]))
 
 
