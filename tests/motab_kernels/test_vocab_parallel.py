@@ -218,7 +218,8 @@ def compiled(group, rank, columns):
 
 def head_of_trl():
     """Hidden states of each rank and a weight, of student and teacher."""
-    return [torch.randn(*shape, generator=torch.Generator().manual_seed(8)) for shape in ((2, 5, 6), (9, 6)) * 2]
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randn(*shape, generator=generator) for shape in ((2, 5, 6), (9, 6)) * 2]
 
 
 def sharded_head(group, rank, columns):
@@ -430,6 +431,7 @@ def test_a_sharded_head_gets_the_mean_gradient(ranks):
         for x, y in zip(hidden, teacher_hidden, strict=True)
     ]
     torch.stack(losses).mean().backward()
+    assert weight.grad.norm() > 0.01  # else any gradient would be near enough
     for rank, (loss, gradient) in enumerate(found["sharded_head"] for found in ranks):
         close(loss, losses[rank].detach())
         close(gradient, weight.grad)
