@@ -12,14 +12,19 @@ The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a 
 - generate: transformers' `generate` on the student. "generate, then score" adds a forward pass of the teacher over the
   text. Without interventions their text differs from ours after a breach: a lower bound of the cost of monitoring.
 
+The larger teacher has four times as many layers, of which the added ones change nothing, so that it writes the same
+text: there, ours is raced against itself without speculation, the teacher writing alone after a takeover.
+
 Each provider's text is compared token by token before it is timed. Texts differ in length and number, so the report's
 ratios are of the time per token that a model wrote, which excludes the stitched phrase.
 """
 
+import copy
 import functools
 import itertools
 import math
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -30,6 +35,7 @@ from benchmarks.timing import synchronise
 from motab.data import load_problems
 from motab.demo import TASK, TINY, TRAIN_SEED
 from motab.models import load_model, load_tokenizer
+from motab.speculation import Plan, Speculation
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 POLICY = motab.MotabPolicy(epsilon0=0.2, theta=1.0)
@@ -38,16 +44,29 @@ MANY, FEW = 32, 8  # prompts: in a batch, and where there is one at a time; 2 of
 
 
 class Pair:
-    """Both models, their tokenizer and the demo's first prompts as token ids."""
+    """Both models, the teacher with `depth` times its layers, their tokenizer and the demo's first prompts as ids."""
 
-    def __init__(self):
+    def __init__(self, depth=1):
         self.student, self.teacher = (load_model(str(TINY / name)) for name in ("student", "teacher"))
+        deepen(self.teacher, depth)
         self.tokenizer = load_tokenizer(str(TINY / "student"))
         problems = load_problems(f"reasoning-gym:{TASK}&size={MANY}&seed={TRAIN_SEED}")
         self.prompts = [
             self.tokenizer.apply_chat_template(p.messages(), add_generation_prompt=True, return_dict=False)
             for p in problems
         ]
+
+
+def deepen(model, depth):
+    """Add layers that add 0 to what they get."""
+    config, layers = model.config, model.model.layers
+    for layer in list(layers) * (depth - 1):
+        idle = copy.deepcopy(layer)
+        idle.self_attn.config, idle.self_attn.layer_idx = config, len(layers)
+        for last in (idle.self_attn.o_proj, idle.mlp.down_proj):
+            last.weight.data.zero_()
+        layers.append(idle)
+    config.num_hidden_layers, config.layer_types = len(layers), config.layer_types * depth
 
 
 @dataclass
@@ -69,6 +88,11 @@ def ours(pair, prompts, batch_size, policy=POLICY, teacher=True, **options):
     settings = {"policy": policy, "max_new_tokens": NEW, "batch_size": batch_size, "temperature": 0.0, **options}
     written = motab.synthesize(pair.student, pair.teacher if teacher else None, pair.tokenizer, prompts, **settings)
     return [Result(t.token_ids, t.breach_step, t.rollback_step, t.author.count("stitch")) for t in written]
+
+
+def unspeculative(pair, prompts, batch_size):
+    with mock.patch.object(Speculation, "plan", lambda self, *rows: Plan(self.block_size, speculates=False)):
+        return ours(pair, prompts, batch_size)
 
 
 def ours_alone(pair, prompts, batch_size):
@@ -189,8 +213,8 @@ def one_thread():
 
 
 @functools.cache
-def pair():
-    return Pair()
+def pair(depth=1):
+    return Pair(depth)
 
 
 @functools.cache
@@ -203,7 +227,7 @@ def expected(monitored):
 
 
 def check(provider, results):
-    monitored = provider in ("ours", "ours, compiled", "sent anew")
+    monitored = provider in ("ours", "ours, compiled", "sent anew", "ours, teacher alone")
     known = expected(monitored=monitored)
     assert any(result.breach_step is not None for result in known) == monitored
     for result, other in zip(results[:FEW], known, strict=True):
@@ -217,17 +241,29 @@ def check(provider, results):
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_synthesis(benchmark, provider, batch_size):
-    one_by_one = batch_size == 1 or provider == "sent anew"
-    prompts = pair().prompts[: FEW if one_by_one else MANY]
+    # Its text is the one that ours must write too, and takes long.
+    known = expected(monitored=True) if provider == "sent anew" else None
+    race(benchmark, "synthesis", PROVIDERS[provider], provider, pair(), batch_size, known)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("provider", ["ours", "ours, teacher alone"])
+def test_larger_teacher(benchmark, provider, batch_size):
+    function = ours if provider == "ours" else unspeculative
+    race(benchmark, "synthesis with a teacher of 16 layers", function, provider, pair(depth=4), batch_size)
+
+
+def race(benchmark, name, function, provider, models, batch_size, known=None):
+    one_by_one = batch_size == 1 or known is not None
+    prompts = models.prompts[: FEW if one_by_one else MANY]
 
     def run():
-        results = PROVIDERS[provider](pair(), prompts, batch_size)
+        results = function(models, prompts, batch_size)
         synchronise(DEVICE)
         return results
 
-    # Its text is the one that ours must write too, and takes long.
-    results = expected(monitored=True) if provider == "sent anew" else run()
+    results = run() if known is None else known
     check(provider, results)
-    benchmark.group = f"synthesis, {batch_size} at a time, one thread"
+    benchmark.group = f"{name}, {batch_size} at a time, one thread"
     benchmark.extra_info["tokens"] = sum(len(result.token_ids) - result.phrase for result in results)
-    benchmark.pedantic(run, rounds=1 if provider == "sent anew" else 2 if one_by_one else 3)
+    benchmark.pedantic(run, rounds=1 if known is not None else 2 if one_by_one else 3)

@@ -40,7 +40,7 @@ class GenerationArguments:
 
     max_new_tokens: int = setting(1024, "Tokens to write after the prompt, at most.")
     batch_size: int = setting(8, "Trajectories in progress at a time.")
-    block_size: int = setting(16, "Tokens that the student drafts before the teacher scores them.")
+    block_size: int = setting(16, "The most tokens that the student drafts before the teacher scores them.")
     temperature: float = setting(0.6, "Sampling temperature; 0 is greedy.")
     top_k: int | None = unset("Sample among the k likeliest tokens.", "all")
     top_p: float = setting(1.0, "Sample among the fewest likeliest tokens with this total probability.")

@@ -2,12 +2,13 @@
 
 Every row is one trajectory. Each round advances all of them by up to ``block_size`` tokens: a few forward passes,
 one fused call that judges the block, and one transfer that tells the host what happened; the host keeps the record.
-Nothing of a trajectory depends on the rows beside it or on where blocks begin.
+Where that is faster, the student also drafts what the teacher writes, see `motab.speculation`. Nothing of a trajectory
+depends on the rows beside it, on where blocks begin or on who drafted it.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,21 +24,34 @@ from motab.policies import Rules
 from motab.prompts import end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.sampling import Sampling, choose, uniform
+from motab.speculation import Plan, Speculation, relative_cost
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
 from motab_kernels.backend import on_device
 
+#: Of the columns that `Row.judge` takes, those that `Row.enter` does.
+TEACHER_COLUMNS = [0, 1, *(5 + STATISTICS.index(name) for name in ("teacher_logprob", "teacher_entropy"))]
+
 
 class Draft(NamedTuple):
-    """A block of T tokens for each of b rows."""
+    """A block of T tokens that one model proposes for each of b rows."""
 
     pending: Tensor  # (b,) the token before the block
+    remaining: Tensor  # (b,) tokens of budget left
+    draws: Tensor  # (b, T) random numbers
+    tokens: Tensor  # (b, T)
+    can_be_drawn: Tensor  # (b, T) bool, see `choose`
+    logits: Tensor  # (b, T, V)
+
+
+class Block(NamedTuple):
+    """What b rows write of a draft."""
+
     tokens: Tensor  # (b, T)
     entries: Tensor  # (b, T) as `Row` takes them: PADDING if not valid, BROKEN if the logits cannot be drawn from
-    logits: Tensor  # (b, T, V)
-    valid: Tensor  # (b, T) bool: within budget and text
-    last: Tensor  # (b, T) bool: ends the text
+    valid: Tensor  # (b, T) bool: within budget and text, and not after a token that was not drafted; always the first
+    step_ends: Tensor  # (b, T) bool: valid, and the last of a step or of the text
 
 
 class Engine:
@@ -80,6 +94,7 @@ class Engine:
             return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
+        self.speculation = Speculation(block_size, relative_cost(student, teacher, torch_compile))
         judged: tuple[Tensor, ...] = ()
         self.automaton = None
         if rules is not None:
@@ -118,8 +133,8 @@ class Engine:
         done: dict[int, Trajectory] = {}
         while self.admission.has_more():
             self._begin_turns(self.admission.admit())
-            self._monitored_round()
-            self._teacher_round()
+            self._student_round(self._plan())
+            self._teacher_round(self._plan())
             done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
             while done and (expected[0] in done or not in_order):
                 yield done.pop(expected.popleft() if in_order else min(done))
@@ -131,24 +146,26 @@ class Engine:
             self.state.reset_(index)
             self.automaton_state.index_fill_(0, index, 0)  # which, unlike an assignment, does not make the host wait
 
-    def _steps_ended(self, index: Tensor, tokens: Tensor) -> Tensor:
-        """(b, T) bool: which tokens of the rows `index` complete a step."""
-        if self.automaton is None:
-            return torch.ones_like(tokens, dtype=torch.bool)
-        states, completes = self.automaton.scan(self.automaton_state[index], tokens)
-        self.automaton_state[index] = states[:, -1]
-        return completes
+    def _plan(self) -> Plan:
+        """How the rows in progress are best written."""
+        turns = Counter(row.author for _, row in self.admission.busy() if not row.finished)
+        return self.speculation.plan(turns[STUDENT], turns[TEACHER])
 
-    def _active(self, author: int) -> tuple[list[int], list[Row]]:
-        pairs = [(slot, row) for slot, row in self.admission.busy() if row.author == author and not row.finished]
+    def _rows(self, plan: Plan, *, drafted: bool) -> tuple[list[int], list[Row]]:
+        """Slots and rows that the student drafts, or those that the teacher writes alone, as it does where only one
+        token is left of its turn."""
+        pairs = [
+            (slot, row)
+            for slot, row in self.admission.busy()
+            if not row.finished and (row.author == STUDENT or (plan.speculates and row.wanted > 1)) == drafted
+        ]
         return [slot for slot, _ in pairs], [row for _, row in pairs]
 
-    def _draft(self, writer: Writer, slots: list[int], rows: list[Row]) -> Draft:
-        count = min(self.block_size, max(row.wanted for row in rows))
+    def _draft(self, writer: Writer, slots: list[int], rows: list[Row], length: int) -> Draft:
+        count = min(length, max(row.wanted for row in rows))
         numbers = [(row.pending, row.key, len(row.records), row.remaining) for row in rows]
         pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
-        offsets = torch.arange(count, device=self.device)
-        draws = uniform(keys[:, None], positions[:, None] + offsets)
+        draws = uniform(keys[:, None], positions[:, None] + torch.arange(count, device=self.device))
         drawn: list[Tensor] = []
 
         def draw(step: Tensor, offset: int) -> Tensor:
@@ -157,97 +174,125 @@ class Engine:
             return chosen
 
         tokens, logits = writer.draft(slots, pending, count, draw)
-        ended = self.is_end[tokens]
-        left = remaining[:, None] - offsets
-        valid = (left > 0) & (ended.cumsum(1) - ended.long() == 0)
-        entries = torch.where(valid, torch.where(torch.stack(drawn, 1), tokens, BROKEN), PADDING)
-        return Draft(pending, tokens, entries, logits, valid, valid & (ended | (left == 1)))
+        return Draft(pending, remaining, draws, tokens, torch.stack(drawn, 1), logits)
 
-    def _monitored_round(self) -> None:
-        """One block by the student, judged by the teacher if there is one."""
-        slots, rows = self._active(STUDENT)
+    def _corrected(self, draft: Draft, rows: list[Row], teacher_logits: Tensor) -> Draft:
+        """The draft with the teacher's choices instead of the student's in the teacher's rows."""
+        places = [place for place, row in enumerate(rows) if row.author == TEACHER]
+        if not places:
+            return draft
+        index = on_device(places, self.device)
+        draws = draft.draws[index]
+        # One position at a time, as in a draft: the probabilities of all would take much memory.
+        choices = [choose(teacher_logits[index, i], draws[:, i], self.sampling) for i in range(draws.shape[1])]
+        tokens, can_be_drawn = (torch.stack(parts, 1) for parts in zip(*choices, strict=True))
+        return draft._replace(
+            tokens=draft.tokens.index_copy(0, index, tokens),
+            can_be_drawn=draft.can_be_drawn.index_copy(0, index, can_be_drawn),
+        )
+
+    def _block(self, index: Tensor, draft: Draft, drafted: Tensor) -> Block:
+        """What the rows `index` write if these (b, T) tokens were drafted and `draft` holds their writers' choices."""
+        tokens = draft.tokens
+        ended = self.is_end[tokens]
+        stops = (ended | (tokens != drafted)).long()
+        left = draft.remaining[:, None] - torch.arange(tokens.shape[1], device=self.device)
+        valid = (left > 0) & (stops.cumsum(1) - stops == 0)
+        entries = torch.where(valid, torch.where(draft.can_be_drawn, tokens, BROKEN), PADDING)
+        step_ends = valid
+        if self.automaton is not None:
+            states, completes = self.automaton.scan(self.automaton_state[index], tokens)
+            self.automaton_state[index] = states.gather(1, valid.sum(1, keepdim=True) - 1)[:, 0]
+            step_ends = valid & (completes | ended | (left == 1))
+        return Block(tokens, entries, valid, step_ends)
+
+    def _student_round(self, plan: Plan) -> None:
+        """One block drafted by the student: its own text, which the teacher judges if there is one, and the teacher's
+        if so planned."""
+        slots, rows = self._rows(plan, drafted=True)
         if not rows:
             return
         assert self.student is not None
-        draft = self._draft(self.student, slots, rows)
+        self._catch_up(self.student, slots, rows)
+        draft = self._draft(self.student, slots, rows, plan.length)
         index = on_device(slots, self.device)
-        step_ends = draft.valid & (self._steps_ended(index, draft.tokens) | draft.last)
-        strayed = []
+        turned = []
         if self.teacher is None:
-            (entries,) = self._to_host(draft.entries)
-            for row, block in zip(rows, entries.tolist(), strict=True):
-                for token in block:
+            (entries,) = self._to_host(self._block(index, draft, draft.tokens).entries)
+            for row, tokens in zip(rows, entries.tolist(), strict=True):
+                for token in tokens:
                     if token != PADDING:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
             teacher_logits = self.teacher.score(slots, draft.pending, draft.tokens)
-            block, rollback = self._to_host(*self._judged(index, rows, draft, teacher_logits, step_ends))
+            columns, rollback, (confirmed, drafted) = self._to_host(*self._judged(index, rows, draft, teacher_logits))
+            self.speculation.observe(float(confirmed), float(drafted))
             for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
-                if row.judge(block[place].tolist()):
+                if row.author == TEACHER:
+                    turn_ends = not row.enter(columns[place][:, TEACHER_COLUMNS].tolist())
+                elif turn_ends := row.judge(columns[place].tolist()):
                     row.take_over(int(rollback[place]), self.tokenizer)
-                    strayed.append(slot)
+                if turn_ends:
+                    turned.append(slot)
         self._settle(slots, rows, (self.student, self.teacher))
-        self._begin_turns(strayed)
+        self._begin_turns(turned)
 
     def _judged(
-        self, index: Tensor, rows: list[Row], draft: Draft, teacher_logits: Tensor, step_ends: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The columns that `Row.judge` takes for each of (b, T) tokens, and per row how much of its turn a rollback
-        keeps."""
+        self, index: Tensor, rows: list[Row], draft: Draft, teacher_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The columns that `Row.judge` takes for each of (b, T) tokens; per row how much of its turn a rollback keeps;
+        how many of the teacher's tokens were as drafted, and how many there are."""
         assert self.rules is not None
-        tokens = torch.where(draft.valid, draft.tokens, PADDING)
+        block = self._block(index, self._corrected(draft, rows, teacher_logits), draft.tokens)
         state = mk.BoundaryState.of(*(x[index] for x in self.state.tensors))
         out = mk.fused_kl_boundary(
-            draft.logits, teacher_logits, tokens, boundary=self.rules.boundary, state=state, step_ends=step_ends
+            draft.logits,
+            teacher_logits,
+            torch.where(block.valid, block.tokens, PADDING),
+            boundary=self.rules.boundary,
+            state=state,
+            step_ends=block.step_ends,  # in the teacher's rows to no effect: the student's next turn resets their state
         )
         for x, part in zip(self.state.tensors, state.tensors, strict=True):
             x.index_copy_(0, index, part)
-        strays = out.stray
+        strays, step_ends = out.stray, block.step_ends
         if self.rules.reflection:
-            strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & draft.valid
+            strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & block.valid
             step_ends = step_ends & ~strays
-        judged = [draft.entries, step_ends, strays, out.score, out.threshold]
+        judged = [block.entries, step_ends, strays, out.score, out.threshold]
         statistics = _rounded(*(getattr(out, name) for name in STATISTICS))
-        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position
+        theirs = block.valid & (on_device([row.author == TEACHER for row in rows], self.device)[:, None] != 0)
+        counts = torch.stack([(theirs & (block.tokens == draft.tokens)).sum(), theirs.sum()])
+        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position, counts
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
         """(b, T) bool: the teacher's likeliest token is a reflection word, and not among the student's likeliest."""
         assert self.rules is not None
         # The op ranks by its second logits: with the sides swapped, by the student's.
         rank = mk.fused_kl_boundary(teacher_logits, logits, argmax).teacher_rank
-        watched = on_device([row.watched for row in rows], self.device)[:, None] != 0
+        watched = on_device([row.author == STUDENT and row.watched for row in rows], self.device)[:, None] != 0
         return watched & self.is_reflection[argmax] & (rank >= self.rules.student_top_k)
 
-    def _teacher_round(self) -> None:
-        """One block by the teacher, for the rows that it writes."""
-        slots, rows = self._active(TEACHER)
+    def _teacher_round(self, plan: Plan) -> None:
+        """One block by the teacher, for the rows that it writes alone."""
+        slots, rows = self._rows(plan, drafted=False)
         if not rows:
             return
         assert self.teacher is not None
-        draft = self._draft(self.teacher, slots, rows)
+        draft = self._draft(self.teacher, slots, rows, self.block_size)
         own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # only for the teacher's statistics
-        completes = torch.zeros_like(draft.valid)
-        if self.rules is not None:
-            completes = self._steps_ended(on_device(slots, self.device), draft.tokens)
+        block = self._block(on_device(slots, self.device), draft, draft.tokens)
         statistics = _rounded(own.teacher_logprob, own.teacher_entropy)
-        (packed,) = self._to_host(torch.cat([_columns(draft.entries, completes), statistics], -1))
-        for row, block in zip(rows, packed.tolist(), strict=True):
-            for token, completes_step, token_logprob, token_entropy in block:
-                if token == PADDING:
-                    break
-                known = {"teacher_logprob": token_logprob, "teacher_entropy": token_entropy}
-                row.write(int(token), [known.get(name) for name in STATISTICS])
-                if not row.continue_turn(bool(completes_step)):
-                    break
+        (packed,) = self._to_host(torch.cat([_columns(block.entries, block.step_ends), statistics], -1))
+        ends = [not row.enter(tokens) for row, tokens in zip(rows, packed.tolist(), strict=True)]
         self._settle(slots, rows, (self.teacher,))
-        returned = {
-            slot: row for slot, row in zip(slots, rows, strict=True) if row.author == STUDENT and not row.finished
-        }
-        if returned:
-            assert self.student is not None
-            texts = {slot: row.text_from(self.student.lengths[slot]) for slot, row in returned.items()}
-            self.student.catch_up(texts, self.block_size)
-            self._begin_turns(list(returned))
+        self._begin_turns([slot for slot, turn_ends in zip(slots, ends, strict=True) if turn_ends])
+
+    def _catch_up(self, student: Writer, slots: list[int], rows: list[Row]) -> None:
+        """Let the student read what the teacher wrote alone."""
+        lengths = student.lengths
+        behind = {slot: row for slot, row in zip(slots, rows, strict=True) if lengths[slot] < row.length - 1}
+        student.catch_up({slot: row.text_from(lengths[slot]) for slot, row in behind.items()}, self.block_size)
 
     def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
         """Cut the caches back to all of a row's tokens but the pending one."""

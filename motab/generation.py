@@ -55,7 +55,8 @@ def synthesize(
         max_new_tokens: budget in tokens for what the models write after the prompt; the flawed steps and the phrase of
             a stitched target do not count.
         batch_size: trajectories in progress at a time.
-        block_size: tokens that the student drafts before the teacher scores them.
+        block_size: the most tokens that the student drafts before the teacher scores them. Where that is faster, the
+            student also drafts what the teacher writes, see `motab.speculation`.
         temperature: 0 is greedy, else at least 1e-30.
         top_k, top_p, min_p: as in transformers, for both models, see `motab.sampling.Sampling`: sample among the k
             likeliest tokens, then among the fewest likeliest with this total probability, then among those with at

@@ -150,6 +150,21 @@ class Row:
                 return True
         return False
 
+    def enter(self, block: list[list[float]]) -> bool:
+        """Enter one block by the teacher, up to the end of its turn; return whether it continues.
+
+        Each token of the block is a row: id (PADDING ends the block), whether it completes a step, log-probability and
+        entropy.
+        """
+        for token, completes_step, teacher_logprob, teacher_entropy in block:
+            if token == PADDING:
+                break
+            known = {"teacher_logprob": teacher_logprob, "teacher_entropy": teacher_entropy}
+            self.write(int(token), [known.get(name) for name in STATISTICS])
+            if not self.continue_turn(bool(completes_step)):
+                return False
+        return True
+
     def take_over(self, rollback_position: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """Roll back after the student strayed, and let the teacher write. `rollback_position` counts from the turn's
         start."""

@@ -54,7 +54,9 @@ class Writer:
         self.lengths = [0] * batch_size
         self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device
         self.row_numbers: Tensor | None = None
-        self.attention = on_ragged_attention if takes_ragged_attention(model) else nullcontext
+        is_ragged = takes_ragged_attention(model)
+        self.attention = on_ragged_attention if is_ragged else nullcontext
+        self.tail = "keep" if is_ragged else "zero"  # a mask does not hide NaN
 
     def _numbers(self, rows: Sequence[int]) -> Tensor | None:
         """The rows on the device, None for all in order; cached, since a block is drafted token by token."""
@@ -102,7 +104,7 @@ class Writer:
         for row, length in lengths.items():
             self.lengths[row] = length
         new_lengths = on_device(self.lengths, self.device)
-        mk.truncate_kv_cache_(self.cache, new_lengths, tail="keep", max_length=max(self.lengths))
+        mk.truncate_kv_cache_(self.cache, new_lengths, tail=self.tail, max_length=max(self.lengths))
 
     def start(self, texts: dict[int, list[int]]) -> None:
         """Begin rows with new texts, and cache all but their last token."""

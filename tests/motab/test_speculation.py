@@ -1,0 +1,162 @@
+"""The teacher's text as the student drafts it: the same as the teacher writes alone, in fewer passes of the teacher."""
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from test_engine import POLICY, SAMPLING, run
+
+import motab
+from motab.speculation import Plan, Speculation, relative_cost
+from motab.writer import Writer
+
+ALONE = Plan(4, speculates=False)
+POLICIES = [
+    replace(POLICY, epsilon0=0.5),
+    replace(POLICY, epsilon0=0.9, max_interventions=3, stitch=None),
+    motab.StepSKD(0.9),
+    motab.TokenSKD(2),
+    motab.AdaSwitch(1.5, 3),
+    motab.RelayOPD(words=("a", "b", "ab"), student_top_k=1, relay_tokens=5, paragraphs=2),
+]
+
+
+def fixed(monkeypatch, plan):
+    """Let every round that may hold text of the teacher's be written so."""
+    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: plan)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The models' passes while they draft and score, the model and the number of tokens per row of each."""
+    found = []
+    advance = Writer._advance
+
+    def counted(writer, rows, token_ids):
+        found.append((writer.model, token_ids.shape[1]))
+        return advance(writer, rows, token_ids)
+
+    monkeypatch.setattr(Writer, "_advance", counted)
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("sampling", SAMPLING[::2])
+def test_the_teacher_writes_the_same(student, teacher, tokenizer, prompts, monkeypatch, policy, sampling):
+    """Whatever the draft's length, to the token; the statistics to rounding."""
+    prompts = prompts[:6]
+    fixed(monkeypatch, ALONE)
+    alone = run(student, teacher, tokenizer, prompts, policy, **sampling)
+    assert any("teacher" in t.author for t in alone)
+    for length in (2, 7):
+        fixed(monkeypatch, Plan(length, speculates=True))
+        drafted = run(student, teacher, tokenizer, prompts, policy, block_size=7, **sampling)
+        for a, b in zip(alone, drafted, strict=True):
+            assert replace(a, steps=[], statistics={}) == replace(b, steps=[], statistics={})
+            assert [(s.start, s.end, s.accepted) for s in a.steps] == [(s.start, s.end, s.accepted) for s in b.steps]
+            for name, column in a.statistics.items():
+                pairs = list(zip(column, b.statistics[name], strict=True))
+                assert all((x is None) == (y is None) for x, y in pairs)
+                assert all(x == pytest.approx(y, rel=1e-5, abs=2e-6) for x, y in pairs if x is not None)
+
+
+def test_the_teacher_needs_fewer_passes(student, tokenizer, prompts, monkeypatch, passes):
+    """A teacher that always agrees confirms whole drafts, its own rows' in the passes that judge the others."""
+    teacher, policy = copy.deepcopy(student), replace(POLICY, epsilon0=2.0, theta=0.0)
+    fixed(monkeypatch, Plan(8, speculates=True))
+    trajectories = run(student, teacher, tokenizer, prompts, policy, block_size=8)
+    of_teacher = sum(t.author.count("teacher") for t in trajectories)
+    counts = [length for model, length in passes if model is teacher]
+    assert of_teacher > 200
+    assert 3 * len(counts) < of_teacher / 3  # the passes of the teacher alone, for three rows at a time
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_whose_logits_are_no_numbers(student, teacher, tokenizer, monkeypatch, broken):
+    """In the teacher's text only its own count."""
+    models = {"student": copy.deepcopy(student), "teacher": copy.deepcopy(teacher)}
+    prompts, policy = [[1, 2], [2]], replace(POLICY, epsilon0=2.0, theta=0.0)
+    fixed(monkeypatch, Plan(4, speculates=True))
+    whole = run(*models.values(), tokenizer, prompts, policy, temperature=1.0)
+    words = {token for t in whole for token, author in zip(t.token_ids, t.author, strict=True) if author == "teacher"}
+    others = {token for t in whole for token, author in zip(t.token_ids, t.author, strict=True) if author == "flawed"}
+    token = min(words - others - {0, 1, 2})
+    models[broken].model.embed_tokens.weight.data[token] = torch.nan
+    if broken == "student":
+        assert [t.token_ids for t in run(*models.values(), tokenizer, prompts, policy, temperature=1.0)] == [
+            t.token_ids for t in whole
+        ]
+    else:
+        with pytest.raises(ValueError, match="got NaN, infinity or only -inf from the teacher at token"):
+            run(*models.values(), tokenizer, prompts, policy, temperature=1.0)
+
+
+def test_agreement_is_counted(student, teacher, tokenizer, prompts, monkeypatch):
+    """Drafted tokens of the teacher's, up to the first that differs: where the student's own choice is another."""
+    fixed(monkeypatch, Plan(4, speculates=True))
+    found = []
+    monkeypatch.setattr(Speculation, "observe", lambda self, *counts: found.append(counts))
+    policy = replace(POLICY, epsilon0=2.0, theta=0.0, stitch=None)
+    trajectories = run(student, teacher, tokenizer, prompts, policy)
+    agree = written = 0
+    for t in trajectories:
+        context = t.prompt_ids + t.token_ids
+        with torch.no_grad():
+            logits = student(torch.tensor([context])).logits[0, len(t.prompt_ids) - 1 : -1]
+        places = [place for place, author in enumerate(t.author) if author == "teacher"]
+        # The last token of the budget is written by the teacher alone.
+        if len(t.token_ids) == 40:
+            places = places[:-1]
+        agree += sum(int(logits[place].argmax()) == t.token_ids[place] for place in places)
+        written += len(places)
+    confirmed, drafted = (sum(column) for column in zip(*found, strict=True))
+    assert 0 < agree < written
+    assert written <= drafted <= written + len(prompts)
+    assert agree <= confirmed <= agree + len(prompts)
+
+
+@pytest.mark.parametrize("cost", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize(("confirmed", "drafted"), [(0, 0), (0, 90), (30, 30), (90, 90)])
+def test_the_plan_yields_most(cost, confirmed, drafted):
+    """By counting a draft's tokens one by one."""
+    T = 16
+    speculation = Speculation(T, cost)
+    speculation.observe(confirmed, drafted)
+    agreement = (8 + confirmed) / (10 + drafted)
+
+    def tokens_per_cost(students, teachers, plan):
+        if not plan.speculates:
+            return (students + teachers) * T / (T + (T * cost + 1 if students else 0))
+        kept = 1 + sum(math.prod([agreement] * i) for i in range(1, plan.length))
+        return (students * plan.length + teachers * kept) / (cost * plan.length + 1)
+
+    chosen = set()
+    for students in (0, 1, 5, 20):
+        for teachers in (1, 4, 16):
+            plans = [Plan(T, speculates=False), *(Plan(length, speculates=True) for length in range(1, T + 1))]
+            plan = speculation.plan(students, teachers)
+            chosen.add(plan.speculates)
+            assert tokens_per_cost(students, teachers, plan) == pytest.approx(
+                max(tokens_per_cost(students, teachers, other) for other in plans)
+            )
+        assert speculation.plan(students, 0) == Plan(T, speculates=False)
+    assert True in chosen
+
+
+def test_without_a_pair_nothing_is_drafted_for_the_teacher(student):
+    for pair in ((None, student), (student, None)):
+        assert relative_cost(*pair, is_compiled=False) == math.inf
+    speculation = Speculation(16, math.inf)
+    assert speculation.plan(0, 3) == speculation.plan(2, 3) == Plan(16, speculates=False)
+
+
+def test_cost_is_that_of_weights_or_of_layers(student):
+    """The larger ratio, unless the models are compiled; of a teacher split over processes, what this one holds."""
+    teacher = copy.deepcopy(student).float()  # half as many bytes in as many layers
+    assert relative_cost(student, teacher, is_compiled=False) == pytest.approx(2.0)
+    assert relative_cost(teacher, student, is_compiled=False) == pytest.approx(1.0)
+    assert relative_cost(teacher, student, is_compiled=True) == pytest.approx(0.5)
+    teacher._tp_size = 4
+    assert relative_cost(student, teacher, is_compiled=True) == pytest.approx(8.0)
