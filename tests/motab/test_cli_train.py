@@ -13,7 +13,7 @@ from motab.cli import main
 from motab.config import TrainArguments
 from motab.models import load_model, with_lora
 from motab.parsing import parse
-from motab.resume import decisive_settings, last_checkpoint, record
+from motab.resume import DECISIVE, decisive_settings, last_checkpoint, record
 
 
 def test_an_unfinished_synthesis(training, tmp_path, capsys):
@@ -208,6 +208,11 @@ def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named
     assert f"{model} holds checkpoints of a training with other settings (" in error
     assert named in error
     assert "give another --output_dir, remove it to start again, or name the checkpoint to continue from" in error
+
+
+def test_what_decides_is_a_setting():
+    """A name that is none, or no longer, would be passed over in silence."""
+    assert [name for name in DECISIVE if name not in motab.MotabConfig.__dataclass_fields__] == []
 
 
 def test_where_a_training_goes_on(training, tmp_path, capsys):

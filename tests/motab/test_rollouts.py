@@ -101,6 +101,33 @@ def test_the_log_holds_the_figures(tmp_path, student, teacher, tokenizer, prompt
     assert trainer.model.training
 
 
+def test_an_entry_of_the_log_holds_all_since_the_last(tmp_path, student, teacher, tokenizer, prompts):
+    """And an evaluation between takes none of them."""
+    held_out = list(motab.synthesize(student, teacher, tokenizer, prompts[:2], **SETTINGS))
+    trainer = train(
+        tmp_path,
+        *(student, teacher, tokenizer, prompts, POLICIES["motab"]),
+        trainer=functools.partial(motab.MotabTrainer, eval_dataset=held_out),
+        **{"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1},
+    )
+    counts = [entry.get("trajectories") for entry in trainer.state.log_history if "loss" in entry]
+    assert counts == [4, 4]
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert len(evaluations) == 4
+    assert not any("trajectories" in entry for entry in evaluations)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_student_is_left_in_its_mode(student, tokenizer, training):
+    student = copy.deepcopy(student).train(training)
+    rollouts = motab.Rollouts([[1], []], motab.OnPolicy(), **SETTINGS)
+    rollouts.write(student, None, tokenizer, [0], seed=0, first_index=0)
+    assert student.training == training
+    with pytest.raises(ValueError, match="is empty"):
+        rollouts.write(student, None, tokenizer, [1], seed=0, first_index=1)
+    assert student.training == training
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
     student = copy.deepcopy(student)

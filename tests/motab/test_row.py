@@ -52,6 +52,17 @@ def test_no_space_before_the_phrase(end, blank):
     assert tokenizer.convert_ids_to_tokens(phrase) == ["<0x0A>"] * len(blank) + ["ab", ",", "<0x0A>", "<0x0A>"]
 
 
+def test_a_token_across_the_end_of_the_flawed_text():
+    """Where the line break and the phrase's first letter would make one token, the phrase is encoded alone."""
+    vocab = {word: index for index, word in enumerate(["<eos>", "Ċ", "a", "b", ",", "ab", "Ċa"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ċ", "a"), ("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    row = Row(0, [1], 0, POLICY.rules, 9, [0], target=[("flawed", (1, []))] * 2)
+    assert tokenizer.decode([token for token, _ in row._phrase(tokenizer, "ab,")]) == "ab,\n\n"
+
+
 def test_the_flawed_part_closes_no_tag(thinking_tokenizer):
     """The teacher closes it again; what is left of the steps is where the target says."""
     tokenizer = thinking_tokenizer
@@ -152,3 +163,10 @@ def test_the_text_keeps_its_thinking_tags(tokenizer, special):
         row.write(token, [None] * len(STATISTICS))
     a, b = tokenizer.convert_ids_to_tokens([7, 8])
     assert row.trajectory(tokenizer).text.replace(" ", "") == f"<think>{a}</think>{'' if special else '<x>'}{b}"
+
+
+def test_statistics_that_are_all_zero_are_kept(tokenizer):
+    """As those of a teacher that is certain."""
+    row = Row(0, [1], 0, None, 9, [0])
+    row.write(0, [0.0] * len(STATISTICS))
+    assert row.trajectory(tokenizer).statistics == {name: [0.0] for name in STATISTICS}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import motab
@@ -223,6 +224,16 @@ def test_a_line_ends_at_a_newline_alone(tmp_path):
     torn = found[0].to_json().encode()[: found[0].to_json().encode().index(b"\xe2") + 1]
     path.write_bytes("".join(t.to_json() + "\n" for t in found).encode() + torn)
     assert motab.read_trajectories(path) == found
+
+
+def test_a_grade_is_kept_as_true_or_false(tmp_path, student, teacher, tokenizer, prompts):
+    """Whatever a verifier returns: numpy's are not JSON. Of what is written now, and of what was there."""
+    path = tmp_path / "t.jsonl"
+    for count in (2, 4):
+        arguments = (path, student, teacher, tokenizer, prompts[:count])
+        grade = None if count == 2 else lambda trajectory, place: np.float32(place % 2)
+        list(motab.synthesize_to_file(*arguments, policy=POLICY, grade=grade, **SETTINGS))
+    assert [t.correct for t in motab.read_trajectories(path)] == [False, True] * 2
 
 
 def test_refused_input_leaves_no_file(tmp_path, student, teacher, tokenizer):

@@ -12,7 +12,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 import motab
 import motab_kernels as mk
 from motab import distillation
-from motab.distillation import has_plain_head
 from motab.training_config import LOSS_TYPES
 
 
@@ -302,12 +301,19 @@ def divergence(loss_type, p, q):
     }[loss_type]
 
 
-def test_a_head_with_an_adapter_is_not_its_weight(tmp_path):
-    model = make_model(3)
-    assert has_plain_head(model)
-    model.lm_head = torch.nn.Sequential(model.lm_head)
-    assert not has_plain_head(model)
-    assert not model.training
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_last_batch_counts_whole(tmp_path, drop_last):
+    """Three trajectories in batches of two: one is left over, or dropped."""
+    rows = {"per_device_train_batch_size": 2, "num_train_epochs": 1, "dataloader_drop_last": drop_last}
+    seen = []
+
+    class Noting(motab.MotabTrainer):
+        def compute_loss(self, model, inputs, *arguments, **settings):
+            seen.append((inputs["labels"] != -100).any(1).tolist())
+            return super().compute_loss(model, inputs, *arguments, **settings)
+
+    Noting(make_model(3), args=config(tmp_path, **rows), train_dataset=[*TRAJECTORIES, TRAJECTORIES[0]]).train()
+    assert seen == [[True, True], *([] if drop_last else [[True]])]
 
 
 def test_a_divergence_leaves_the_teacher_as_it_is_and_closes_in_on_it(tmp_path):

@@ -12,7 +12,7 @@ from motab.cli import main
 from motab.dataset import TrajectoryDataset
 from motab.models import load_tokenizer
 from motab.trajectory import STATISTICS
-from motab.trajectory_file import trajectories_in
+from motab.trajectory_file import check_trajectories, trajectories_in
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 WHOLE = motab.Trajectory(0, [1], [2, 3], ["student"] * 2, "a", [motab.Step(0, 2, 0.5, 0.1, True)], None, None, "eos")
@@ -63,6 +63,13 @@ def test_the_commands_name_it(tmp_path, capsys, command):
     (tmp_path / "trajectories.jsonl").write_text(WHOLE.to_json()[:40] + "\n")
     assert main([command, "--output_dir", str(tmp_path)]) == 2
     assert f"motab {command}: line 1 of {tmp_path / 'trajectories.jsonl'} must hold" in capsys.readouterr().err
+
+
+def test_a_finished_file_is_in_order(tmp_path):
+    path = tmp_path / "trajectories.jsonl"
+    path.write_text("".join(replace(WHOLE, index=index).to_json() + "\n" for index in (0, 2, 1)))
+    with pytest.raises(ValueError, match="trajectory 1 has index 2"):
+        check_trajectories(path)
 
 
 def test_statistics_may_be_left_out(tmp_path):
