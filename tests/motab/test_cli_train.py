@@ -210,6 +210,15 @@ def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named
     assert "give another --output_dir, remove it to start again, or name the checkpoint to continue from" in error
 
 
+def test_the_last_checkpoint_is_that_of_most_steps(tmp_path):
+    """By number; other folders beside them are somebody else's."""
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11-copy"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").touch()
+    record(tmp_path, {"seed": 1}, finished=False)
+    assert last_checkpoint(tmp_path, {"seed": 1}) == (str(tmp_path / "checkpoint-10"), False)
+
+
 def test_what_decides_is_a_setting():
     """A name that is none, or no longer, would be passed over in silence."""
     assert [name for name in DECISIVE if name not in motab.MotabConfig.__dataclass_fields__] == []

@@ -50,6 +50,7 @@ def test_the_papers_recipe():
         ("stitch: null", [], motab.MotabPolicy(stitch=None)),
         ("stitch: null", ["--stitch", "But"], motab.MotabPolicy(stitch="But")),
         ("epsilon0: null\nentropy_top_k: null", [], motab.MotabPolicy()),
+        ("policy: null\nwords: null", [], motab.MotabPolicy()),
     ],
 )
 def test_null_in_a_file(tmp_path, written, flags, policy):

@@ -15,7 +15,7 @@ def test_labels_and_padding():
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 7], [8, 9, 0, 0, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1] * 7, [1, 1, 1, 0, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, 3, 4, 5, 6, 7], [-100, 9, 0, -100, -100, -100, -100]]
-    ignoring = TrajectoryDataset(TRAJECTORIES, ["flawed", "stitch"])
+    ignoring = TrajectoryDataset(TRAJECTORIES, ["flawed", "stitch"] * 2)  # as often as there are authors
     assert ignoring[0]["labels"] == [-100, -100, 3, -100, -100, 6, 7]
 
 

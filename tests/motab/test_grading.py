@@ -3,7 +3,9 @@
 import copy
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 from test_cli import TINY
 from test_rollouts import POLICIES, SETTINGS
@@ -30,6 +32,7 @@ PAIR = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_
         (r"\boxed{1}, no: \boxed{\frac{\sqrt{3}}{\sqrt[3]{2}}}", r"\frac{\sqrt{3}}{\sqrt[3]{2}}"),
         (r"\boxed {\{1, \}2\{\}} and", r"\{1, \}2\{\}"),
         (r"\boxed{4}, or rather \boxed{5 (cut", "4"),
+        (r"\boxed{4 \boxed{5}}", "5"),
         ("<answer>5</answer> I close it. </answer>", "5"),
         ("I do not know", None),
     ],
@@ -139,9 +142,21 @@ def test_a_text_that_repeats_itself_takes_no_time(text, answer):
 def test_what_a_verifier_cannot_take_is_wrong(task, answer, monkeypatch):
     """Some evaluate what they are given."""
     monkeypatch.setattr("motab.grading._SECONDS", 1)
-    monkeypatch.setattr("os.system", None)
+    ran = []
+    monkeypatch.setattr("os.system", ran.append)
     (problem,) = load_problems(f"reasoning-gym:{task}?size=1&seed=1")
     assert not is_correct(f"\\boxed{{{answer}}}", problem)
+    assert not ran
+
+
+def test_what_a_verifier_is_given(monkeypatch):
+    """No answer beyond a thousand characters; in a thread, where it can have no time limit, one as elsewhere."""
+    monkeypatch.setattr("reasoning_gym.get_score_answer_fn", lambda task: lambda answer, record: 1.0)
+    problem = Problem("?", "1", {"metadata": {"source_dataset": "chain_sum"}})
+    assert is_correct("\\boxed{" + "1" * 1000 + "}", problem)
+    assert not is_correct("\\boxed{" + "1" * 1001 + "}", problem)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(is_correct, r"\boxed{1}", problem).result()
 
 
 def answers_its_problem(t, tokenizer):
@@ -228,10 +243,11 @@ def test_rollouts_are_graded_by_the_place_of_their_prompt(tmp_path, student, tea
 
     def is_right(t, place):
         seen.append((prompts[place], t.prompt_ids))
-        return place % 3 == 0
+        return np.float32(place % 3 == 0)  # which is not JSON
 
     rollouts = motab.Rollouts(prompts, POLICIES["on-policy"], grade=is_right, **SETTINGS)
-    args = config(tmp_path, loss_type="reverse_kl", num_train_epochs=1, logging_steps=1, per_device_train_batch_size=3)
+    settings = {"num_train_epochs": 1, "logging_steps": 1, "per_device_train_batch_size": 3, "save_rollouts": True}
+    args = config(tmp_path, loss_type="reverse_kl", **settings)
     trainer = motab.MotabTrainer(
         copy.deepcopy(student), teacher, args, train_dataset=rollouts, processing_class=tokenizer
     )

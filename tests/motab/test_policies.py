@@ -243,6 +243,10 @@ def test_each_turn_has_a_stream_of_its_own():
         (lambda: motab.AdaSwitch(math.nan, 4), "factor must be a finite number of at least 0, got nan"),
         (lambda: motab.AdaSwitch(2.0, 0), "window must be an integer of at least 1, got 0"),
         (lambda: motab.RelayOPD(words=()), r"words must be a tuple of at least one word, got \(\)"),
+        (
+            lambda: motab.RelayOPD(words=("wait", " ")),
+            r"words must be a tuple of at least one word, got \('wait', ' '\)",
+        ),
         (lambda: motab.RelayOPD(words="wait"), "words must be a tuple of at least one word, got 'wait'"),
         (lambda: motab.RelayOPD(paragraphs=0), "paragraphs must be an integer of at least 1, got 0"),
         (lambda: motab.Truncated(0), "n must be an integer of at least 1, got 0"),

@@ -48,7 +48,10 @@ def test_settings_of_the_template(chat_tokenizer):
     assert ids[1] == chat_tokenizer.encode("ub.c")
 
 
-@pytest.mark.parametrize("name", ["conversation", "add_generation_prompt", "continue_final_message", "return_tensors"])
+@pytest.mark.parametrize(
+    "name",
+    ["conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"],
+)
 def test_settings_that_are_not_of_the_template(chat_tokenizer, name):
     with pytest.raises(ValueError, match=f"chat_template_kwargs must be variables of the template, .* got {name}"):
         PromptFormat(chat_template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
@@ -67,6 +70,7 @@ def test_a_template_that_refuses(chat_tokenizer, settings):
 def test_the_suffix_ends_what_the_user_says(tokenizer):
     messages = [CONVERSATION[1], CONVERSATION[0]]
     assert PromptFormat(prompt_suffix=",").render(tokenizer, Problem(messages, None, {})) == "b,\na"
+    assert messages == [CONVERSATION[1], CONVERSATION[0]]  # as they were, for the next time
     with pytest.raises(ValueError, match=r"prompt_suffix needs a message by the user, got \[\{'role': 'system'"):
         PromptFormat(prompt_suffix=",").render(tokenizer, Problem(CONVERSATION[:1], None, {}))
 

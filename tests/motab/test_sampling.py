@@ -62,6 +62,11 @@ def test_as_transformers(temperature, top_k, top_p, min_p):
         assert share[expected == 0].sum() == 0
 
 
+def test_top_p_takes_no_more_than_it_needs():
+    """Of four that are as likely two make up a half, and always the same two."""
+    assert set(draws(torch.zeros(1, 4), 200, 1.0, None, 0.5).tolist()) == {0, 1}
+
+
 def test_greedy_takes_the_likeliest():
     logits = torch.randn(6, 9)
     assert torch.equal(choose(logits, torch.zeros(6), Sampling(0))[0], logits.argmax(-1))

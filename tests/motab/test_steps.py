@@ -1,5 +1,6 @@
 """The delimiter automaton against a plain search in the decoded text."""
 
+import copy
 import re
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from motab.steps import DelimiterAutomaton, token_bytes
+from motab.steps import DelimiterAutomaton, token_bytes, tokens_of_words
 
 
 @pytest.mark.parametrize("delimiter", [".\n\n", "\n\n", "a", "aba", "ab.\n"])
@@ -55,9 +56,24 @@ def test_a_token_outside_of_the_byte_alphabet():
     assert token_bytes(tokenizer, 3) == [b"", b" a", b"a b"]
 
 
+def test_an_added_token_writes_its_own_text(tokenizer):
+    """Its letters do not stand for bytes, as those of byte-level tokens do."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["\u00e9.\n\n"])
+    assert token_bytes(tokenizer, 13)[12] == "\u00e9.\n\n".encode()
+
+
 def test_sentencepiece_bytes():
     words = {"<unk>": 0, "\u2581the": 1, "<0x0A>": 2, "\u00e9": 3}
     inner = Tokenizer(models.BPE(vocab=words, merges=[], unk_token="<unk>"))
     inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     assert token_bytes(tokenizer, 5) == [b"", b" the", b"\n", "\u00e9".encode(), b""]
+
+
+def test_a_word_is_a_token_with_or_without_space():
+    words = ["<unk>", "\u2581wait", "Wait", "waiting", "WAIT\u2581", "wai", "but"]
+    model = models.BPE(vocab={word: index for index, word in enumerate(words)}, merges=[], unk_token="<unk>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model), unk_token="<unk>")
+    tokenizer._tokenizer.decoder = decoders.Replace("\u2581", " ")
+    assert tokens_of_words(tokenizer, [" wait", "Hmm"], 7) == [1, 2, 4]

@@ -44,6 +44,8 @@ def test_settings_of_a_divergence(tmp_path, settings, message):
     """Known before models are loaded, not at the first batch."""
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
+    config(tmp_path, beta=1.0, alpha=0.0)
+    config(tmp_path, beta=0.0)
 
 
 @pytest.mark.parametrize(

@@ -33,6 +33,7 @@ DAMAGED = [
     (changed(author=..., text=...), "got a trajectory without author, text"),
     (changed(colour=1), "got a trajectory with unknown colour"),
     (changed(token_ids=7), "got token_ids without a list"),
+    (changed(prompt_ids="1", author="s"), "got prompt_ids, author without a list"),
     (changed(steps="x"), "got steps without a list"),
     (changed(steps=[3]), "got int in place of a step"),
     (changed(steps=[{"start": 0, "end": 2, "value": 1, "accepted": True}]), "got a step without threshold"),
