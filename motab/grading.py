@@ -21,9 +21,8 @@ def stated_answer(text: str) -> str | None:
     none."""
     if (boxed := _last_boxed(text)) is not None:
         return boxed.strip()
-    before, closed, _ = text.rpartition("</answer>")
-    _, opened, answer = before.rpartition("<answer>")
-    if closed and opened:
+    _, opened, answer = text.rpartition("</answer>")[0].rpartition("<answer>")
+    if opened:
         return answer.partition("</answer>")[0].strip()
     found = re.findall(r"answer is:?\s*([^\n]+)", text, re.IGNORECASE)
     return found[-1].rstrip().removesuffix(".").strip() if found else None
