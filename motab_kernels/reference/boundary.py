@@ -72,16 +72,16 @@ def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | No
         return x.masked_fill(invalid, torch.nan)
 
     def logprob(x: Tensor, log_z: Tensor) -> Tensor:
-        return (x.gather(1, column).squeeze(1) - log_z).clamp_max(0).masked_fill(~known, torch.nan)
+        return (x.gather(1, column).squeeze(1) - log_z).masked_fill(~known, torch.nan)
 
-    # Clamped, because of rounding.
+    # The KLs are clamped, because of rounding. Entropies and log-probabilities keep their sign: x <= 0 and Z >= 1.
     return Statistics(
         where_valid(forward_kl.clamp_min(0)),
         where_valid(reverse_kl.clamp_min(0)),
         logprob(x_s, log_z_s),
         logprob(x_t, log_z_t),
-        where_valid(student_entropy.clamp_min(0)),
-        where_valid(teacher_entropy.clamp_min(0)),
+        where_valid(student_entropy),
+        where_valid(teacher_entropy),
         rank.masked_fill(~known, -1).to(torch.int32),
         teacher.argmax(-1).masked_fill(invalid, -1),
     )
@@ -101,7 +101,7 @@ def chunked_statistics(student: Tensor, teacher: Tensor, tokens: Tensor, tau: Te
             tokens.flatten()[i : i + chunk],
             None if tau is None else tau[i : i + chunk],
         )
-        for i in range(0, max(1, B * T), chunk)
+        for i in range(0, B * T, chunk)
     ]
     return Statistics(*(torch.cat(column).view(B, T) for column in zip(*parts, strict=True)))
 
