@@ -28,6 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY, KERNEL_DTYPES
 from motab_kernels.boundary import fused_kl_boundary_op
+from motab_kernels.reference import boundary as reference
 
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
 
@@ -93,6 +94,22 @@ def test_temperature(temperature):
     assert_matches_definition(out, student, teacher, tokens, tau)
 
 
+def test_fewer_logits_at_a_time_than_a_position_has(monkeypatch):
+    inputs = random_inputs(2, 3, 50)
+    expected = mk.fused_kl_boundary(*inputs, backend="torch")
+    monkeypatch.setattr(reference, "CHUNK", 20)
+    assert_equal(mk.fused_kl_boundary(*inputs, backend="torch"), expected)
+
+
+def test_tokens_outside_the_vocabulary_have_no_probability():
+    """As on a GPU, where the definition does not look before."""
+    student, teacher, _ = random_inputs(1, 3, 50)
+    found = reference.statistics(student[0], teacher[0], torch.tensor([-2, 50, 49]), None)
+    for x in (found.student_logprob, found.teacher_logprob):
+        assert x.isnan().tolist() == [True, True, False]
+    assert found.teacher_rank[:2].tolist() == [-1, -1]
+
+
 def test_no_statistic_has_the_wrong_sign_by_rounding():
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(1, 64, 4096, generator=generator)
@@ -116,6 +133,21 @@ def test_top_k_entropy_of_large_logits():
     boundary = mk.EntropyBoundary(1.0, 1.0, entropy_top_k=3)
     out = mk.fused_kl_boundary(torch.zeros(1, 3), teacher, torch.tensor([0]), boundary=boundary, temperature=tau)
     assert out.threshold.item() == pytest.approx(math.exp((p * p.log()).sum().item()), rel=1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_top_k_entropy_of_more_tokens_than_there_are(temperature):
+    """Of logits in bfloat16, one of them without probability."""
+    teacher = torch.tensor([[1.5, 0.25, -INF, 2.125]] * 2, dtype=torch.bfloat16)
+    p = (teacher[0, [0, 1, 3]].double() / temperature).softmax(-1)
+    out = mk.fused_kl_boundary(
+        torch.zeros(2, 4),
+        teacher,
+        torch.tensor([0, 3]),
+        boundary=mk.EntropyBoundary(1.0, 1.0, entropy_top_k=20),
+        temperature=temperature,
+    )
+    assert out.threshold.tolist() == pytest.approx([math.exp((p * p.log()).sum().item())] * 2, rel=1e-6)
 
 
 def test_a_state_outlives_inference_mode():
@@ -154,11 +186,17 @@ def test_excluded_columns():
     assert out.teacher_logprob[0, token] == -INF
     assert out.score[0, token] == 0
     assert not out.stray.any()
+    for i in range(4):  # where no other position excludes anything
+        alone = mk.fused_kl_boundary(*(x[:, i : i + 1] for x in (student, teacher, tokens)), boundary=boundary)
+        assert_equal(alone, mk.BoundaryOutput(*(x[:, i : i + 1] for x in out)))
 
 
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("value", [NAN, INF])
-@pytest.mark.parametrize("boundary", [mk.EntropyBoundary(0.0), mk.MovingAverageBoundary(9.0, 3)])
+@pytest.mark.parametrize(
+    "boundary",
+    [mk.EntropyBoundary(0.0), mk.MovingAverageBoundary(9.0, 3), mk.FixedBoundary(1000, score="teacher_rank")],
+)
 def test_nan_strays_at_the_end_of_its_step(side, value, boundary):
     *logits, tokens = random_inputs(3, 4, 1000)
     logits[side][1, 1, 999] = value
@@ -390,6 +428,15 @@ def test_a_rise_may_be_the_smallest_fall():
     assert (state.breach_position.item(), state.rollback_position.item()) == (2, 1)
 
 
+def test_equal_infinities_do_not_fall():
+    """The student excludes two tokens that it wrote: the ratio is infinite twice, then it falls."""
+    student, teacher, tokens = torch.zeros(1, 3, 8), torch.zeros(1, 3, 8), torch.zeros(1, 3, dtype=torch.int64)
+    student[0, :2, 0], teacher[0, 2, 0] = -INF, -9.0
+    state = mk.BoundaryState(1)
+    mk.fused_kl_boundary(student, teacher, tokens, boundary=mk.FixedBoundary(0.5, score="value_ratio"), state=state)
+    assert (state.breach_position.item(), state.rollback_position.item()) == (3, 2)
+
+
 def test_a_fake_call_leaves_no_fake_constant():
     inputs = random_inputs(1, 1, 8)
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -497,6 +544,14 @@ GOOD = {
         ({"state": mk.BoundaryState(2, window=4)}, "state: expected .*window 0.*window=4"),
         ({"state": 3}, "state: expected a BoundaryState, got int"),
         ({"out": poisoned_output((2, 2))}, r"out.forward_kl: expected .*\(2, 3\).*got .*\(2, 2\)"),
+        (
+            {"out": poisoned_output((2, 3))._replace(score=torch.zeros(2, 3).double())},
+            "out.score: expected torch.float32 .*got torch.float64",
+        ),
+        (
+            {"out": poisoned_output((2, 3))._replace(stray=torch.zeros(3, 2, dtype=torch.bool).t())},
+            r"out.stray: expected a contiguous tensor, got strides \(1, 2\)",
+        ),
         ({"backend": "cuda"}, "backend: expected one of torch.* or None, got 'cuda'"),
     ],
 )

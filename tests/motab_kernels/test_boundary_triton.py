@@ -172,7 +172,8 @@ def test_excluded_columns(lanes):
 
 
 @pytest.mark.parametrize("column", [3, 290])  # in a whole tile, in the tail
-def test_nan_strays_at_the_end_of_its_step(column, lanes):
+@pytest.mark.parametrize("boundary", [mk.EntropyBoundary(0.0), mk.FixedBoundary(300, score="teacher_rank")])
+def test_nan_strays_at_the_end_of_its_step(column, boundary, lanes):
     lanes(8)
     student, teacher, tokens = random_inputs(6, 2, 300)
     student[0, 0, column] = NAN
@@ -182,7 +183,7 @@ def test_nan_strays_at_the_end_of_its_step(column, lanes):
     teacher[4, 0] = -INF
     step_ends = torch.tensor([False, True]).expand(6, 2)
     state = mk.BoundaryState(6, DEVICE)
-    out = triton(student, teacher, tokens, boundary=mk.EntropyBoundary(0.0), state=state, step_ends=step_ends)
+    out = triton(student, teacher, tokens, boundary=boundary, state=state, step_ends=step_ends)
     bad = torch.tensor([True, True, True, True, True, False])
     for name in STATISTICS:
         assert torch.equal(getattr(out, name)[:, 0].isnan(), bad), name
@@ -309,6 +310,15 @@ def test_a_rise_may_be_the_smallest_fall():
             state=state,
         )
     assert (state.breach_position.item(), state.rollback_position.item()) == (2, 1)
+
+
+def test_equal_infinities_do_not_fall():
+    """The student excludes two tokens that it wrote: the ratio is infinite twice, then it falls."""
+    student, teacher, tokens = torch.zeros(1, 3, 8), torch.zeros(1, 3, 8), torch.zeros(1, 3, dtype=torch.int64)
+    student[0, :2, 0], teacher[0, 2, 0] = -INF, -9.0
+    state = mk.BoundaryState(1, DEVICE)
+    triton(student, teacher, tokens, boundary=mk.FixedBoundary(0.5, score="value_ratio"), state=state)
+    assert (state.breach_position.item(), state.rollback_position.item()) == (3, 2)
 
 
 def test_opcheck():
