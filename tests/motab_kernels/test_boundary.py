@@ -168,6 +168,7 @@ def test_different_vocabularies_and_vocab_size():
     assert_equal(mk.fused_kl_boundary(padded_student, teacher, tokens), expected)
     assert_equal(mk.fused_kl_boundary(student, padded_teacher, tokens), expected)
     assert_equal(mk.fused_kl_boundary(padded_student, padded_teacher, tokens, vocab_size=1000), expected)
+    assert_equal(mk.fused_kl_boundary(student, padded_teacher, tokens, vocab_size=1100), expected)
 
 
 def test_excluded_columns():
@@ -454,14 +455,22 @@ def test_a_breached_row_is_frozen_until_it_is_reset():
     assert out.teacher_logprob.exp()[0].tolist() == pytest.approx([0.9, 0.1, 0.8, 0.05])
     assert state.tokens.tolist() == [2]
     assert state.steps.tolist() == [1]
-    state.reset_()
+    state.reset_(torch.tensor(-1))
     out = mk.fused_kl_boundary(*with_values([0.05]), boundary=boundary, state=state)
     assert out.stray.tolist() == [[True]]
     assert (state.breach_position.item(), state.rollback_position.item()) == (1, 0)
 
 
 @pytest.mark.parametrize(
-    "rows", [[1, 3], (np.int64(1), 3), torch.tensor([1, 3]), torch.tensor([False, True, False, True])]
+    "rows",
+    [
+        [1, 3],
+        (np.int64(1), 3),
+        [-1, -3],
+        torch.tensor([1, -1]),
+        torch.tensor([1, 3], dtype=torch.int32),
+        torch.tensor([False, True, False, True]),
+    ],
 )
 def test_reset_of_some_rows(rows):
     boundary = mk.MovingAverageBoundary(0.5, 2)
@@ -512,6 +521,7 @@ GOOD = {
             {"student_logits": torch.zeros(2, 3, 8, dtype=torch.int32)},
             "student_logits: expected float32.*int32",
         ),
+        ({"student_logits": torch.zeros(1, 2, 3, 8)}, r"student_logits: expected shape .*got \(1, 2, 3, 8\)"),
         ({"student_logits": torch.zeros(8)}, r"student_logits: expected shape \(B, V\) or.*got \(8,\)"),
         (
             {"teacher_logits": torch.zeros(2, 4, 8)},
@@ -537,6 +547,7 @@ GOOD = {
         ({"temperature": torch.tensor([1.0, INF])}, r"temperature: expected finite values from 1e-30 to 1e\+30"),
         ({"temperature": torch.ones(3)}, r"temperature: expected a number or a tensor, 0-d or \(2,\)"),
         ({"temperature": torch.ones(2, 3)}, r"temperature: expected a floating-point tensor, 0-d or \(B,\)"),
+        ({"temperature": torch.ones(2, device="meta")}, r"temperature: .* on cpu, got shape \(2,\) on meta"),
         ({"vocab_size": 0}, "vocab_size: expected an integer >= 1, got 0"),
         ({"boundary": 0.2}, "boundary: expected EntropyBoundary, .*got float"),
         ({"boundary": mk.FixedBoundary(torch.ones(3))}, r"threshold: expected .*\(2,\).*got shape \(3,\)"),
@@ -563,6 +574,11 @@ def test_bad_input_is_refused_before_anything_changes(change, message):
         assert (arguments["state"].tokens == 0).all()
 
 
+def test_a_state_elsewhere_is_refused():
+    with pytest.raises(ValueError, match=r"state: expected .* on cpu: .*device='meta'"):
+        mk.fused_kl_boundary(**GOOD, state=mk.BoundaryState(2, "meta"))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -578,6 +594,9 @@ def test_bad_input_is_refused_before_anything_changes(change, message):
         (lambda: mk.MovingAverageBoundary(2.0, 0), "window: expected an integer >= 1, got 0"),
         (lambda: mk.BoundaryState(-1), "batch_size: expected an integer >= 0, got -1"),
         (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, .* got \[2\]"),
+        (lambda: mk.BoundaryState(2).reset_([-3]), r"rows: expected indices into 2 rows, .* got \[-3\]"),
+        (lambda: mk.BoundaryState(2).reset_(torch.ones(1, 1).long()), r"rows: .* got torch.int64 of shape \(1, 1\)"),
+        (lambda: mk.BoundaryState(2).reset_(torch.ones(1, device="meta").long()), "rows: .* on cpu, got one on meta"),
         (
             lambda: mk.BoundaryState(2).reset_([True, False]),
             r"rows: expected indices into 2 rows, .* got \[True, False\]",
@@ -605,6 +624,7 @@ def test_bad_boundaries_and_rows_are_refused(make, message):
         ("scores", torch.zeros(1, 5).double(), r"scores: expected .*\(2, 5\).*got .*\(1, 5\)"),
         ("counters", torch.zeros(4, 6).int()[::2], r"counters: expected contiguous.*strides \(12, 1"),
         ("history", torch.zeros(2, 3), "history: expected .*float64 .*got torch.float32"),
+        ("scores", torch.zeros(2, 5, device="meta").double(), "scores: expected .* on cpu, got .* on meta"),
     ],
 )
 def test_other_tensors_make_no_state(name, other, message):

@@ -361,9 +361,11 @@ def test_two_dimensional_input_is_one_token():
 
 def test_bad_input_is_refused():
     student, teacher, tokens = map(on_device, random_inputs(2, 1, 40))
-    small = torch.empty(3, device=DEVICE)
-    with pytest.raises(ValueError, match=r"workspace: expected at least 20 contiguous float32 .*got 3"):
-        mk.fused_kl_boundary(student, teacher, tokens, workspace=small, backend="triton")
+    elsewhere = torch.empty(20, device="meta")
+    for workspace in (torch.empty(3), torch.empty(20).double(), torch.empty(20, 2)[:, 0], elsewhere):
+        here = workspace if workspace.is_meta else workspace.to(DEVICE)
+        with pytest.raises(ValueError, match=r"workspace: expected at least 20 contiguous float32 .*got (3|20) torch"):
+            mk.fused_kl_boundary(student, teacher, tokens, workspace=here, backend="triton")
     with pytest.raises(ValueError, match=r'"triton" expected float32, .*float64, torch.float64; use "torch"'):
         mk.fused_kl_boundary(student.double(), teacher.double(), tokens, backend="triton")
 

@@ -390,7 +390,7 @@ def test_what_was_made_in_inference_mode(backend, reduction):
     student, teacher = (x.to(DEVICE) for x in logits(4, 3, 40, seed=20))
     mask, weights = torch.rand(2, 4, 3, generator=torch.Generator().manual_seed(20)).to(DEVICE)
     with torch.inference_mode():
-        made = [x.clone() for x in (teacher, mask > 0.2, weights)]
+        made = [torch.stack((torch.zeros_like(x), x), 1)[:, 1] for x in (teacher, mask > 0.2, weights)]
     results = []
     for other, keep, worth in ((teacher, mask > 0.2, weights), made):
         leaf = student.clone().requires_grad_()
