@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import motab_kernels as mk
+from motab_kernels import boundary as boundary_module
 from motab_kernels.backend import HAS_LIBRARY, KERNEL_DTYPES
 from motab_kernels.boundary import fused_kl_boundary_op
 from motab_kernels.reference import boundary as reference
@@ -84,6 +85,8 @@ def test_float64_is_computed_in_float64():
     value = math.exp(definition(student[0, 2], teacher[0, 2], tokens[0, 2])["teacher_logprob"])
     _, score, *_ = state.scores[0].tolist()
     assert score == pytest.approx(value, rel=1e-12)
+    mixed = student.float(), teacher, tokens  # no kernel takes them
+    assert_matches_definition(mk.fused_kl_boundary(*mixed), *mixed)
 
 
 @pytest.mark.parametrize("temperature", [0.6, torch.tensor(0.6), torch.tensor([0.5, 1.0, 2.0]), 1e-30, 1e30])
@@ -272,7 +275,14 @@ def test_strides():
     wide = torch.full((3, 2, 1100), NAN)
     wide[..., 50:1050] = student.transpose(0, 1)
     spread = torch.stack((teacher, torch.full_like(teacher, NAN)), -1)[..., 0]
-    assert_equal(mk.fused_kl_boundary(wide[..., 50:1050].transpose(0, 1), spread, tokens), expected)
+    turned = tokens.t().contiguous().t()
+    assert_equal(mk.fused_kl_boundary(wide[..., 50:1050].transpose(0, 1), spread, turned), expected)
+    step_ends = torch.tensor([[False, True, True], [True, False, False]])
+    of_steps = mk.fused_kl_boundary(student, teacher, tokens, step_ends=step_ends)
+    assert_equal(mk.fused_kl_boundary(student, teacher, turned, step_ends=step_ends.t().contiguous().t()), of_steps)
+    column = torch.stack((tokens[:, 0], tokens[:, 1]), 1)[:, 0]  # (B,), apart
+    one = mk.fused_kl_boundary(student[:, 0], teacher[:, 0], column, step_ends=step_ends[:, 0])
+    assert_equal(one, mk.BoundaryOutput(*(x[:, 0] for x in of_steps)))
 
 
 def score_of(tokens, name):
@@ -499,6 +509,13 @@ def test_a_parameter_tensor_is_read_at_every_call():
     assert mk.fused_kl_boundary(*inputs, boundary=boundary).stray.item()
 
 
+def test_numbers_that_are_kept_on_their_device_are_few(monkeypatch):
+    monkeypatch.setattr(boundary_module, "MOST_CONSTANTS", 3)
+    for i in range(9):
+        mk.fused_kl_boundary(*with_values([0.5]), boundary=mk.FixedBoundary(i / 10), temperature=1 + i / 10)
+    assert len(boundary_module._constants) <= 3
+
+
 def test_out_is_returned_and_logits_may_require_grad():
     student, teacher, tokens = random_inputs(2, 3, 50)
     out = poisoned_output((2, 3))
@@ -591,8 +608,10 @@ def test_a_state_elsewhere_is_refused():
         (lambda: mk.EntropyBoundary("0.2"), "epsilon0: expected a number or a tensor, got str"),
         (lambda: mk.EntropyBoundary(0.2, 1.0, 0), "entropy_top_k: expected an integer >= 1, got 0"),
         (lambda: mk.FixedBoundary(0.2, score="kl"), "score: expected one of teacher_value, .*got 'kl'"),
+        (lambda: mk.MovingAverageBoundary(-0.1, 2), "factor: expected a finite number >= 0, got -0.1"),
         (lambda: mk.MovingAverageBoundary(2.0, 0), "window: expected an integer >= 1, got 0"),
         (lambda: mk.BoundaryState(-1), "batch_size: expected an integer >= 0, got -1"),
+        (lambda: mk.BoundaryState(2, window=-1), "window: expected an integer >= 0, got -1"),
         (lambda: mk.BoundaryState(2).reset_([2]), r"rows: expected indices into 2 rows, .* got \[2\]"),
         (lambda: mk.BoundaryState(2).reset_([-3]), r"rows: expected indices into 2 rows, .* got \[-3\]"),
         (lambda: mk.BoundaryState(2).reset_(torch.ones(1, 1).long()), r"rows: .* got torch.int64 of shape \(1, 1\)"),

@@ -366,6 +366,8 @@ def test_bad_input_is_refused():
         here = workspace if workspace.is_meta else workspace.to(DEVICE)
         with pytest.raises(ValueError, match=r"workspace: expected at least 20 contiguous float32 .*got (3|20) torch"):
             mk.fused_kl_boundary(student, teacher, tokens, workspace=here, backend="triton")
+    with pytest.raises(ValueError, match="tokens: expected an integer >= 0, got -1"):
+        mk.boundary_workspace(2, -1, 40, DEVICE)
     with pytest.raises(ValueError, match=r'"triton" expected float32, .*float64, torch.float64; use "torch"'):
         mk.fused_kl_boundary(student.double(), teacher.double(), tokens, backend="triton")
 
