@@ -180,8 +180,7 @@ class LigerFusedLinearJSDLoss(torch.nn.Module):
         """(BT, H) and (V, H) of both sides, true_labels (BT,), biases (V,): the weighted loss, or with
         `return_soft_hard_loss` it, the soft and the hard loss, the last two without gradient."""
         hidden, weight, bias = head_inputs(student_input, student_weight, student_bias)
-        bare_bias = None if teacher_bias is None else teacher_bias.detach()
-        teacher = head_inputs(teacher_input.detach(), teacher_weight.detach(), bare_bias)
+        teacher = head_inputs(teacher_input.detach(), teacher_weight.detach(), teacher_bias)
         soft = fused_linear_divergence(
             hidden,
             weight,

@@ -164,6 +164,76 @@ def test_liger_chunked_jsd(beta, hard, soft, with_bias):
     assert_same(*parts)
 
 
+def test_liger_ignores_the_label_that_it_is_told():
+    hidden, weight, *teacher = heads()
+    student, targets = pair(N, V)
+    labels, other = some_labels(), some_labels()
+    other[labels == -100] = V - 1
+    liger = interop.liger
+
+    def losses(labels, **ignored):
+        return [
+            liger.LigerJSD(**ignored)(student.log_softmax(-1), targets.log_softmax(-1), labels),
+            liger.LigerTVDLoss(**ignored)(student.softmax(-1), targets.softmax(-1), labels),
+            liger.LigerFusedLinearJSD(**ignored)(hidden, weight, *teacher, labels),
+            *liger.LigerFusedLinearJSDLoss(**ignored, return_soft_hard_loss=True)(hidden, weight, *teacher, labels),
+        ]
+
+    assert_same(losses(other, ignore_index=V - 1), losses(labels), rtol=0, atol=0)
+
+
+def test_liger_teachers_and_parts_without_gradient():
+    """None flows to the teacher, where it asks for one, nor to what is returned beside the loss."""
+    hidden, weight, *teacher = heads()
+    student, bias, teacher_bias = pair(N, V)[0], *torch.zeros(2, V, device=DEVICE)
+    leaves = [x.requires_grad_() for x in (hidden, weight, student, bias)]
+    others = [x.requires_grad_() for x in (*teacher, teacher_bias, pair(N, V)[1])]
+    log_q, log_p = student.log_softmax(-1), others[-1].log_softmax(-1)
+    liger = interop.liger
+    chunked = liger.LigerFusedLinearJSDLoss(return_soft_hard_loss=True)
+    loss, *parts = chunked(hidden, weight, *teacher, some_labels(), bias, teacher_bias)
+    losses = [
+        loss,
+        liger.LigerJSD()(log_q, log_p),
+        liger.LigerKLDIVLoss(reduction="sum", log_target=True)(log_q, log_p),
+        liger.LigerTVDLoss()(log_q.exp(), log_p.exp()),
+        liger.LigerFusedLinearJSD()(hidden, weight, *teacher, None),
+    ]
+    sum(losses).backward()
+    assert all(x.grad is not None for x in leaves)
+    assert all(x.grad is None for x in others)
+    assert not any(x.requires_grad for x in parts)
+
+
+def test_liger_nothing_counts():
+    hidden, weight, *teacher = heads()
+    student, targets = (x.softmax(-1) for x in pair(N, V))
+    labels = torch.full((N,), -100, device=DEVICE)
+    tvd = run(lambda x: interop.liger.LigerTVDLoss()(x, targets, labels), student)
+    chunked = run(lambda h, w: interop.liger.LigerFusedLinearJSDLoss()(h, w, *teacher, labels), hidden, weight)
+    assert all((x == 0).all() for x in (*tvd, *chunked))
+    assert interop.liger.LigerKLDIVLoss(reduction="batchmean")(student[:0].log(), targets[:0]) == 0
+
+
+def test_liger_low_precision_is_summed_in_float32():
+    student, targets = (x.softmax(-1).bfloat16() for x in pair(N, V))
+    log_q = student.log()
+    found = [
+        interop.liger.LigerTVDLoss("sum")(student, targets),
+        interop.liger.LigerKLDIVLoss(reduction="sum")(log_q, targets),
+    ]
+    p, q = targets.double() / targets.double().sum(-1, keepdim=True), log_q.double().softmax(-1)
+    expected = [(student.double() - targets.double()).abs().sum() / 2, (p * (p / q).log()).sum()]
+    assert_same(found, expected, rtol=1e-5)
+    hidden, weight, *teacher = heads(dtype=torch.bfloat16)
+    weight, teacher[1] = weight.float(), teacher[1].float()  # without autocast the hidden states' dtype decides
+    chunked = interop.liger.LigerFusedLinearJSDLoss(1.0, 0.0)
+    labels = some_labels()
+    bias = torch.linspace(-1, 1, V, device=DEVICE)
+    logits = F.linear(hidden, weight.bfloat16(), bias.bfloat16()).double()
+    assert_same([chunked(hidden, weight, *teacher, labels, bias)], [F.cross_entropy(logits, labels)], rtol=1e-5)
+
+
 def test_liger_patched():
     """Instances made before are switched and switched back."""
     liger = peer("liger_kernel.transformers")

@@ -29,6 +29,16 @@ def test_trl_generalized_jsd(beta, with_labels, reduction, items):
     assert_same(ours, run(lambda x: trl.generalized_jsd_loss(x, teacher, *options), student))
 
 
+@pytest.mark.parametrize("reduction", ["batchmean", "mean"])
+def test_trl_generalized_jsd_where_nothing_counts(reduction):
+    student, teacher = pair(3, 4, V)
+    labels = torch.full((3, 4), -100, device=DEVICE)
+    found = run(lambda x: interop.trl.generalized_jsd_loss(x, teacher, labels, reduction=reduction), student)
+    assert all((x == 0).all() for x in found)
+    nothing = interop.trl.generalized_jsd_loss(student[:0], teacher[:0])
+    assert nothing == 0
+
+
 CASES = {
     "plain": {},
     "num_items": {"num_items_in_batch": 11},
@@ -90,11 +100,13 @@ def test_trl_chunked_divergence(monkeypatch, beta, case):
 def test_trl_chunked_divergence_without_tokens_or_entropy():
     hidden, weight, *teacher = heads()
     mask = torch.zeros(1, N, device=DEVICE)
+    teacher = [x.requires_grad_() for x in teacher]  # and gets none
     arguments = (hidden[None].requires_grad_(), teacher[0][None], weight, teacher[1], mask, 0.5)
     loss, entropy, count = interop.trl.chunked_divergence_loss(*arguments)
     loss.backward()
     assert (loss, entropy, count) == (0, 0, 0)
     assert (hidden.grad is None) or (hidden.grad == 0).all()
+    assert [x.grad for x in teacher] == [None, None]
     assert interop.trl.chunked_divergence_loss(*arguments, entropy=False)[1].isnan()
 
 

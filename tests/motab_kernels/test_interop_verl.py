@@ -22,6 +22,7 @@ def test_verl_forward_kl_topk():
         log_q = x.double().log_softmax(-1).gather(-1, ids)
         return torch.where(log_p.isinf(), 0, log_p.exp() * (log_p - log_q)).sum(-1)
 
+    log_p.requires_grad_()  # and gets none
     ours = run(lambda x: interop.verl.forward_kl_topk(x, log_p, ids), student)
     expected = run(formula, student)
     assert expected[0].min() < -0.1
@@ -79,6 +80,9 @@ def test_verl_patched(verl):
         torch.testing.assert_close(loss, interop.verl.forward_kl_topk(student, log_p, ids)[:, -3:])
         mass = log_p.exp().sum(-1)[0, 2:4].mean()
         assert metrics == {"distillation/teacher_mass": pytest.approx(mass.item())}
+        packed = data | {"response_mask": torch.nested.nested_tensor(list(mask), layout=torch.jagged)}
+        registered = verl.DISTILLATION_LOSS_REGISTRY[interop.verl.LOSS_MODE]
+        assert registered(fsdp, config, output, packed)[1] == metrics
         with pytest.raises(ValueError, match="expected one patch at a time"):
             interop.verl.patch()
     assert verl.compute_topk_loss is original
