@@ -72,6 +72,13 @@ def test_next_to_no_skew(backend, monkeypatch, kind, alpha):
     assert relative_error(gradient, expected_gradient) < 1e-5
 
 
+def test_a_setting_of_another_kind_changes_nothing():
+    student, teacher = logits(3, 300, seed=6)
+    for kind in KINDS:
+        others = {"alpha": 0.0, "beta": 0.0} | options(kind)
+        assert mk.divergence_loss(student, teacher, **others) == mk.divergence_loss(student, teacher, **options(kind))
+
+
 @every_kind
 def test_float64_is_computed_in_float64(kind):
     student, teacher = logits(3, 300, dtype=torch.float64, seed=5)
@@ -555,7 +562,9 @@ def test_the_teacher_gets_no_gradient_in_silence():
     [
         ({"divergence": "kl"}, r"divergence: expected one of forward_kl, .*tvd, got 'kl'"),
         ({"divergence": "jsd", "beta": 1.5}, "beta: expected 0 to 1, got 1.5"),
+        ({"divergence": "jsd", "beta": -0.5}, "beta: expected 0 to 1, got -0.5"),
         ({"alpha": 1.0}, "alpha: expected at least 0 and below 1, got 1.0"),
+        ({"alpha": -0.1}, "alpha: expected at least 0 and below 1, got -0.1"),
         ({"temperature": 0.0}, r"temperature: expected a finite number from 1e-30 to 1e\+30, got 0.0"),
         ({"divergence": "jsd", "beta": "a"}, "beta: expected a finite number, got 'a'"),
         ({"alpha": None}, "alpha: expected a finite number, got None"),
@@ -570,8 +579,10 @@ def test_the_teacher_gets_no_gradient_in_silence():
         ({"num_items": True}, "num_items: expected a number or a tensor, got bool"),
         ({"num_items": torch.tensor(-2)}, "num_items: expected a number >= 0, got -2"),
         ({"num_items": torch.tensor(True)}, "num_items: .* or a 0-d tensor of one, got torch.bool"),
+        ({"num_items": torch.tensor(1j)}, "num_items: .* or a 0-d tensor of one, got torch.complex64"),
         ({"num_items": torch.ones(2)}, r"num_items: .* a 0-d tensor of one, got torch.float32 of shape \(2,\)"),
         ({"mask": torch.ones(2)}, r"mask: expected bool of shape \(2,\) on cpu, got torch.float32"),
+        ({"mask": torch.ones(2, device="meta").bool()}, r"mask: expected bool of shape \(2,\) on cpu, got .* on meta"),
         ({"weights": torch.ones(3)}, r"weights: expected floating-point of shape \(2,\).*shape \(3,\)"),
         ({"weights": torch.ones(2, requires_grad=True)}, "weights: expected a tensor without gradient"),
         ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items: expected a tensor without gradient"),
@@ -584,6 +595,7 @@ def test_the_teacher_gets_no_gradient_in_silence():
             "student_logits: expected a dense tensor, got torch.sparse",
         ),
         ({"teacher_logits": torch.ones(3, 10)}, r"teacher_logits: expected .*\(2, 'V'\).*got \(3, 10\)"),
+        ({"teacher_logits": torch.ones(2, 10, device="meta")}, "teacher_logits: expected .* on cpu, got .* on meta"),
         ({"teacher_logits": torch.ones(2, 0)}, "expected a shared vocabulary, got 10 and 0 columns"),
     ],
 )

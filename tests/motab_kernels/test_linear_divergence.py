@@ -10,6 +10,7 @@ from divergence_cases import every_kind, options, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import motab_kernels as mk
+from motab_kernels import linear_divergence, linear_head
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
 from motab_kernels.linear_divergence import rows_op, total_op
 from motab_kernels.linear_head import Head
@@ -218,6 +219,35 @@ def test_a_teacher_in_inference_mode():
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_mask_and_weights_as_they_may_come(backend, reduction):
+    """A mask with gaps, or made in inference mode; weights that are NaN where it is False."""
+    student, teacher = heads(dtype=torch.float32)
+    mask = torch.arange(7, device=DEVICE) % 3 != 1
+    weights = torch.linspace(0.5, 2, 7, device=DEVICE)
+    with torch.inference_mode():
+        made = mask.clone()
+
+    def results(mask, weights):
+        settings = {"reduction": reduction, "chunk_size": 3, "backend": backend}
+        loss, leaves = fused(student, teacher, mask=mask, weights=weights, **settings)
+        loss.sum().backward()
+        return loss.detach(), *(x.grad for x in leaves)
+
+    for given in (torch.stack((~mask, mask), 1)[:, 1], made):
+        found = results(given, weights.masked_fill(~mask, torch.nan))
+        torch.testing.assert_close(found, results(mask, weights), rtol=0, atol=0)
+
+
+def test_no_gradient_is_computed_that_nobody_asks_for(monkeypatch):
+    student, teacher = heads()
+    expected, _ = fused(student, teacher)
+    monkeypatch.setattr(linear_divergence._Heads, "write_gradient", None)
+    with torch.no_grad():
+        loss, _ = fused(student, teacher)
+    assert loss == expected
+
+
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_what_asks_for_no_gradient_gets_none(frozen, reduction):
@@ -266,8 +296,9 @@ def test_low_precision_is_no_worse_than_eager(kind):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_near_agreement(kind, dtype):
+def test_low_precision_near_agreement(kind, dtype, monkeypatch):
     """Logits rounded to 16 bits would leave the gradients 5 to 50 % off here, and the loss more."""
+    monkeypatch.setattr(linear_head, "SLICE", 300)
     (hidden, weight, bias), _ = heads(N=64, H=64, V=1000, seed=4)
     weight, generator = weight / 2, torch.Generator().manual_seed(4)
     apart = torch.randn(hidden.shape, generator=generator, dtype=torch.float64).to(DEVICE)
@@ -349,6 +380,10 @@ def test_autocast_takes_what_a_linear_layer_takes():
     for mine, other in zip(leaves, expected, strict=True):
         assert mine.grad.dtype == torch.float32
         assert torch.equal(mine.grad, other.grad.float())
+    exact = heads()
+    with torch.autocast(DEVICE, torch.bfloat16):
+        loss, _ = fused(*exact)
+    torch.testing.assert_close(loss, fused(*exact)[0], rtol=0, atol=0)  # which no linear layer casts
 
 
 def test_gradients_of_several_chunks_go_into_one_product(backend):
@@ -400,9 +435,10 @@ def test_compiles_in_one_graph(reduction):
     torch.testing.assert_close(results[1], results[0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_nothing_counts(reduction):
-    student, teacher = heads()
+def test_nothing_counts(reduction, dtype):
+    student, teacher = heads(dtype=dtype)
     student[0][:] = torch.nan
     mask = torch.zeros(7, dtype=torch.bool, device=DEVICE)
     loss, leaves = fused(student, teacher, mask=mask, reduction=reduction)
@@ -412,8 +448,9 @@ def test_nothing_counts(reduction):
     assert (leaves[2].grad == 0).all()
 
 
-def test_empty_batch():
-    student, teacher = heads(N=0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_empty_batch(dtype):
+    student, teacher = heads(N=0, dtype=dtype)
     loss, leaves = fused(student, teacher)
     loss.backward()
     assert loss == 0
@@ -442,6 +479,12 @@ def test_check_finite():
         ({"weights": torch.ones(3, requires_grad=True)}, "weights: expected a tensor without gradient"),
         ({"num_items": torch.tensor(2.0, requires_grad=True)}, "num_items: expected a tensor without gradient"),
         ({"mask": torch.ones(3)}, r"mask: expected bool of shape \(3,\)"),
+        ({"reduction": "none", "num_items": 3}, 'num_items: expected None with reduction "none"'),
+        ({"student_hidden": torch.ones(1, 3, 1, 4)}, r"student_hidden: expected shape .* got \(1, 3, 1, 4\)"),
+        ({"teacher_hidden": torch.ones(3, 4).long()}, "teacher_hidden: expected float32, .* got torch.int64"),
+        ({"student_weight": torch.ones(0, 4)}, r"student_weight: expected .*\(V, 4\).*got torch.float32 .*\(0, 4\)"),
+        ({"student_weight": torch.ones(9, 4, device="meta")}, "student_weight: expected .* on cpu.* on meta"),
+        ({"teacher_bias": torch.ones(9).double()}, r"teacher_bias: expected torch.float32 .*got torch.float64"),
         ({"divergence": "mse"}, "divergence: expected one of"),
         (
             {"teacher_hidden": torch.ones(3, 4, requires_grad=True)},
