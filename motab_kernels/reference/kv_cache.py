@@ -12,7 +12,8 @@ def realign_(
 
     ``clear_padding`` zeroes the slots before them. Slots from ``width`` on keep whatever they held.
     """
-    for row, start, length in zip(storage, starts, lengths, strict=True):
+    # Autograd lets no row of a tensor with a gradient be written; of a detached one it still sees that it is.
+    for row, start, length in zip(storage.detach(), starts, lengths, strict=True):
         padding = width - length
         if start != padding:
             # The two ranges may overlap.

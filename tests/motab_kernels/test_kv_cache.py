@@ -97,8 +97,40 @@ def test_static_cache_equals_a_fresh_pass(model, tail):
         model(torch.tensor(rows), **{CACHE_ARGUMENT: cache})
     mask = mk.truncate_kv_cache_(cache, 4, tail=tail)
     assert torch.equal(mask, torch.ones(BATCH, 4, dtype=torch.int64))
-    assert bool((cache.layers[0].keys[:, :, 4:6] == 0).all()) == (tail == "zero")
+    for storage in (x for layer in cache.layers for x in (layer.keys, layer.values)):
+        assert bool((storage[:, :, 4:6] == 0).all()) == (tail == "zero")
     feed(model, cache, [row[:4] for row in rows], mask, torch.randint(3, VOCAB, (BATCH, 3)))
+
+
+def test_a_static_cache_keeps_the_first_slots_of_its_mask():
+    cache = filled(StaticCache(config=transformers.LlamaConfig(num_hidden_layers=2), max_cache_len=8))
+    mask = torch.tensor([[0, 1, 1, 1, 1]] * BATCH)
+    assert torch.equal(mk.truncate_kv_cache_(cache, 2, mask), mask[:, :2])
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_library)])
+def test_keys_of_inference_mode_and_keys_with_gradients(backend):
+    """Both may be moved; outside of inference mode, and of a model that was run without no_grad."""
+    kept, leaf = torch.tensor([1, 3, 2]), torch.ones((), requires_grad=True)
+    with torch.inference_mode():
+        made = filled(DynamicCache())
+    graded = DynamicCache()
+    for index, layer in enumerate(made.layers):
+        graded.update(layer.keys.clone() * leaf, layer.values.clone() * leaf, index)
+    for cache in (made, graded):
+        mk.truncate_kv_cache_(cache, kept, backend=backend)
+    for one, other in zip(made.layers, graded.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+        assert torch.equal(one.values, other.values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int32, torch.bool])
+def test_a_mask_of_any_dtype(dtype):
+    """What is not 0 is a token; the new mask is of its dtype."""
+    mask = 2 * torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+    new = mk.truncate_kv_cache_(filled(DynamicCache()), torch.tensor([1, 3, 2]), mask.to(dtype))
+    assert new.dtype == dtype
+    assert new.tolist() == [[0, 0, 1], [1, 1, 1], [0, 1, 1]]
 
 
 def test_nan_in_the_dead_tail_is_cleared(model):
@@ -295,11 +327,13 @@ def test_numbers_go_to_the_device_that_is_named_whatever_the_default():
         assert on_device([3, 4], torch.device("cpu")).tolist() == [3, 4]
 
 
-@every_kernel
-def test_keys_that_autograd_has_saved_are_not_moved_in_silence(kernels):
+@pytest.mark.parametrize(
+    "backend", ["torch", pytest.param("cpu", marks=needs_library), pytest.param("triton", marks=needs_triton)]
+)
+def test_keys_that_autograd_has_saved_are_not_moved_in_silence(backend):
     cache = filled(DynamicCache())
     leaf = torch.ones(4, requires_grad=True)
     loss = (cache.layers[0].keys * leaf).sum()
-    mk.truncate_kv_cache_(cache, torch.tensor([5, 2, 3]), backend="cpu" if kernels == "cpu" else "triton")
+    mk.truncate_kv_cache_(cache, torch.tensor([5, 2, 3]), backend=backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
