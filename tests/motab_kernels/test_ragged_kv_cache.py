@@ -100,11 +100,14 @@ class Book:
             for row, count in zip(order, counts, strict=True):
                 room[row] += count
             self.cache.reserve_(room)
+        before = self.cache.visible_length
         with self.attention(self.model):
             inputs = self.cache.prepare(width, rows=None if rows is None else torch.tensor(rows), max_length=bound)
             if bounded:  # what lies beyond is not read
                 assert self.cache.get_mask_sizes(width, 0) == (bound + width, 0)
             logits = self.model(input_ids=input_ids, **inputs).logits
+        if bounded:
+            assert self.cache.visible_length == max(before, bound + width)
         for index, (row, count) in enumerate(zip(order, counts, strict=True)):
             self.tokens[row] += input_ids[index, :count].tolist()
             if count:
@@ -358,6 +361,30 @@ def test_a_plain_pass_over_ragged_rows_is_refused(llama):
     book.append([7, 3, 9])
     with pytest.raises(ValueError, match="prepare"):
         llama(input_ids=torch.ones(BATCH, 1, dtype=torch.long), **{CACHE_ARGUMENT: book.cache})
+    cache = ragged_cache(llama)
+    with torch.no_grad():
+        llama(torch.ones(BATCH, 4, dtype=torch.long), **cache.prepare(4))
+        assert cache.get_seq_length() == 4
+        llama(torch.ones(1, 1, dtype=torch.long), **cache.prepare(1, rows=torch.tensor([1])))
+    with pytest.raises(ValueError, match="expected rows of one length"):
+        cache.get_seq_length()
+
+
+def test_crop_drops_as_many_of_each_row(llama):
+    book = Book(llama, ragged_cache(llama))
+    book.append([7, 3, 9])
+    book.cache.crop(-2)
+    assert book.cache.lengths.tolist() == [5, 1, 7]
+    with pytest.raises(ValueError, match="max_length: expected an int that bounds new_lengths, got 4"):
+        mk.truncate_kv_cache_(book.cache, torch.tensor([2, 1, 5]), max_length=4)
+    with pytest.raises(ValueError, match="tokens_to_remove: expected a number <= 0, got 1"):
+        book.cache.crop(1)
+
+
+def test_an_empty_cache_is_truncated_to_nothing(llama):
+    cache = ragged_cache(llama)
+    mk.truncate_kv_cache_(cache, 0, tail="zero")
+    assert cache.lengths.tolist() == [0] * BATCH
 
 
 @pytest.mark.parametrize(
@@ -403,9 +430,12 @@ def test_wrong_arguments(llama):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(2))
     with pytest.raises(ValueError, match="batch_size: expected a positive int"):
         mk.RaggedKVCache(llama.config, 0, 4)
-    for refused in (lambda: cache.reorder_cache(None), lambda: cache.batch_repeat_interleave(2)):
+    for refused in (cache.reorder_cache, cache.batch_repeat_interleave, cache.batch_select_indices):
         with pytest.raises(ValueError, match="RaggedKVCache"):
-            refused()
+            refused(None)
+    for max_length in (-1, 2.0):
+        with pytest.raises(ValueError, match=f"max_length: expected an int that bounds new_lengths, got {max_length}"):
+            mk.truncate_kv_cache_(cache, 0, max_length=max_length)
     with (
         pytest.raises(ValueError, match=r"ragged_step: expected what RaggedKVCache\.prepare gives .* got none"),
         on_ragged_attention(llama),
