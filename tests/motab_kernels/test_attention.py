@@ -76,6 +76,9 @@ def test_a_row_in_pages(backend, dtype, page_size, T):
     table[1, : 138 // page_size] = 1 << 40
     out = mk.ragged_attention(*paged, page_table=table, window=63, backend=backend)
     assert_matches_definition(out, *paged, page_table=table, window=63)
+    table[1, : 192 // page_size] = 1 << 40  # a window that begins where a page does
+    out = mk.ragged_attention(*paged, page_table=table, window=9, backend=backend)
+    assert_matches_definition(out, *paged, page_table=table, window=9)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -144,6 +147,44 @@ def test_tensors_that_are_negated_when_they_are_read(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("window", [None, 64])
+@pytest.mark.parametrize("T", [1, 3, 9])
+def test_around_the_end_of_a_tile(backend, T, window):
+    """Where a row or its window ends or begins one slot before a tile does, with it, or one after."""
+    *tensors, lengths, rows = random_case([*range(60, 67), 126], T=T, seed=T)
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, window=window, backend=backend)
+    assert_matches_definition(out, *tensors, lengths, rows, window=window)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_sinks_of_another_dtype_and_stride(backend, dtype):
+    *tensors, lengths, rows = random_case([7, 33])
+    sinks = torch.tensor([-1.0, 0.5, 3.0, 40.0])
+    spread = torch.stack((sinks, torch.full((4,), math.nan)), 1).to(dtype)[:, 0]
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, sinks=sinks, backend=backend)
+    assert torch.equal(mk.ragged_attention(*tensors, lengths, rows=rows, sinks=spread, backend=backend), out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_prompt_that_fills_every_slot(backend):
+    *tensors, lengths, rows = random_case([0, 0], T=5, spare=0)
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, visible_length=5, backend=backend)
+    assert_matches_definition(out, *tensors, lengths, rows)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_gradient_and_no_autocast(backend):
+    *tensors, lengths, rows = random_case([5, 9])
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, backend=backend)
+    asking = [x.clone().requires_grad_() for x in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = mk.ragged_attention(*asking, lengths, rows=rows, backend=backend)
+    assert not found.requires_grad
+    assert torch.equal(found, out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_to_do(backend):
     query, keys, values, lengths, rows = random_case([5, 9])
     out = mk.ragged_attention(query[:0], keys, values, lengths[:0], rows=rows[:0], backend=backend)
@@ -175,6 +216,7 @@ def test_is_an_op_to_torch():
         ({"query": torch.zeros(2, 3, 1, 16)}, "a multiple of the keys' 2, got 3"),
         ({"query": torch.zeros(2, 4, 30, 16)}, "at most the 19 tokens that the keys have slots for, got 30"),
         ({"keys": torch.zeros(3, 2, 19, 16).bfloat16()}, "keys: expected torch.float32 on cpu, got torch.bfloat16"),
+        ({"keys": torch.zeros(3, 2, 19, 16, device="meta")}, "keys: expected .* on cpu, got torch.float32 on meta"),
         ({"keys": torch.zeros(3, 2, 19, 8)}, r"keys: expected shape \(B, H, S, 16\).* got \(3, 2, 19, 8\)"),
         ({"values": torch.zeros(3, 2, 18, 16)}, r"values: expected shape .* got \(3, 2, 18, 16\)"),
         ({"values": torch.zeros(3, 2, 16, 19).mT}, "values: expected .* the last contiguous"),
@@ -183,18 +225,22 @@ def test_is_an_op_to_torch():
         ({"lengths": torch.tensor([1, 19])}, r"lengths: expected values in \[0, 18\], got \[1, 19\]"),
         ({"lengths": torch.tensor([-1, 1])}, r"lengths: expected values in \[0, 18\], got \[-1, 1\]"),
         ({"rows": torch.tensor([0, 3])}, r"rows: expected values in \[0, 2\], got \[0, 3\]"),
+        ({"rows": torch.tensor([0, -1])}, r"rows: expected values in \[0, 2\], got \[0, -1\]"),
         ({"rows": None}, "expected 3 rows as the keys, got 2; give rows"),
         ({"page_table": torch.tensor([[0], [1]])}, "rows: expected None with page_table, got both"),
         (
             {"rows": None, "page_table": torch.tensor([0, 1])},
             r"page_table: expected \(2, pages of a row\) int64 on cpu, got",
         ),
+        ({"rows": None, "page_table": torch.zeros(3, 1).long()}, r"page_table: expected \(2, pages .* got \(3, 1\)"),
         ({"rows": None, "page_table": torch.zeros(2, 0).long()}, r"page_table: expected .* got \(2, 0\)"),
         ({"rows": None, "page_table": torch.zeros(2, 1)}, "page_table: expected .* got .* torch.float32"),
         (
             {"rows": None, "page_table": torch.zeros(2, 2).long()},
             "keys: expected pages of a multiple of 64 slots, got 19",
         ),
+        ({"sinks": torch.zeros(4).long()}, "sinks: expected .* floating point .* got .* torch.int64"),
+        ({"sinks": torch.zeros(4, device="meta")}, "sinks: expected .* on cpu, got .* on meta"),
         ({"sinks": torch.zeros(2)}, r"sinks: expected \(4,\) floating point on cpu, got \(2,\)"),
         ({"query": torch.zeros(2, 4, 1, 0)}, r"query: expected heads of at least one number, got shape \(2, 4, 1, 0\)"),
         ({"scale": math.inf}, r"scale: expected None or a number from -1e\+30 to 1e\+30, got inf"),
@@ -205,6 +251,7 @@ def test_is_an_op_to_torch():
         ({"softcap": 0.0}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 0.0"),
         ({"softcap": 1e300}, r"softcap: expected None or a number from 1e-30 to 1e\+30, got 1e\+300"),
         ({"visible_length": 10.5}, "visible_length: expected an integer >= 0, got 10.5"),
+        ({"visible_length": 0}, "visible_length: expected T = 1 to S = 19, got 0"),
         ({"visible_length": 20}, "visible_length: expected T = 1 to S = 19, got 20"),
         ({"visible_length": 9}, r"lengths: expected values in \[0, 8\], got \[5, 9\]"),
         ({"backend": "cuda"}, "backend: expected one of"),

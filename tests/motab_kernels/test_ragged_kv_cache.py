@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY
 from motab_kernels.model_attention import RAGGED_ATTENTION, on_ragged_attention, takes_ragged_attention
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
+from motab_kernels.ragged_layer import check_positions, layer_types
 
 VOCAB = 61
 SIZES = dict(
@@ -220,6 +222,11 @@ def test_wrong_pages(llama):
     with pytest.raises(ValueError, match=r"room for the 66 tokens of row 0, got room for 64: .* call reserve_"):
         cache.prepare(1)
     cache.prepare(1, rows=torch.tensor([1]))
+    cache.reset()
+    cache.reserve_([4, 4, 0])
+    with torch.no_grad():
+        llama(torch.ones(BATCH, 3, dtype=torch.long), **cache.prepare(3))
+    cache.prepare(1)  # a row without pages is padding
     for wrong in ({"num_pages": 0}, {"num_pages": 2.0}):
         with pytest.raises(ValueError, match="num_pages: expected None or a positive int, got"):
             ragged_cache(llama, **wrong)
@@ -377,8 +384,32 @@ def test_crop_drops_as_many_of_each_row(llama):
     assert book.cache.lengths.tolist() == [5, 1, 7]
     with pytest.raises(ValueError, match="max_length: expected an int that bounds new_lengths, got 4"):
         mk.truncate_kv_cache_(book.cache, torch.tensor([2, 1, 5]), max_length=4)
+    book.truncate([2, 1, 5], max_length=8)  # which is not needed where the host knows the lengths
     with pytest.raises(ValueError, match="tokens_to_remove: expected a number <= 0, got 1"):
         book.cache.crop(1)
+
+
+@attentions
+@torch.no_grad()
+def test_autocast_s_keys_are_cast_to_those_of_the_cache(llama, attention):
+    llama.float()
+    cache = mk.RaggedKVCache(llama.config, BATCH, 16, dtype=torch.float32)
+    ids = torch.randint(3, VOCAB, (BATCH, 3))
+    with attention(llama), torch.autocast("cpu", torch.bfloat16):
+        found = llama(ids, **cache.prepare(3)).logits
+    assert cache.layers[0].keys.dtype == torch.float32
+    torch.testing.assert_close(found.float(), llama(ids, use_cache=False).logits, rtol=0, atol=0.05)
+
+
+@torch.no_grad()
+def test_a_truncation_ends_a_pass_that_never_came(llama):
+    cache = ragged_cache(llama)
+    ids = torch.randint(3, VOCAB, (BATCH, 4))
+    llama(ids, **cache.prepare(4))
+    cache.prepare(5)
+    mk.truncate_kv_cache_(cache, 2)
+    found = llama(ids[:, 2:], **{CACHE_ARGUMENT: cache}).logits
+    torch.testing.assert_close(found, llama(ids, use_cache=False).logits[:, 2:], rtol=0, atol=1e-10)
 
 
 def test_an_empty_cache_is_truncated_to_nothing(llama):
@@ -417,7 +448,7 @@ def test_wrong_arguments(llama):
         mk.truncate_kv_cache_(cache, 0, torch.ones(BATCH, 1))
     with pytest.raises(ValueError, match="num_tokens: expected a positive int, got 0"):
         cache.prepare(0)
-    for rows in (torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([-1])):
+    for rows in (torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"rows: expected distinct ones within \[0, 3\)"):
             cache.prepare(1, rows=rows)
     with pytest.raises(ValueError, match="rows: expected None or"):
@@ -490,6 +521,17 @@ def test_longrope_keeps_its_short_factors():
     mk.RaggedKVCache(config, BATCH, 32)
     with pytest.raises(ValueError, match=r"max_length: expected at most 32 for 'phi3', got 33: its rotary.*"):
         mk.RaggedKVCache(config, BATCH, 33)
+    each = {"full_attention": {"rope_type": "default"}, "sliding_attention": config.rope_parameters}
+    with pytest.raises(ValueError, match="max_length: expected at most 32 for 'some', got 33"):
+        check_positions(types.SimpleNamespace(model_type="some", rope_parameters=each), 33)
+
+
+def test_layers_that_reuse_keys_are_refused():
+    config = types.SimpleNamespace(num_hidden_layers=2, layer_types=["full_attention"] * 2)
+    assert layer_types(config) == ["full_attention"] * 2
+    config.kv_sharing_modes = ["own", "reuse"]
+    with pytest.raises(ValueError, match="expected layers with their own keys and values, got layer 1 sharing them"):
+        layer_types(config)
 
 
 def test_importing_the_package_imports_no_transformers():
