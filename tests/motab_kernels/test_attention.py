@@ -167,6 +167,14 @@ def test_sinks_of_another_dtype_and_stride(backend, dtype):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_and_rows_with_gaps(backend):
+    *tensors, lengths, rows = random_case([7, 33])
+    out = mk.ragged_attention(*tensors, lengths, rows=rows, backend=backend)
+    apart = [torch.stack((x, 0 * x), 1)[:, 0] for x in (lengths, rows)]
+    assert torch.equal(mk.ragged_attention(*tensors, apart[0], rows=apart[1], backend=backend), out)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_prompt_that_fills_every_slot(backend):
     *tensors, lengths, rows = random_case([0, 0], T=5, spare=0)
     out = mk.ragged_attention(*tensors, lengths, rows=rows, visible_length=5, backend=backend)
