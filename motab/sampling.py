@@ -15,6 +15,7 @@ from torch import Tensor
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers of its finaliser.
 _INCREMENT, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
+TIES = 64  # beyond `top_k`
 LEAST_TEMPERATURE = 1e-30  # except 0; below this, logits of a few hundred overflow float32
 
 
@@ -26,7 +27,8 @@ class Sampling:
 
     Args:
         temperature: 0 is greedy, and the filters have no effect; else at least `LEAST_TEMPERATURE`.
-        top_k: draw from the k likeliest tokens, and those as likely as the last of them; None or 0: from all.
+        top_k: draw from the k likeliest tokens, and up to `TIES` more as likely as the last of them; None or 0: from
+            all.
         top_p: in (0, 1]: draw from the fewest likeliest tokens whose probabilities sum to at least this.
         min_p: in [0, 1]: draw from tokens with at least this share of the likeliest one's probability; None is 0.
 
@@ -100,21 +102,27 @@ def choose(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor,
     if sampling.temperature == 0:
         tokens = logits.argmax(-1, keepdim=True)
         return tokens.squeeze(-1), logits.gather(-1, tokens).squeeze(-1).isfinite()
-    scaled = logits.float() / sampling.temperature
+    scaled, candidates = logits.float() / sampling.temperature, None
     if sampling.top_k:
-        least = scaled.topk(min(sampling.top_k, scaled.shape[-1])).values[:, -1:]
-        scaled = scaled.masked_fill(scaled < least, -math.inf)
-    probabilities = torch.softmax(scaled, -1).double()
-    order = None
+        # A few candidates instead of the vocabulary, in its order: a sort of all takes longer than a small model.
+        V = scaled.shape[-1]
+        likeliest, found = scaled.topk(min(sampling.top_k + TIES, V))
+        least = likeliest[:, min(sampling.top_k, V) - 1, None]
+        candidates, places = found.sort(-1)
+        scaled = likeliest.masked_fill(likeliest < least, -math.inf).gather(-1, places)
+    probabilities = torch.softmax(scaled, -1)
     if sampling.top_p < 1:
-        probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = probabilities.cumsum(-1) - probabilities
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        needless = torch.empty_like(places, dtype=torch.bool).scatter_(-1, places, before >= sampling.top_p)
+        probabilities = probabilities.masked_fill(needless, 0.0)
     if sampling.min_p:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
-    cumulative = probabilities.cumsum(-1)
+    # In the vocabulary's order: two models that nearly agree then draw the same token more often than in their own.
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]  # NaN if any logit is, or their maximum is not finite
     # `right=True` finds the first entry above the target, so a token without probability is never drawn.
-    index = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
-    return (index if order is None else order.gather(-1, index)).squeeze(-1), total.squeeze(-1).isfinite()
+    index = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp(max=cumulative.shape[-1] - 1)
+    tokens = index if candidates is None else candidates.gather(-1, index)
+    return tokens.squeeze(-1), total.squeeze(-1).isfinite()

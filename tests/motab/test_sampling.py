@@ -62,6 +62,22 @@ def test_as_transformers(temperature, top_k, top_p, min_p):
         assert share[expected == 0].sum() == 0
 
 
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, None), (0.9, None), (0.95, 0.1)])
+def test_the_likeliest_of_many(top_p, min_p):
+    """The draw is that over the whole vocabulary with the others masked, ties with the k-th included."""
+    logits = (3 * torch.randn(200, 500)).round(decimals=1)
+    numbers = torch.rand(200).double()
+    least = logits.topk(20).values[:, -1:]
+    assert ((logits >= least).sum(-1) > 20).any()
+    masked = logits.masked_fill(logits < least, float("-inf"))
+    expected, _ = choose(masked, numbers, Sampling(0.8, None, top_p, min_p))
+    assert torch.equal(choose(logits, numbers, Sampling(0.8, 20, top_p, min_p))[0], expected)
+
+
+def test_no_more_than_64_ties():
+    assert len(set(draws(torch.zeros(1, 500), 3000, 1.0, 20).tolist())) == 84
+
+
 def test_top_p_takes_no_more_than_it_needs():
     """Of four that are as likely two make up a half, and always the same two."""
     assert set(draws(torch.zeros(1, 4), 200, 1.0, None, 0.5).tolist()) == {0, 1}
