@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 
 from motab.policies import Rules
 from motab.sampling import stream_key
+from motab.stitching import LAST_WORDS, opens_once, phrase_behind, readable, thinking_tags
 from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
 Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
 PADDING, BROKEN = -1, -2  # instead of a token: none was needed; its logits could not be drawn from
-_LAST_WORDS = 16  # tokens that show how many blank lines a text ends with; all would take long at every takeover
 
 
 @dataclass
@@ -183,7 +183,9 @@ class Row:
         self._close_turn("student")
         self.target += [("flawed", record) for record, it_stays in zip(rolled_back, stays, strict=True) if it_stays]
         if stitch is not None:
-            self.target += [("stitch", record) for record in self._phrase(tokenizer, stitch)]
+            last = [token for _, (token, _) in self.target[-LAST_WORDS:]]
+            phrase = phrase_behind(tokenizer, last, stitch)
+            self.target += [("stitch", (token, [None] * len(STATISTICS))) for token in phrase]
         self.ended = False
 
     def _rollback_place(self, rollback_position: int) -> int:
@@ -204,7 +206,7 @@ class Row:
     def _left_out_of_flawed(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
         """Tokens to drop from flawed text: an end token inside the target would teach to stop there, and a </think> to
         continue thinking after it."""
-        return {*self.end_ids, *_thinking_tags(tokenizer).values()}
+        return {*self.end_ids, *thinking_tags(tokenizer).values()}
 
     def _renumber_turn(self, stays: Sequence[bool]) -> None:
         """Let the steps of this turn count places in the target, given which of its records go there."""
@@ -238,7 +240,7 @@ class Row:
             prompt_ids=self.prompt_ids,
             token_ids=token_ids,
             author=[author for author, _ in self.target],
-            text=_readable(tokenizer, token_ids),
+            text=readable(tokenizer, token_ids),
             steps=self.steps,
             breach_step=self.breach_step,
             rollback_step=self.rollback_step,
@@ -250,53 +252,15 @@ class Row:
 
     def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """If the flawed text opened the thinking, drop later `<think>` until it is closed."""
-        closing = _thinking_tags(tokenizer)
-        opened: set[int] = set()  # by flawed tokens, which close none
-        stays = []
-        for author, (token, _) in self.target:
-            stays.append(token not in opened)
-            if author == "flawed" and token in closing:
-                opened.add(token)
-            opened -= {opening for opening in opened if closing[opening] == token}
+        stays = opens_once(tokenizer, [(token, author == "flawed") for author, (token, _) in self.target])
         _renumber(self.steps, stays)
         self.target = [entry for entry, it_stays in zip(self.target, stays, strict=True) if it_stays]
-
-    def _phrase(self, tokenizer: PreTrainedTokenizerBase, stitch: str) -> list[Record]:
-        """The stitch, set apart from the target by one blank line."""
-        before = tokenizer.decode([token for _, (token, _) in self.target[-_LAST_WORDS:]])
-        breaks = len(before) - len(before.rstrip("\n"))
-        blank = "\n" * max(2 - breaks, 0) if before else ""
-        ids = _encode_behind("" if not before else "a" if blank else "\n", f"{blank}{stitch}\n\n", tokenizer)
-        return [(token, [None] * len(STATISTICS)) for token in ids]
 
 
 def _columns(records: Sequence[Record]) -> dict[str, list[float | None]]:
     """The statistics by name; empty if there is none."""
     columns = {name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)}
     return columns if any(value is not None for column in columns.values() for value in column) else {}
-
-
-def _encode_behind(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text that follows another; some tokenizers begin what stands alone with a space."""
-    first, whole = (tokenizer.encode(part, add_special_tokens=False) for part in (before, before + text))
-    if before and whole[: len(first)] == first:
-        return whole[len(first) :]
-    return tokenizer.encode(text, add_special_tokens=False)
-
-
-def _readable(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
-    """The text without special tokens, except for thinking tags: by these an answer is told from the thinking."""
-    added = tokenizer.added_tokens_decoder
-    closing = _thinking_tags(tokenizer)
-    hidden = {token for token in added if added[token].special} - {*closing, *closing.values()}
-    return str(tokenizer.decode([token for token in token_ids if token not in hidden]))
-
-
-def _thinking_tags(tokenizer: PreTrainedTokenizerBase) -> dict[int, int]:
-    """The tokens that open the thinking, such as <think> and <thinking>, each with the one that closes it."""
-    added = tokenizer.get_added_vocab()
-    opening = [text for text in added if text.startswith("<") and "think" in text and "</" + text[1:] in added]
-    return {added[text]: added["</" + text[1:]] for text in opening}
 
 
 def _renumber(steps: Sequence[Step], stays: Sequence[bool], old_start: int = 0, new_start: int = 0) -> None:
