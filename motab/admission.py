@@ -90,7 +90,7 @@ class Admission:
         """While the caches cannot hold what the coming round may write, park the row with the fewest tokens; it is read
         again when there is room."""
         while not self._has_room():
-            slot, row = min(self.busy(), key=lambda pair: (len(pair[1].records), -pair[1].index))
+            slot, row = min(self.busy(), key=lambda pair: (len(pair[1].seen), -pair[1].index))
             self.parked[row.index] = row, [x[slot].clone() for x in self.judged]
             heapq.heappush(self.waiting, row.index)
             self.rows[slot] = None

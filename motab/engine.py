@@ -157,13 +157,13 @@ class Engine:
         pairs = [
             (slot, row)
             for slot, row in self.admission.busy()
-            if not row.finished and (row.author == STUDENT or (plan.speculates and row.wanted > 1)) == drafted
+            if not row.finished and (row.author == STUDENT or (plan.speculates and row.turn_remaining > 1)) == drafted
         ]
         return [slot for slot, _ in pairs], [row for _, row in pairs]
 
     def _draft(self, writer: Writer, slots: list[int], rows: list[Row], length: int) -> Draft:
-        count = min(length, max(row.wanted for row in rows))
-        numbers = [(row.pending, row.key, len(row.records), row.remaining) for row in rows]
+        count = min(length, max(row.turn_remaining for row in rows))
+        numbers = [(row.pending, row.key, len(row.seen), row.remaining) for row in rows]
         pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
         draws = uniform(keys[:, None], positions[:, None] + torch.arange(count, device=self.device))
         drawn: list[Tensor] = []

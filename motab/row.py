@@ -5,9 +5,10 @@ A row's text is a sequence of *turns*: the student's are 0, 2, 4 ..., the teache
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, takewhile
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,9 +17,16 @@ from motab.sampling import stream_key
 from motab.stitching import LAST_WORDS, opens_once, phrase_behind, readable, thinking_tags
 from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
-Record = tuple[int, list[float | None]]  # a token and its statistics, in the order of STATISTICS
 STUDENT, TEACHER = 0, 1
 PADDING, BROKEN = -1, -2  # instead of a token: none was needed; its logits could not be drawn from
+
+
+class Entry(NamedTuple):
+    """A token of the target."""
+
+    author: Author
+    token: int
+    statistics: list[float | None]  # in the order of STATISTICS
 
 
 @dataclass
@@ -28,12 +36,11 @@ class Row:
     Attributes:
         rules: rules of the policy; None if the teacher writes alone.
         turn: number of the turn in progress.
-        records: what the models see after the prompt; a rollback shortens it.
-        turn_start, step_start: where in `records` the turn and the step in progress began.
-        steps: of the target; those of the turn in progress, from `first_step_of_turn` on, still count places in
-            `records`.
+        seen: what the models see after the prompt; a rollback shortens it.
+        target: the training target so far; a rollback drops its end, or makes it flawed and adds the phrase.
+        turn_start, step_start: where in `target` the turn and the step in progress began.
+        steps: of the target.
         teacher_steps_written: in this turn.
-        target: the training target of the turns before this one.
     """
 
     index: int
@@ -43,13 +50,12 @@ class Row:
     max_new_tokens: int
     end_ids: Collection[int]
     turn: int = STUDENT
-    records: list[Record] = field(default_factory=list)
+    seen: list[int] = field(default_factory=list)
+    target: list[Entry] = field(default_factory=list)
     turn_start: int = 0
     step_start: int = 0
     steps: list[Step] = field(default_factory=list)
-    first_step_of_turn: int = 0
     teacher_steps_written: int = 0
-    target: list[tuple[Author, Record]] = field(default_factory=list)
     breach_step: int | None = None
     rollback_step: int | None = None
     ended: bool = False
@@ -67,7 +73,7 @@ class Row:
     @property
     def length(self) -> int:
         """Tokens of prompt and text."""
-        return len(self.prompt_ids) + len(self.records)
+        return len(self.prompt_ids) + len(self.seen)
 
     @property
     def text(self) -> list[int]:
@@ -76,18 +82,17 @@ class Row:
 
     def text_from(self, place: int) -> list[int]:
         """The tokens that the models see from this place of prompt and text on."""
-        begin = max(place - len(self.prompt_ids), 0)
-        return self.prompt_ids[place:] + [token for token, _ in self.records[begin:]]
+        return self.prompt_ids[place:] + self.seen[max(place - len(self.prompt_ids), 0) :]
 
     @property
     def remaining(self) -> int:
         """Tokens of budget left."""
-        return self.max_new_tokens - len(self.records)
+        return self.max_new_tokens - len(self.seen)
 
     @property
     def pending(self) -> int:
         """The last token, which no cache holds yet."""
-        return self.records[-1][0] if self.records else self.prompt_ids[-1]
+        return self.seen[-1] if self.seen else self.prompt_ids[-1]
 
     @property
     def finished(self) -> bool:
@@ -108,10 +113,10 @@ class Row:
         return self.rules.teacher_steps, self.rules.teacher_tokens
 
     @property
-    def wanted(self) -> int:
-        """The most tokens that this turn may still hold."""
+    def turn_remaining(self) -> int:
+        """Tokens that this turn may still hold."""
         limit = self.turn_limits[1] if self.author == TEACHER else None
-        return self.remaining if limit is None else min(self.remaining, self.turn_start + limit - len(self.records))
+        return self.remaining if limit is None else min(self.remaining, self.turn_start + limit - len(self.target))
 
     def write(self, token: int, statistics: list[float | None]) -> None:
         """Enter one token.
@@ -123,10 +128,11 @@ class Row:
             who = "teacher" if self.author == TEACHER else "student"
             raise ValueError(
                 f"expected logits to draw from, got NaN, infinity or only -inf from the {who} at token "
-                f"{len(self.records)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
+                f"{len(self.seen)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
                 "dtype (bfloat16 or float32 instead of float16)"
             )
-        self.records.append((token, statistics))
+        self.seen.append(token)
+        self.target.append(Entry("teacher" if self.author == TEACHER else "student", token, statistics))
         self.ended = token in self.end_ids
 
     def judge(self, block: list[list[float]]) -> bool:
@@ -143,9 +149,8 @@ class Row:
             if ends_step:
                 # If every token is a step, accepted ones add nothing to their statistics.
                 if strays or self.rules.delimiter is not None:
-                    step = Step(self.step_start, len(self.records), score, threshold, accepted=not strays)
-                    self.steps.append(step)
-                self.step_start = len(self.records)
+                    self.steps.append(Step(self.step_start, len(self.target), score, threshold, accepted=not strays))
+                self.step_start = len(self.target)
             if strays and self.watched:
                 return True
         return False
@@ -169,105 +174,88 @@ class Row:
         """Roll back after the student strayed, and let the teacher write. `rollback_position` counts from the turn's
         start."""
         assert self.rules is not None
-        stitch = self.rules.stitch
-        keep = self._rollback_place(rollback_position)
-        rolled_back = self.records[keep:]
-        left_out = self._left_out_of_flawed(tokenizer)
-        stays = [stitch is not None and token not in left_out for token, _ in rolled_back]
-        if stitch is None:
-            for step in self.steps[self.first_step_of_turn :]:
-                if step.start >= keep:
-                    step.discarded_ids = [token for token, _ in self.records[step.start : step.end]]
-        self._renumber_turn([True] * (keep - self.turn_start) + stays)
-        del self.records[keep:]
-        self._close_turn("student")
-        self.target += [("flawed", record) for record, it_stays in zip(rolled_back, stays, strict=True) if it_stays]
-        if stitch is not None:
-            last = [token for _, (token, _) in self.target[-LAST_WORDS:]]
-            phrase = phrase_behind(tokenizer, last, stitch)
-            self.target += [("stitch", (token, [None] * len(STATISTICS))) for token in phrase]
+        begin = self._rollback_place(rollback_position)
+        rolled_back = self.target[begin:]
+        del self.seen[len(self.seen) - len(rolled_back) :]
+        if self.rules.stitch is None:
+            for step in self._steps_behind(begin):
+                if step.start >= begin:
+                    step.discarded_ids = [entry.token for entry in self.target[step.start : step.end]]
+            self._keep(begin, [False] * len(rolled_back))
+        else:
+            # An end token inside the target would teach to stop there, and a </think> to continue thinking after it.
+            left_out = {*self.end_ids, *thinking_tags(tokenizer).values()}
+            self._keep(begin, [entry.token not in left_out for entry in rolled_back])
+            self.target[begin:] = [entry._replace(author="flawed") for entry in self.target[begin:]]
+            last = [entry.token for entry in self.target[-LAST_WORDS:]]
+            phrase = phrase_behind(tokenizer, last, self.rules.stitch)
+            self.target += [Entry("stitch", token, [None] * len(STATISTICS)) for token in phrase]
+        self._begin_turn()
         self.ended = False
 
     def _rollback_place(self, rollback_position: int) -> int:
-        """How many of `records` the teacher sees; enters breach and rollback step at the first breach."""
+        """From where on the target is rolled back; enters breach and rollback step at the first breach."""
         assert self.rules is not None
         if self.rules.reflection:
-            return len(self.records) - 1  # before the token at which the teacher would reflect
+            return len(self.target) - 1  # before the token at which the teacher would reflect
         breaching = self.steps[-1]
         end = breaching.end - self.ended  # nothing follows an end token
         places = {"td": self.turn_start + rollback_position, "breach": breaching.start, "none": end}
-        keep = places[self.rules.backtrack]
+        begin = places[self.rules.backtrack]
         if self.breach_step is None:
             self.breach_step = len(self.steps) - 1
             starts = [step.start for step in self.steps]
-            self.rollback_step = starts.index(keep) if keep in starts else len(starts)
-        return keep
+            self.rollback_step = starts.index(begin) if begin in starts else len(starts)
+        return begin
 
-    def _left_out_of_flawed(self, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-        """Tokens to drop from flawed text: an end token inside the target would teach to stop there, and a </think> to
-        continue thinking after it."""
-        return {*self.end_ids, *thinking_tags(tokenizer).values()}
+    def _steps_behind(self, place: int) -> Iterator[Step]:
+        """The steps that end behind this place of the target, the last one first."""
+        return takewhile(lambda step: step.end > place, reversed(self.steps))
 
-    def _renumber_turn(self, stays: Sequence[bool]) -> None:
-        """Let the steps of this turn count places in the target, given which of its records go there."""
-        _renumber(self.steps[self.first_step_of_turn :], stays, self.turn_start, len(self.target))
+    def _keep(self, begin: int, stays: Sequence[bool]) -> None:
+        """Drop entries of the target from place `begin` on, given which stay, and let steps count their places
+        anew."""
+        places = [*accumulate(stays, initial=begin)]
+        for step in self._steps_behind(begin):
+            step.start, step.end = (n if n < begin else places[n - begin] for n in (step.start, step.end))
+        self.target[begin:] = [entry for entry, it_stays in zip(self.target[begin:], stays, strict=True) if it_stays]
 
     def continue_turn(self, completes_step: bool) -> bool:
         """Whether the teacher continues after the token just written; if not, the student's turn begins."""
         self.teacher_steps_written += completes_step
         steps, tokens = self.turn_limits
-        is_over = self.teacher_steps_written == steps or len(self.records) - self.turn_start == tokens
+        is_over = self.teacher_steps_written == steps or len(self.target) - self.turn_start == tokens
         if is_over and not self.finished:
-            self._close_turn("teacher")
+            self._begin_turn()
         return not is_over
 
-    def _close_turn(self, author: Author) -> None:
-        self.target += [(author, record) for record in self.records[self.turn_start :]]
+    def _begin_turn(self) -> None:
         self.turn += 1
-        self.turn_start = self.step_start = len(self.records)
-        self.first_step_of_turn, self.teacher_steps_written = len(self.steps), 0
+        self.turn_start = self.step_start = len(self.target)
+        self.teacher_steps_written = 0
 
     def trajectory(self, tokenizer: PreTrainedTokenizerBase) -> Trajectory:
         """The finished trajectory."""
-        self._renumber_turn([True] * (len(self.records) - self.turn_start))
-        self._close_turn("student" if self.author == STUDENT else "teacher")
-        if any(author == "flawed" for author, _ in self.target):
-            self._open_once(tokenizer)
-        records = [record for _, record in self.target]
-        token_ids = [token for token, _ in records]
+        # If the flawed text opened the thinking, it is not opened again until it is closed.
+        self._keep(0, opens_once(tokenizer, [(entry.token, entry.author == "flawed") for entry in self.target]))
+        token_ids = [entry.token for entry in self.target]
         return Trajectory(
             index=self.index,
             prompt_ids=self.prompt_ids,
             token_ids=token_ids,
-            author=[author for author, _ in self.target],
+            author=[entry.author for entry in self.target],
             text=readable(tokenizer, token_ids),
             steps=self.steps,
             breach_step=self.breach_step,
             rollback_step=self.rollback_step,
             finish_reason="eos" if self.ended else "length",
-            statistics=_columns(records),
+            statistics=_columns(self.target),
             score=None if self.rules is None else self.rules.boundary.rule.score,
             by_token=self.rules is not None and self.rules.delimiter is None,
         )
 
-    def _open_once(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """If the flawed text opened the thinking, drop later `<think>` until it is closed."""
-        stays = opens_once(tokenizer, [(token, author == "flawed") for author, (token, _) in self.target])
-        _renumber(self.steps, stays)
-        self.target = [entry for entry, it_stays in zip(self.target, stays, strict=True) if it_stays]
 
-
-def _columns(records: Sequence[Record]) -> dict[str, list[float | None]]:
+def _columns(target: Sequence[Entry]) -> dict[str, list[float | None]]:
     """The statistics by name; empty if there is none."""
-    columns = {name: [record[1][i] for record in records] for i, name in enumerate(STATISTICS)}
+    columns = {name: [entry.statistics[i] for entry in target] for i, name in enumerate(STATISTICS)}
     return columns if any(value is not None for column in columns.values() for value in column) else {}
-
-
-def _renumber(steps: Sequence[Step], stays: Sequence[bool], old_start: int = 0, new_start: int = 0) -> None:
-    """Let steps count their places after entries were dropped.
-
-    `stays` says which of the entries from place ``old_start`` on stay; the first of these gets place ``new_start``.
-    """
-    new_index = [*accumulate(stays, initial=new_start)]
-    for step in steps:
-        step.start, step.end = new_index[step.start - old_start], new_index[step.end - old_start]

@@ -44,7 +44,7 @@ def waited(monkeypatch):
     def noting(admission):
         before = set(admission.parked)
         make_room(admission)
-        found.extend(len(admission.parked[index][0].records) for index in set(admission.parked) - before)
+        found.extend(len(admission.parked[index][0].seen) for index in set(admission.parked) - before)
 
     monkeypatch.setattr(Admission, "_make_room", noting)
     return found
