@@ -37,6 +37,7 @@ TEACHER_COLUMNS = [0, 1, *(5 + STATISTICS.index(name) for name in ("teacher_logp
 class Draft(NamedTuple):
     """A block of T tokens that one model proposes for each of b rows."""
 
+    cache_rows: Tensor  # (b,) where the rows lie in the caches and in the state of their judgement
     pending: Tensor  # (b,) the token before the block
     remaining: Tensor  # (b,) tokens of budget left
     draws: Tensor  # (b, T) random numbers
@@ -139,32 +140,31 @@ class Engine:
             while done and (expected[0] in done or not in_order):
                 yield done.pop(expected.popleft() if in_order else min(done))
 
-    def _begin_turns(self, slots: list[int]) -> None:
+    def _begin_turns(self, rows: list[Row]) -> None:
         """Reset the judgement of rows whose next turn begins."""
-        if self.rules is not None and slots:
-            index = on_device(slots, self.device)
+        if self.rules is not None and rows:
+            index = on_device(_cache_rows(rows), self.device)
             self.state.reset_(index)
             self.automaton_state.index_fill_(0, index, 0)  # which, unlike an assignment, does not make the host wait
 
     def _plan(self) -> Plan:
         """How the rows in progress are best written."""
-        turns = Counter(row.author for _, row in self.admission.busy() if not row.finished)
+        turns = Counter(row.author for row in self.admission.busy() if not row.finished)
         return self.speculation.plan(turns[STUDENT], turns[TEACHER])
 
-    def _rows(self, plan: Plan, *, drafted: bool) -> tuple[list[int], list[Row]]:
-        """Slots and rows that the student drafts, or those that the teacher writes alone, as it does where only one
-        token is left of its turn."""
-        pairs = [
-            (slot, row)
-            for slot, row in self.admission.busy()
+    def _rows(self, plan: Plan, *, drafted: bool) -> list[Row]:
+        """The rows that the student drafts, or those that the teacher writes alone, as it does where only one token is
+        left of its turn."""
+        return [
+            row
+            for row in self.admission.busy()
             if not row.finished and (row.author == STUDENT or (plan.speculates and row.turn_remaining > 1)) == drafted
         ]
-        return [slot for slot, _ in pairs], [row for _, row in pairs]
 
-    def _draft(self, writer: Writer, slots: list[int], rows: list[Row], length: int) -> Draft:
+    def _draft(self, writer: Writer, rows: list[Row], length: int) -> Draft:
         count = min(length, max(row.turn_remaining for row in rows))
-        numbers = [(row.pending, row.key, len(row.seen), row.remaining) for row in rows]
-        pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
+        numbers = [(row.cache_row, row.pending, row.key, len(row.seen), row.remaining) for row in rows]
+        cache_rows, pending, keys, positions, remaining = on_device(numbers, self.device).unbind(1)
         draws = uniform(keys[:, None], positions[:, None] + torch.arange(count, device=self.device))
         drawn: list[Tensor] = []
 
@@ -173,8 +173,8 @@ class Engine:
             drawn.append(can_be_drawn)
             return chosen
 
-        tokens, logits = writer.draft(slots, pending, count, draw)
-        return Draft(pending, remaining, draws, tokens, torch.stack(drawn, 1), logits)
+        tokens, logits = writer.draft(_cache_rows(rows), pending, count, draw)
+        return Draft(cache_rows, pending, remaining, draws, tokens, torch.stack(drawn, 1), logits)
 
     def _corrected(self, draft: Draft, rows: list[Row], teacher_logits: Tensor) -> Draft:
         """The draft with the teacher's choices instead of the student's in the teacher's rows."""
@@ -191,8 +191,8 @@ class Engine:
             can_be_drawn=draft.can_be_drawn.index_copy(0, index, can_be_drawn),
         )
 
-    def _block(self, index: Tensor, draft: Draft, drafted: Tensor) -> Block:
-        """What the rows `index` write if these (b, T) tokens were drafted and `draft` holds their writers' choices."""
+    def _block(self, draft: Draft, drafted: Tensor) -> Block:
+        """What the rows write if these (b, T) tokens were drafted and `draft` holds their writers' choices."""
         tokens = draft.tokens
         ended = self.is_end[tokens]
         stops = (ended | (tokens != drafted)).long()
@@ -201,50 +201,47 @@ class Engine:
         entries = torch.where(valid, torch.where(draft.can_be_drawn, tokens, BROKEN), PADDING)
         step_ends = valid
         if self.automaton is not None:
-            states, completes = self.automaton.scan(self.automaton_state[index], tokens)
-            self.automaton_state[index] = states.gather(1, valid.sum(1, keepdim=True) - 1)[:, 0]
+            states, completes = self.automaton.scan(self.automaton_state[draft.cache_rows], tokens)
+            self.automaton_state[draft.cache_rows] = states.gather(1, valid.sum(1, keepdim=True) - 1)[:, 0]
             step_ends = valid & (completes | ended | (left == 1))
         return Block(tokens, entries, valid, step_ends)
 
     def _student_round(self, plan: Plan) -> None:
         """One block drafted by the student: its own text, which the teacher judges if there is one, and the teacher's
         if so planned."""
-        slots, rows = self._rows(plan, drafted=True)
+        rows = self._rows(plan, drafted=True)
         if not rows:
             return
         assert self.student is not None
-        self._catch_up(self.student, slots, rows)
-        draft = self._draft(self.student, slots, rows, plan.length)
-        index = on_device(slots, self.device)
+        self._catch_up(self.student, rows)
+        draft = self._draft(self.student, rows, plan.length)
         turned = []
         if self.teacher is None:
-            (entries,) = self._to_host(self._block(index, draft, draft.tokens).entries)
+            (entries,) = self._to_host(self._block(draft, draft.tokens).entries)
             for row, tokens in zip(rows, entries.tolist(), strict=True):
                 for token in tokens:
                     if token != PADDING:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
-            teacher_logits = self.teacher.score(slots, draft.pending, draft.tokens)
-            columns, rollback, (confirmed, drafted) = self._to_host(*self._judged(index, rows, draft, teacher_logits))
+            teacher_logits = self.teacher.score(_cache_rows(rows), draft.pending, draft.tokens)
+            columns, rollback, (confirmed, drafted) = self._to_host(*self._judged(rows, draft, teacher_logits))
             self.speculation.observe(float(confirmed), float(drafted))
-            for place, (slot, row) in enumerate(zip(slots, rows, strict=True)):
+            for row, block, keeps in zip(rows, columns, rollback.tolist(), strict=True):
                 if row.author == TEACHER:
-                    turn_ends = not row.enter(columns[place][:, TEACHER_COLUMNS].tolist())
-                elif turn_ends := row.judge(columns[place].tolist()):
-                    row.take_over(int(rollback[place]), self.tokenizer)
+                    turn_ends = not row.enter(block[:, TEACHER_COLUMNS].tolist())
+                elif turn_ends := row.judge(block.tolist()):
+                    row.take_over(int(keeps), self.tokenizer)
                 if turn_ends:
-                    turned.append(slot)
-        self._settle(slots, rows, (self.student, self.teacher))
+                    turned.append(row)
+        self._settle(rows, (self.student, self.teacher))
         self._begin_turns(turned)
 
-    def _judged(
-        self, index: Tensor, rows: list[Row], draft: Draft, teacher_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The columns that `Row.judge` takes for each of (b, T) tokens; per row how much of its turn a rollback keeps;
         how many of the teacher's tokens were as drafted, and how many there are."""
         assert self.rules is not None
-        block = self._block(index, self._corrected(draft, rows, teacher_logits), draft.tokens)
-        state = mk.BoundaryState.of(*(x[index] for x in self.state.tensors))
+        block = self._block(self._corrected(draft, rows, teacher_logits), draft.tokens)
+        state = mk.BoundaryState.of(*(x[draft.cache_rows] for x in self.state.tensors))
         out = mk.fused_kl_boundary(
             draft.logits,
             teacher_logits,
@@ -254,7 +251,7 @@ class Engine:
             step_ends=block.step_ends,  # in the teacher's rows to no effect: the student's next turn resets their state
         )
         for x, part in zip(self.state.tensors, state.tensors, strict=True):
-            x.index_copy_(0, index, part)
+            x.index_copy_(0, draft.cache_rows, part)
         strays, step_ends = out.stray, block.step_ends
         if self.rules.reflection:
             strays = self._reflects(rows, draft.logits, teacher_logits, out.teacher_argmax) & block.valid
@@ -275,30 +272,30 @@ class Engine:
 
     def _teacher_round(self, plan: Plan) -> None:
         """One block by the teacher, for the rows that it writes alone."""
-        slots, rows = self._rows(plan, drafted=False)
+        rows = self._rows(plan, drafted=False)
         if not rows:
             return
         assert self.teacher is not None
-        draft = self._draft(self.teacher, slots, rows, self.block_size)
+        draft = self._draft(self.teacher, rows, self.block_size)
         own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # only for the teacher's statistics
-        block = self._block(on_device(slots, self.device), draft, draft.tokens)
+        block = self._block(draft, draft.tokens)
         statistics = _rounded(own.teacher_logprob, own.teacher_entropy)
         (packed,) = self._to_host(torch.cat([_columns(block.entries, block.step_ends), statistics], -1))
-        ends = [not row.enter(tokens) for row, tokens in zip(rows, packed.tolist(), strict=True)]
-        self._settle(slots, rows, (self.teacher,))
-        self._begin_turns([slot for slot, turn_ends in zip(slots, ends, strict=True) if turn_ends])
+        turned = [row for row, tokens in zip(rows, packed.tolist(), strict=True) if not row.enter(tokens)]
+        self._settle(rows, (self.teacher,))
+        self._begin_turns(turned)
 
-    def _catch_up(self, student: Writer, slots: list[int], rows: list[Row]) -> None:
+    def _catch_up(self, student: Writer, rows: list[Row]) -> None:
         """Let the student read what the teacher wrote alone."""
         lengths = student.lengths
-        behind = {slot: row for slot, row in zip(slots, rows, strict=True) if lengths[slot] < row.length - 1}
-        student.catch_up({slot: row.text_from(lengths[slot]) for slot, row in behind.items()}, self.block_size)
+        behind = [row for row in rows if lengths[row.cache_row] < row.length - 1]
+        student.catch_up({row.cache_row: row.text_from(lengths[row.cache_row]) for row in behind}, self.block_size)
 
-    def _settle(self, slots: list[int], rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
+    def _settle(self, rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
         """Cut the caches back to all of a row's tokens but the pending one."""
         for writer in writers:
             if writer is not None:
-                writer.rollback({slot: row.length - 1 for slot, row in zip(slots, rows, strict=True)})
+                writer.rollback({row.cache_row: row.length - 1 for row in rows})
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
         """The only place where the host waits for the device: one transfer per round and model that writes."""
@@ -306,6 +303,10 @@ class Engine:
         flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
         parts = flat.split([tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
+
+
+def _cache_rows(rows: list[Row]) -> list[int]:
+    return [row.cache_row for row in rows]
 
 
 def _columns(*parts: Tensor) -> Tensor:

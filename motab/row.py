@@ -41,6 +41,7 @@ class Row:
         turn_start, step_start: where in `target` the turn and the step in progress began.
         steps: of the target.
         teacher_steps_written: in this turn.
+        cache_row: its row of the caches, and of the device's state, while it is in progress; see `Admission.admit`.
     """
 
     index: int
@@ -59,6 +60,7 @@ class Row:
     breach_step: int | None = None
     rollback_step: int | None = None
     ended: bool = False
+    cache_row: int = field(init=False, repr=False, compare=False)
 
     @property
     def author(self) -> int:
