@@ -28,7 +28,7 @@ from motab.speculation import Plan, Speculation, relative_cost
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
-from motab_kernels.backend import on_device
+from motab_kernels.tensors import on_device
 
 #: Of the columns that `Row.judge` takes, those that `Row.enter` does.
 TEACHER_COLUMNS = [0, 1, *(5 + STATISTICS.index(name) for name in ("teacher_logprob", "teacher_entropy"))]

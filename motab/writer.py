@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import motab_kernels as mk
 from motab import memory
-from motab_kernels.backend import on_device
 from motab_kernels.model_attention import on_ragged_attention, takes_ragged_attention
+from motab_kernels.tensors import on_device
 
 Choose = Callable[[Tensor, int], Tensor]
 Model = Callable[..., Any]  # as a model is called

@@ -11,9 +11,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import KERNEL_DTYPES, is_traced
+from motab_kernels.tensors import DTYPES, is_traced
 
-DTYPES = (*KERNEL_DTYPES, torch.float64)
 DIVISORS = 1e-30, 1e30  # the range of a number that logits are divided by: far from where float32's reciprocals end
 
 
@@ -69,15 +68,6 @@ def check_place(name: str, parameter: Tensor, B: int, device: torch.device) -> N
         raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
 
 
-def as_normal(x: Tensor) -> Tensor:
-    """A tensor that was made in inference mode as one that autograd can save, of the same memory."""
-    if torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled():
-        return x
-    return torch.empty(0, dtype=x.dtype, device=x.device).set_(
-        x.untyped_storage(), x.storage_offset(), x.shape, x.stride()
-    )
-
-
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         if logits.dtype not in DTYPES:
@@ -98,8 +88,3 @@ def shared_columns(V_student: int, V_teacher: int, vocab_size: int | None) -> in
         return V
     check_count("vocab_size", vocab_size)
     return min(V, vocab_size)
-
-
-def with_tokens(x: Tensor, dims: int = 3) -> Tensor:
-    """(B, V) as (B, 1, V); with 2 `dims`, (B,) as (B, 1)."""
-    return x if x.dim() == dims else x.unsqueeze(1)

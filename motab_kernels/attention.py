@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from motab_kernels.attention_checks import check_indices, check_settings, check_tensors
-from motab_kernels.backend import choose_backend, is_traced, triton_kernels
+from motab_kernels.backend import choose_backend, triton_kernels
 from motab_kernels.cpu import attention as cpu
 from motab_kernels.reference import attention as reference
+from motab_kernels.tensors import is_traced
 
 __all__ = ["ragged_attention"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DIVISORS, DTYPES, check_count, is_number
+from motab_kernels.arguments import DIVISORS, check_count, is_number
+from motab_kernels.tensors import DTYPES
 
 PAGE_MULTIPLE = 64  # of a page's slots, if rows have several pages: a tile of slots lies in one page
 

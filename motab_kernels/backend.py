@@ -6,19 +6,16 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
+from motab_kernels.tensors import KERNEL_DTYPES
 
 BACKENDS = ("torch", "cpu", "triton")
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-_PLAIN = frozenset((Tensor, torch.nn.Parameter, float, int, type(None)))
-KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # "torch" takes float64 too
 
 
 def choose_backend(backend: str | None, *logits: Tensor) -> str:
@@ -61,28 +58,6 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
         kinds = "float32, bfloat16 or float16"
         raise ValueError(f'backend: "{backend}" expected {kinds} logits, got {got}; use "torch"')
     return backend
-
-
-def on_device(numbers: Sequence[Any], device: torch.device) -> Tensor:
-    """The numbers as int64, in one transfer, from pinned memory: the host would wait for a copy from other memory."""
-    host = torch.tensor(numbers, dtype=torch.int64, device="cpu")
-    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
-
-
-def is_traced(*arguments: Any) -> bool:
-    """Whether a call is traced, compiled, transformed or intercepted, so that it must go through the registered op, and
-    no tensor that is made in it may outlive it. Arguments that are no tensors do not matter."""
-    return (
-        torch.compiler.is_compiling()
-        or (not _PLAIN.issuperset(map(type, arguments)) and any(map(_is_special, arguments)))
-        or is_in_torch_dispatch_mode()
-        or torch._C._functorch.maybe_current_level() is not None  # of torch.func
-        or torch.jit.is_tracing()
-    )
-
-
-def _is_special(x: Any) -> bool:
-    return isinstance(x, Tensor) and type(x) not in _PLAIN
 
 
 @functools.cache

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from motab_kernels.arguments import DIVISORS, check_count, check_parameter, check_place, shared_columns, with_tokens
-from motab_kernels.backend import choose_backend, is_traced, triton_kernels
+from motab_kernels.arguments import DIVISORS, check_count, check_parameter, check_place, shared_columns
+from motab_kernels.backend import choose_backend, triton_kernels
 from motab_kernels.boundary_checks import (
     check_out,
     check_state,
@@ -32,6 +32,7 @@ from motab_kernels.boundary_state import (
 )
 from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
+from motab_kernels.tensors import is_traced, with_tokens
 
 __all__ = [
     "Boundary",

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from motab_kernels.arguments import as_normal, with_tokens
-from motab_kernels.backend import choose_backend, is_traced, triton_kernels
+from motab_kernels.backend import choose_backend, triton_kernels
 from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
 from motab_kernels.reference import divergence as reference
+from motab_kernels.tensors import as_normal, is_traced, with_tokens
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from motab_kernels.arguments import (
     DIVISORS,
-    DTYPES,
     check_logits,
     check_number,
     check_parameter,
     check_place,
     shared_columns,
 )
+from motab_kernels.tensors import DTYPES
 from motab_kernels.vocab_parallel import gather
 
 # In the order of the enum in cpu/divergence.cpp.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import as_normal, check_count, shared_columns
+from motab_kernels.arguments import check_count, shared_columns
 from motab_kernels.backend import choose_backend
 from motab_kernels.divergence import (
     divergence_forward,
@@ -23,6 +23,7 @@ from motab_kernels.divergence import (
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import DivergenceKernels
 from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for, loss_dtype
+from motab_kernels.tensors import as_normal
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
 if TYPE_CHECKING:

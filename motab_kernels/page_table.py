@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from motab_kernels.attention_checks import PAGE_MULTIPLE
-from motab_kernels.backend import on_device
+from motab_kernels.tensors import on_device
 
 
 class PageTable:

@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from motab_kernels.backend import on_device
 from motab_kernels.gpu import launch, launched_on
+from motab_kernels.tensors import on_device
 
 WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 

@@ -27,9 +27,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import motab_kernels as mk
 from motab_kernels import boundary as boundary_module
-from motab_kernels.backend import HAS_LIBRARY, KERNEL_DTYPES
+from motab_kernels.backend import HAS_LIBRARY
 from motab_kernels.boundary import fused_kl_boundary_op
 from motab_kernels.reference import boundary as reference
+from motab_kernels.tensors import KERNEL_DTYPES
 
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
 

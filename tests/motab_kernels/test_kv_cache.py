@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import Cache, EncoderDecoderCache, LinearAttentionLayer, QuantizedLayer
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_LIBRARY, on_device
+from motab_kernels.backend import HAS_LIBRARY
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
+from motab_kernels.tensors import on_device
 
 VOCAB, BATCH = 61, 3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
