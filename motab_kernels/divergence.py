@@ -16,7 +16,7 @@ from motab_kernels.cpu import divergence as cpu
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
 from motab_kernels.reference import divergence as reference
-from motab_kernels.tensors import as_normal, is_traced, with_tokens
+from motab_kernels.tensors import as_normal, is_traced, wide_dtype, with_tokens
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
 if TYPE_CHECKING:
@@ -188,8 +188,7 @@ def _(student_logits: Tensor, teacher_logits: Tensor, *args: object) -> tuple[Te
 
 
 def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-    is_double = torch.float64 in (student_logits.dtype, teacher_logits.dtype)
-    dtype = torch.float64 if is_double else torch.float32
+    dtype = wide_dtype(student_logits, teacher_logits)
     loss = student_logits.new_empty(student_logits.shape[:-1], dtype=dtype)
     return loss, student_logits.new_empty((loss.numel(), 6), dtype=dtype)
 

@@ -22,8 +22,8 @@ from motab_kernels.divergence import (
 )
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import DivergenceKernels
-from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for, loss_dtype
-from motab_kernels.tensors import as_normal
+from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for
+from motab_kernels.tensors import as_normal, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def fused_linear_divergence(
         loss = rows_op(*tensors, *others, keep, tau, *options)
         loss = loss.view(leading)
         return loss if weights is None else weighted(loss, weights, mask)
-    scale = torch.ones(N, dtype=loss_dtype(student_hidden), device=student_hidden.device)
+    scale = torch.ones(N, dtype=wide_dtype(student_hidden), device=student_hidden.device)
     if weights is not None:
         scale = scale * weights.detach().reshape(-1)
     scale = scale / divisor(reduction, num_items, mask, student_hidden)
@@ -221,7 +221,7 @@ def rows_op(
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, *teacher_scales)
     kernels = kernels_of(backend, student_hidden.device, group)
     heads = _Heads(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
-    loss = torch.empty(len(student_hidden), dtype=loss_dtype(student_hidden), device=student_hidden.device)
+    loss = torch.empty(len(student_hidden), dtype=wide_dtype(student_hidden), device=student_hidden.device)
     for part in _parts(slice(0, len(loss)), chunk_size):
         _, _, loss[part], _ = heads.forward(part)
     return loss
@@ -229,7 +229,7 @@ def rows_op(
 
 @rows_op.register_fake
 def _(student_hidden: Tensor, *args: object) -> Tensor:
-    return student_hidden.new_empty(student_hidden.shape[0], dtype=loss_dtype(student_hidden))
+    return student_hidden.new_empty(student_hidden.shape[0], dtype=wide_dtype(student_hidden))
 
 
 @torch.library.custom_op("motab_kernels::linear_divergence", mutates_args=())
@@ -306,7 +306,7 @@ def _(student_hidden: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tenso
 
 
 def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = loss_dtype(hidden)
+    dtype = wide_dtype(hidden)
     of_weight = dtype if weight.dtype == torch.float16 else weight.dtype
     return (
         hidden.new_empty((), dtype=dtype),

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from motab_kernels.tensors import wide_dtype
+
 #: Bytes in work at a time: both sides' logits of a chunk of positions, and the gradients of CHUNKS chunks by the
 #: student's logits, which go into the other matrix products together, because each pass over a large weight costs.
 BUDGET = 1 << 30
@@ -41,15 +43,11 @@ class Head(NamedTuple):
 def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
     """The number of positions whose logits, with the student's gradients, fit into the budget."""
     V, item = student_weight.shape[0], student_weight.element_size()
-    wide = loss_dtype(student_weight).itemsize
+    wide = wide_dtype(student_weight).itemsize
     copies = 2 if item == 2 and student_weight.device.type == "cpu" else 1  # PyTorch's 16-bit product there makes one
     position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS * copies
     size = max(1, BUDGET // position)
     return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
-
-
-def loss_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -45,6 +45,11 @@ def as_normal(x: Tensor) -> Tensor:
     )
 
 
+def wide_dtype(*tensors: Tensor) -> torch.dtype:
+    """What is computed in: float32, or float64 if one of the tensors is."""
+    return torch.float64 if torch.float64 in [x.dtype for x in tensors] else torch.float32
+
+
 def with_tokens(x: Tensor, dims: int = 3) -> Tensor:
     """(B, V) as (B, 1, V); with 2 `dims`, (B,) as (B, 1)."""
     return x if x.dim() == dims else x.unsqueeze(1)

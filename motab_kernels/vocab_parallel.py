@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from motab_kernels.divergence_sums import DivergenceKernels, by_position, merge_sums
+from motab_kernels.tensors import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +33,7 @@ class SlicedVocabulary:
         """(R, 6, ranks). Each rank's sums are merged before they are sent."""
         B, T, V = student.shape
         if V == 0:
-            dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+            dtype = wide_dtype(student, teacher)
             sums = student.new_zeros((B * T, 6), dtype=dtype)
             sums[:, ::3] = torch.finfo(dtype).min  # the maxima, as of a slice without finite logits
         else:
@@ -101,7 +102,7 @@ def gather(x: Tensor, group: ProcessGroup | str) -> Tensor:
 
 def add_ranks_(x: Tensor, group: str) -> None:
     """Sum x over the ranks in place, in float32 (float64): only each rank's part and the result are rounded."""
-    total = x.to(torch.promote_types(x.dtype, torch.float32))
+    total = x.to(wide_dtype(x))
     torch.distributed.all_reduce(total, group=_named(group))
     x.copy_(total)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from motab_kernels.linear_head import autocast
+from motab_kernels.tensors import wide_dtype
 
 
 def valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
@@ -15,7 +15,7 @@ def valid(labels: Tensor | None, ignore_index: int) -> Tensor | None:
 
 def wide(x: Tensor) -> Tensor:
     """At least float32: a logarithm rounded to bfloat16 makes the probability some per cent wrong."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x.to(wide_dtype(x))
 
 
 def head_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:

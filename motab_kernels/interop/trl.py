@@ -17,7 +17,8 @@ from motab_kernels.divergence import divergence_loss
 from motab_kernels.interop import patching
 from motab_kernels.interop.tensors import head_inputs, valid
 from motab_kernels.linear_divergence import fused_linear_divergence
-from motab_kernels.linear_head import BUDGET, Head, loss_dtype
+from motab_kernels.linear_head import BUDGET, Head
+from motab_kernels.tensors import wide_dtype
 
 __all__ = ["chunked_divergence_loss", "generalized_jsd_loss", "patch", "patched"]
 
@@ -137,7 +138,7 @@ def entropy_sum(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, temperature: float
 ) -> Tensor:
     """The sum of the entropies in nats, some positions' logits at a time."""
-    total = torch.zeros((), dtype=loss_dtype(hidden), device=hidden.device)
+    total = torch.zeros((), dtype=wide_dtype(hidden), device=hidden.device)
     head = Head(hidden, weight, bias, scale, softcap or 0.0)
     size = max(1, BUDGET // (len(weight) * total.element_size()))
     for start in range(0, len(hidden), size):

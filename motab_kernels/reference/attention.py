@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from motab_kernels.tensors import wide_dtype
+
 
 def ragged_attention(
     query: Tensor,
@@ -22,7 +24,7 @@ def ragged_attention(
     out: Tensor,
 ) -> None:
     """Write `out` (b, H_q, T, D), a row at a time; `softcap` 0 is none, no `page_table` is row i in page i."""
-    T, dtype = query.shape[2], torch.promote_types(query.dtype, torch.float32)
+    T, dtype = query.shape[2], wide_dtype(query)
     repeats = query.shape[1] // keys.shape[1]
     S = keys.shape[2]
     if page_table is None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from motab_kernels.boundary_state import IS_SAFE, Rule
 from motab_kernels.boundary_state import BoundaryState as S
 from motab_kernels.reference.rows import CHUNK, relative, row_sums
+from motab_kernels.tensors import wide_dtype
 
 
 class Statistics(NamedTuple):
@@ -43,7 +44,7 @@ def statistics(student: Tensor, teacher: Tensor, token: Tensor, tau: Tensor | No
     because its float32 normaliser is off by 1.5e-5 for V = 151936 on the CPU.
     """
     V = student.shape[1]
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    dtype = wide_dtype(student, teacher)
     student, teacher = student.to(dtype), teacher.to(dtype)
     x_s, x_t = relative(student, tau), relative(teacher, tau)
     w_s, w_t = x_s.exp(), x_t.exp()
@@ -109,7 +110,7 @@ def chunked_statistics(student: Tensor, teacher: Tensor, tokens: Tensor, tau: Te
 def top_k_entropy(teacher_logits: Tensor, k: int, temperature: Tensor | None) -> Tensor:
     """Entropy of the renormalised `k` largest of (B, ..., V) teacher logits, (B, ...)."""
     top = teacher_logits.topk(min(k, teacher_logits.shape[-1])).values
-    top = top.to(torch.promote_types(top.dtype, torch.float32))
+    top = top.to(wide_dtype(top))
     top = top - top[..., :1]  # before the division, which rounds: large logits would lose their differences
     if temperature is not None:
         top = top / temperature.reshape(-1, *(1,) * (top.dim() - 1)).to(top.dtype)

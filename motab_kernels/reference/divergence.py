@@ -38,12 +38,13 @@ from motab_kernels.divergence_sums import (
     merge_sums,
 )
 from motab_kernels.reference.rows import CHUNK, row_sums
+from motab_kernels.tensors import wide_dtype
 
 
 def chunks(student: Tensor, teacher: Tensor, tau: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """For some positions at a time: their slice of the R, student's and teacher's logits, and temperatures (r, 1)."""
     B, T, V = student.shape
-    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    dtype = wide_dtype(student, teacher)
     tau = torch.ones((), device=student.device) if tau is None else tau
     tau = tau.to(dtype).expand(B)[:, None].expand(B, T).reshape(-1, 1)
     student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
