@@ -72,18 +72,19 @@ class DivergenceKernels(Protocol):
         student's own logits. A position whose scale (R,) is 0 gets 0, whatever its logits."""
 
 
-def by_position(tau: Tensor | None, T: int) -> Tensor | None:
-    """One temperature per row, (B,), to one per position, (B * T,)."""
-    return tau if tau is None or tau.dim() == 0 else tau[:, None].expand(-1, T).flatten()
+def by_position(tau: Tensor, T: int) -> Tensor:
+    """One temperature per row, (B,), to one per position, (B * T,); one for all rows, 0-d, as it is."""
+    return tau[:, None].expand(-1, T).flatten() if tau.dim() else tau
 
 
-def merge_sums(parts: Tensor, tau: Tensor | None) -> Tensor:
-    """Sums (R, 6, S) of S slices to those of all, (R, 6); `tau` is 0-d or (R,)."""
+def merge_sums(parts: Tensor, tau: Tensor | None, T: int) -> Tensor:
+    """Sums (R, 6, S) of S slices to those of all, (R, 6); `tau` is the temperature, 0-d or (B,), None: 1."""
     top_t, z_t, g_t, top_s, z_s, g_s = parts.unbind(1)
     all_t, all_s = top_t.amax(-1), top_s.amax(-1)
     d_t, d_s = top_t - all_t[:, None], top_s - all_s[:, None]  # a maximum moves down by this
     if tau is not None:
-        d_t, d_s = (x / tau.to(x.dtype).expand(len(x))[:, None] for x in (d_t, d_s))
+        tau = by_position(tau, T).to(d_t.dtype).expand(len(d_t))[:, None]
+        d_t, d_s = d_t / tau, d_s / tau
     f_t, f_s = d_t.exp(), d_s.exp()
 
     def moved(f: Tensor, g: Tensor, z: Tensor) -> Tensor:

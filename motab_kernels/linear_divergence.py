@@ -21,7 +21,7 @@ from motab_kernels.divergence import (
     weighted,
 )
 from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
-from motab_kernels.divergence_sums import DivergenceKernels
+from motab_kernels.divergence_sums import DivergenceKernels, by_position
 from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for
 from motab_kernels.tensors import as_normal, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
@@ -122,8 +122,8 @@ def fused_linear_divergence(
     V = shared_columns(student_weight.shape[0], teacher_weight.shape[0], vocab_size)
     backend = choose_backend(backend, student_hidden, teacher_hidden)
     tau = temperature_tensor(temperature, leading[0], student_hidden.device)
-    if tau is not None and tau.dim():
-        tau = tau.reshape(-1, *(1,) * (len(leading) - 1)).expand(leading).reshape(-1)
+    if tau is not None:
+        tau = by_position(tau, leading[1:].numel())
     keep = None if mask is None else as_normal(mask).reshape(-1).contiguous()
     if chunk_size is None:
         chunk_size = chunk_size_for(student_weight, teacher_weight, student_softcap is not None)

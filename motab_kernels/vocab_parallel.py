@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from motab_kernels.divergence_sums import DivergenceKernels, by_position, merge_sums
+from motab_kernels.divergence_sums import DivergenceKernels, merge_sums
 from motab_kernels.tensors import wide_dtype
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class SlicedVocabulary:
             sums = student.new_zeros((B * T, 6), dtype=dtype)
             sums[:, ::3] = torch.finfo(dtype).min  # the maxima, as of a slice without finite logits
         else:
-            sums = merge_sums(self.kernels.divergence_sums(student, teacher, tau, keep, kind), by_position(tau, T))
+            sums = merge_sums(self.kernels.divergence_sums(student, teacher, tau, keep, kind), tau, T)
         return gather(sums, self.group)
 
     def divergence_terms(self, student: Tensor, *arguments: Any) -> Tensor:

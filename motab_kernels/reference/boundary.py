@@ -20,6 +20,7 @@ from torch import Tensor
 
 from motab_kernels.boundary_state import IS_SAFE, Rule
 from motab_kernels.boundary_state import BoundaryState as S
+from motab_kernels.divergence_sums import by_position
 from motab_kernels.reference.rows import CHUNK, relative, row_sums
 from motab_kernels.tensors import wide_dtype
 
@@ -92,7 +93,7 @@ def chunked_statistics(student: Tensor, teacher: Tensor, tokens: Tensor, tau: Te
     """`statistics` of (B, T, V) logits, some positions at a time, to (B, T) each."""
     B, T, V = student.shape
     if tau is not None:
-        tau = tau.expand(B)[:, None].expand(B, T).flatten()
+        tau = by_position(tau, T).expand(B * T)
     student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
     chunk = max(1, CHUNK // V)
     parts = [

@@ -45,8 +45,8 @@ def chunks(student: Tensor, teacher: Tensor, tau: Tensor | None) -> Iterator[tup
     """For some positions at a time: their slice of the R, student's and teacher's logits, and temperatures (r, 1)."""
     B, T, V = student.shape
     dtype = wide_dtype(student, teacher)
-    tau = torch.ones((), device=student.device) if tau is None else tau
-    tau = tau.to(dtype).expand(B)[:, None].expand(B, T).reshape(-1, 1)
+    tau = torch.ones((), device=student.device) if tau is None else by_position(tau, T)
+    tau = tau.to(dtype).expand(B * T)[:, None]
     student, teacher = student.flatten(0, 1), teacher.flatten(0, 1)
     rows = max(1, CHUNK // max(1, V))
     for start in range(0, B * T, rows):
@@ -74,7 +74,7 @@ def divergence_sums(student: Tensor, teacher: Tensor, tau: Tensor | None, keep: 
 
 
 def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int) -> tuple[Tensor, Tensor]:
-    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, by_position(tau, T)).unbind(1)
+    top_t, z_t, g_t, top_s, z_s, g_s = merge_sums(sums, tau, T).unbind(1)
     # A side without a softmax: NaN or +inf makes z NaN, no finite logit makes it 0.
     log_ratio = (z_t / z_s).log().masked_fill(~((z_t > 0) & (z_s > 0)), torch.nan)
     loss = g_t / z_t - log_ratio if kind == "forward_kl" else log_ratio - g_s / z_s
