@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 
-from motab_kernels.boundary_state import IS_SAFE
+from motab_kernels.boundaries import IS_SAFE
 
 #: What people call the scores of `motab_kernels`' boundaries.
 SCORES = {

@@ -252,7 +252,7 @@ class Row:
             rollback_step=self.rollback_step,
             finish_reason="eos" if self.ended else "length",
             statistics=_columns(self.target),
-            score=None if self.rules is None else self.rules.boundary.rule.score,
+            score=None if self.rules is None else self.rules.boundary.criterion.score,
             by_token=self.rules is not None and self.rules.delimiter is None,
         )
 

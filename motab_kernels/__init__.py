@@ -5,16 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from motab_kernels.attention import ragged_attention
-from motab_kernels.boundary import (
-    Boundary,
-    BoundaryOutput,
-    BoundaryState,
-    EntropyBoundary,
-    FixedBoundary,
-    MovingAverageBoundary,
-    boundary_workspace,
-    fused_kl_boundary,
-)
+from motab_kernels.boundaries import Boundary, EntropyBoundary, FixedBoundary, MovingAverageBoundary
+from motab_kernels.boundary import BoundaryOutput, boundary_workspace, fused_kl_boundary
+from motab_kernels.boundary_state import BoundaryState
 from motab_kernels.divergence import divergence_loss
 from motab_kernels.kv_cache import truncate_kv_cache_
 from motab_kernels.linear_divergence import fused_linear_divergence

@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 
 from motab_kernels.arguments import DIVISORS, check_count, check_parameter, check_place, shared_columns
 from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.boundaries import Boundary, Criterion, EntropyBoundary
 from motab_kernels.boundary_checks import (
     check_out,
     check_state,
@@ -22,28 +23,12 @@ from motab_kernels.boundary_checks import (
     check_values,
     check_workspace,
 )
-from motab_kernels.boundary_state import (
-    Boundary,
-    BoundaryState,
-    EntropyBoundary,
-    FixedBoundary,
-    MovingAverageBoundary,
-    Rule,
-)
+from motab_kernels.boundary_state import BoundaryState
 from motab_kernels.cpu import boundary as cpu
 from motab_kernels.reference import boundary as reference
 from motab_kernels.tensors import is_traced, with_tokens
 
-__all__ = [
-    "Boundary",
-    "BoundaryOutput",
-    "BoundaryState",
-    "EntropyBoundary",
-    "FixedBoundary",
-    "MovingAverageBoundary",
-    "boundary_workspace",
-    "fused_kl_boundary",
-]
+__all__ = ["BoundaryOutput", "boundary_workspace", "fused_kl_boundary"]
 
 
 class BoundaryOutput(NamedTuple):
@@ -141,7 +126,7 @@ def fused_kl_boundary(
     if not isinstance(boundary, Boundary):
         expected = "EntropyBoundary, FixedBoundary or MovingAverageBoundary"
         raise ValueError(f"boundary: expected {expected}, got {type(boundary).__name__}")
-    rule = boundary.rule
+    criterion = boundary.criterion
     check_tensors(student_logits, teacher_logits, token_ids, step_ends)
     V = shared_columns(student_logits.shape[-1], teacher_logits.shape[-1], vocab_size)
     check_parameter("temperature", temperature, *DIVISORS)
@@ -149,12 +134,12 @@ def fused_kl_boundary(
     B, device = token_ids.shape[0], token_ids.device
     backend = choose_backend(backend, student_logits, teacher_logits)
     if state is not None:
-        check_state(state, B, rule.window, device)
-    elif backend != "cpu" or rule.window:  # C++ needs no state that is discarded
+        check_state(state, B, criterion.window, device)
+    elif backend != "cpu" or criterion.window:  # C++ needs no state that is discarded
         state = boundary.new_state(B, device)
     states = [] if state is None else list(state.tensors)
     # The overhead of a registered op is longer than the computation of one row on a CPU.
-    inputs = (student_logits, teacher_logits, token_ids, step_ends, temperature, rule.scale, rule.theta)
+    inputs = (student_logits, teacher_logits, token_ids, step_ends, temperature, criterion.scale, criterion.theta)
     is_registered = is_traced(*inputs, *states, *(out or ()))
     run = fused_kl_boundary_op if is_registered else _fused_kl_boundary
     given = out
@@ -168,13 +153,13 @@ def fused_kl_boundary(
         token_ids,
         step_ends,
         None if _is_one(temperature) else _parameter_tensor("temperature", temperature, B, device, is_registered),
-        _parameter_tensor("the boundary's threshold", rule.scale, B, device, is_registered),
-        None if rule.theta is None else _parameter_tensor("theta", rule.theta, B, device, is_registered),
+        _parameter_tensor("the boundary's threshold", criterion.scale, B, device, is_registered),
+        None if criterion.theta is None else _parameter_tensor("theta", criterion.theta, B, device, is_registered),
         states,
         list(out),
         workspace,
-        rule.score,
-        rule.top_k,
+        criterion.score,
+        criterion.top_k,
         V,
         backend,
     )
@@ -233,13 +218,13 @@ def _fused_kl_boundary(
     student, teacher = student_logits, teacher_logits
     if not student.shape[-1] == teacher.shape[-1] == vocab_size:
         student, teacher = student.narrow(-1, 0, vocab_size), teacher.narrow(-1, 0, vocab_size)
-    rule = Rule(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
+    criterion = Criterion(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
     doubt = None
     if backend != "torch":  # whose reads negate what the memory of a tensor with the negative bit holds
         student, teacher = ((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg() for x in (student, teacher))
         doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
     if backend == "cpu":
-        if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out):
+        if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, criterion, state, out):
             check_values(token_ids, temperature, vocab_size)
             raise AssertionError("the kernel refused what the check accepts")
         return
@@ -248,7 +233,7 @@ def _fused_kl_boundary(
         student, teacher, tokens = with_tokens(student), with_tokens(teacher), with_tokens(token_ids, 2)
         ends = None if step_ends is None else with_tokens(step_ends, 2)
         results = reference.fused_kl_boundary(
-            student, teacher, tokens, ends, temperature, rule, BoundaryState.of(*state)
+            student, teacher, tokens, ends, temperature, criterion, BoundaryState.of(*state)
         )
         for target, result in zip(out, results, strict=True):
             target.copy_(result.view(target.shape))
@@ -261,7 +246,7 @@ def _fused_kl_boundary(
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
     check_workspace(workspace, math.prod(shape), student.device)
     gpu.fused_kl_boundary(
-        student, teacher, token_ids, step_ends, temperature, doubt, rule, state, out, workspace, settings
+        student, teacher, token_ids, step_ends, temperature, doubt, criterion, state, out, workspace, settings
     )
 
 

@@ -7,7 +7,7 @@ import struct
 import torch
 from torch import Tensor
 
-from motab_kernels.boundary_state import SCORES, Rule
+from motab_kernels.boundaries import SCORES, Criterion
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
 
@@ -26,7 +26,7 @@ def fused_kl_boundary(
     step_ends: Tensor | None,
     temperature: Tensor | None,
     doubt: Tensor | None,
-    rule: Rule,
+    criterion: Criterion,
     state: list[Tensor],
     out: list[Tensor],
 ) -> bool:
@@ -37,7 +37,8 @@ def fused_kl_boundary(
 
     `doubt` (B, T) contiguous float32, if given, replaces the teacher's entropy in the threshold.
     """
-    parameters = [widened(x) for x in (temperature, rule.scale, rule.theta)]  # kept alive until the call is over
+    # Kept alive until the call is over.
+    parameters = [widened(x) for x in (temperature, criterion.scale, criterion.theta)]
     call = CALL.pack(
         student_logits.shape[0],
         student_logits.shape[1] if student_logits.dim() == 3 else 1,
@@ -49,8 +50,8 @@ def fused_kl_boundary(
         *_strided(step_ends),
         *(number for x in parameters for number in parameter(x)),
         0 if doubt is None else doubt.data_ptr(),
-        SCORES.index(rule.score),
-        rule.window,
+        SCORES.index(criterion.score),
+        criterion.window,
         *([x.data_ptr() for x in state] or (0, 0, 0)),
         *(x.data_ptr() for x in out),
     )

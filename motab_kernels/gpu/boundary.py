@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from motab_kernels.boundary_state import Rule
+from motab_kernels.boundaries import Criterion
 from motab_kernels.gpu import launch, launched_on
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import partial_kernel, rows
@@ -74,7 +74,7 @@ def fused_kl_boundary(
     step_ends: Tensor | None,
     temperature: Tensor | None,
     doubt: Tensor | None,
-    rule: Rule,
+    criterion: Criterion,
     state: tuple[Tensor, Tensor, Tensor],
     out: list[Tensor],
     workspace: Tensor,
@@ -109,16 +109,16 @@ def fused_kl_boundary(
         "ends_ptr": absent if step_ends is None else step_ends,
         "ends_stride_b": 0 if step_ends is None else step_ends.stride(0),
         "ends_stride_t": step_ends.stride(1) if block and step_ends is not None else 0,
-        "SCORE": rule.score,
-        "scale_ptr": rule.scale,
-        "scale_stride_b": row_stride(rule.scale),
-        "HAS_THETA": rule.theta is not None,
-        "theta_ptr": absent if rule.theta is None else rule.theta,
-        "theta_stride_b": row_stride(rule.theta),
+        "SCORE": criterion.score,
+        "scale_ptr": criterion.scale,
+        "scale_stride_b": row_stride(criterion.scale),
+        "HAS_THETA": criterion.theta is not None,
+        "theta_ptr": absent if criterion.theta is None else criterion.theta,
+        "theta_stride_b": row_stride(criterion.theta),
         "HAS_DOUBT": doubt is not None,
         "doubt_ptr": absent if doubt is None else doubt,
-        "WINDOW": rule.window,
-        "WINDOW_BLOCK": triton.next_power_of_2(rule.window) if rule.window else 1,
+        "WINDOW": criterion.window,
+        "WINDOW_BLOCK": triton.next_power_of_2(criterion.window) if criterion.window else 1,
         "counters_ptr": state[0],
         "scores_ptr": state[1],
         "history_ptr": state[2],

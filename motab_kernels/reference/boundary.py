@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from motab_kernels.boundary_state import IS_SAFE, Rule
+from motab_kernels.boundaries import IS_SAFE, Criterion
 from motab_kernels.boundary_state import BoundaryState as S
 from motab_kernels.divergence_sums import by_position
 from motab_kernels.reference.rows import CHUNK, relative, row_sums
@@ -136,7 +136,7 @@ def walk(
     entropy: Tensor,
     counted: Tensor,
     ends: Tensor | None,
-    rule: Rule,
+    criterion: Criterion,
     state: S,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decide (B, T) positions in order, and update the state: running score, threshold and stray, (B, T) each.
@@ -149,8 +149,8 @@ def walk(
     tokens, step_tokens, steps, fall_start, breach, rollback = (c.clone() for c in state.counters.unbind(1))
     total, score, threshold, safety, fall = (c.clone() for c in state.scores.unbind(1))
     history = state.history.clone()
-    scale = torch.as_tensor(rule.scale, dtype=torch.float64)
-    is_safe = IS_SAFE[rule.score]
+    scale = torch.as_tensor(criterion.scale, dtype=torch.float64)
+    is_safe = IS_SAFE[criterion.score]
     high_is_safe = is_safe is operator.ge
     outputs: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
 
@@ -159,16 +159,16 @@ def walk(
         ending = live if ends is None else live & ends[:, i]
 
         # The threshold of a step is that of its first token.
-        if rule.theta is not None:
-            fresh = scale * torch.exp(-torch.as_tensor(rule.theta, dtype=torch.float64) * entropy[:, i])
-        elif rule.window:
-            fresh = torch.where(steps < rule.window, torch.inf, scale * history.mean(1))
+        if criterion.theta is not None:
+            fresh = scale * torch.exp(-torch.as_tensor(criterion.theta, dtype=torch.float64) * entropy[:, i])
+        elif criterion.window:
+            fresh = torch.where(steps < criterion.window, torch.inf, scale * history.mean(1))
         else:
             fresh = scale
         threshold = torch.where(live & (step_tokens == 0), fresh, threshold)
 
         tokens, step_tokens = tokens + live.int(), step_tokens + live.int()
-        if rule.score == "teacher_rank":
+        if criterion.score == "teacher_rank":
             total = torch.where(live, torch.maximum(total, contribution[:, i]), total)
             score = torch.where(live, total, score)
         else:
@@ -190,8 +190,8 @@ def walk(
 
         accepted = ending & safe
         safety = torch.where(accepted, new_safety, safety)
-        if rule.window:
-            slot = (steps % rule.window).long()[:, None]
+        if criterion.window:
+            slot = (steps % criterion.window).long()[:, None]
             history.scatter_(1, slot, torch.where(accepted[:, None], score[:, None], history.gather(1, slot)))
         steps = steps + accepted.int()
         step_tokens = step_tokens.masked_fill(accepted, 0)
@@ -212,13 +212,13 @@ def fused_kl_boundary(
     token_ids: Tensor,
     step_ends: Tensor | None,
     temperature: Tensor | None,
-    rule: Rule,
+    criterion: Criterion,
     state: S,
 ) -> tuple[Tensor, ...]:
     """The op's outputs, (B, T) each, from (B, T, V) logits of the shared vocabulary; `state` is updated."""
     stats = chunked_statistics(student_logits, teacher_logits, token_ids, temperature)
-    doubt = top_k_entropy(teacher_logits, rule.top_k, temperature) if rule.top_k else stats.teacher_entropy
+    doubt = top_k_entropy(teacher_logits, criterion.top_k, temperature) if criterion.top_k else stats.teacher_entropy
     counted = token_ids != -1
-    decisions = walk(contributions(stats, rule.score), doubt.double(), counted, step_ends, rule, state)
+    decisions = walk(contributions(stats, criterion.score), doubt.double(), counted, step_ends, criterion, state)
     shown = [x.masked_fill(~counted, 0 if x.is_floating_point() else -1) for x in stats]
     return (*shown, *decisions)

@@ -13,7 +13,7 @@ import motab_kernels as mk
 from motab.cli import main
 from motab.judgement import SCORES, agrees, is_unbounded
 from motab.pictures import Strays, draw_steps, takeovers
-from motab_kernels import boundary_state
+from motab_kernels import boundaries
 
 ALL = {**POLICIES, "on policy": motab.OnPolicy(), "teacher only": motab.TeacherOnly()}
 VALUE, RANK, KL = "value", "teacher rank (0: likeliest)", "KL(teacher || student)"
@@ -40,7 +40,7 @@ def command(tmp_path, tokenizer, monkeypatch, capsys):
     return command
 
 
-@pytest.mark.parametrize("score", boundary_state.SCORES)
+@pytest.mark.parametrize("score", boundaries.SCORES)
 def test_scores_are_safe_where_the_kernels_say(score):
     generator = torch.Generator().manual_seed(1)
     student, teacher = torch.randn(2, 60, 20, generator=generator).mul(0.7)
@@ -68,7 +68,7 @@ def test_a_threshold_of_zero_is_none_where_high_is_safe():
 
 
 def test_there_are_no_other_scores():
-    assert tuple(SCORES) == boundary_state.SCORES
+    assert tuple(SCORES) == boundaries.SCORES
 
 
 @pytest.mark.parametrize("name", ALL)
