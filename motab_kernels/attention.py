@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from motab_kernels.attention_checks import check_indices, check_settings, check_tensors
-from motab_kernels.backend import choose_backend, triton_kernels
-from motab_kernels.cpu import attention as cpu
-from motab_kernels.reference import attention as reference
+from motab_kernels.backend import choose_backend, implementation
 from motab_kernels.tensors import is_traced
 
 __all__ = ["ragged_attention"]
@@ -115,17 +113,17 @@ def _ragged_attention(
         return out
     if query.device.type == "cpu":
         check_indices(lengths, page_table, keys, T, window, visible_length)
-    settings = (scale, window, softcap)
     if backend != "torch":  # of a tensor that is negated only when it is read, the memory holds other values
         query, keys, values = query.resolve_neg(), keys.resolve_neg(), values.resolve_neg()
-    if backend == "torch":
-        with torch.autocast(query.device.type, enabled=False):  # in float32
-            reference.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
+    attend = implementation("attention", backend, query.device).ragged_attention
+    inputs = (query, keys, values, lengths, page_table, sinks, scale, window, softcap)
+    if backend == "triton":
+        attend(*inputs, visible_length, out)
     elif backend == "cpu":
-        cpu.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, out)
+        attend(*inputs, out)
     else:
-        gpu = triton_kernels("attention", query.device)
-        gpu.ragged_attention(query, keys, values, lengths, page_table, sinks, *settings, visible_length, out)
+        with torch.autocast(query.device.type, enabled=False):  # in float32
+            attend(*inputs, out)
     return out
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from motab_kernels.cpu.library import HAS_LIBRARY, HINT, kernels
 from motab_kernels.tensors import KERNEL_DTYPES
 
-BACKENDS = ("torch", "cpu", "triton")
+#: The backends, and where their kernels are.
+FOLDERS = {"torch": "reference", "cpu": "cpu", "triton": "gpu"}
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -35,6 +36,7 @@ def choose_for_storages(backend: str | None, storages: list[Tensor]) -> str:
 
 
 def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> str:
+    check_backend(backend)
     kernels_take = all(dtype in KERNEL_DTYPES for dtype in dtypes)
     if backend is None:
         if kernels_take and device.type == "cuda" and HAS_TRITON:
@@ -45,10 +47,8 @@ def _choose(backend: str | None, device: torch.device, *dtypes: torch.dtype) -> 
             if not torch.compiler.is_compiling():
                 warn_once()
         return "torch"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    if backend == "triton" and not HAS_TRITON:
-        raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')
+    if backend == "triton":
+        check_triton()
     if backend == "cpu":
         kernels()
         if device.type != "cpu":
@@ -69,13 +69,23 @@ def warn_once() -> None:
 _imported = functools.cache(importlib.import_module)
 
 
-def triton_kernels(op: str, device: torch.device | None = None) -> Any:
-    """`motab_kernels.gpu.<op>`, imported by the first call that runs it on tensors of `device`."""
+def implementation(op: str, backend: str, device: torch.device | None = None) -> Any:
+    """The module that runs an op on tensors of `device`, imported by the first call that needs it."""
+    if backend == "triton":
+        check_triton()
+        if device is not None and device.type != "cuda" and not _imported("motab_kernels.gpu").INTERPRETED:
+            raise ValueError(
+                f'backend: "triton" expected tensors on a GPU, got {device}; use "torch", or set '
+                "TRITON_INTERPRET=1 before triton is imported"
+            )
+    return _imported(f"motab_kernels.{FOLDERS[backend]}.{op}")
+
+
+def check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in FOLDERS:
+        raise ValueError(f"backend: expected one of {', '.join(FOLDERS)} or None, got {backend!r}")
+
+
+def check_triton() -> None:
     if not HAS_TRITON:
-        raise ValueError('backend: "triton" expected Triton to be installed; install it')
-    if device is not None and device.type != "cuda" and not _imported("motab_kernels.gpu").INTERPRETED:
-        raise ValueError(
-            f'backend: "triton" expected tensors on a GPU, got {device}; use "torch", or set '
-            "TRITON_INTERPRET=1 before triton is imported"
-        )
-    return _imported(f"motab_kernels.gpu.{op}")
+        raise ValueError('backend: "triton" expected Triton to be installed; install it or use "torch"')

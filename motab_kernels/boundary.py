@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from motab_kernels.arguments import DIVISORS, check_count, check_parameter, check_place, shared_columns
-from motab_kernels.backend import choose_backend, triton_kernels
+from motab_kernels.backend import choose_backend, implementation
 from motab_kernels.boundaries import Boundary, Criterion, EntropyBoundary
 from motab_kernels.boundary_checks import (
     check_out,
@@ -24,8 +24,7 @@ from motab_kernels.boundary_checks import (
     check_workspace,
 )
 from motab_kernels.boundary_state import BoundaryState
-from motab_kernels.cpu import boundary as cpu
-from motab_kernels.reference import boundary as reference
+from motab_kernels.reference.boundary import top_k_entropy
 from motab_kernels.tensors import is_traced, with_tokens
 
 __all__ = ["BoundaryOutput", "boundary_workspace", "fused_kl_boundary"]
@@ -179,7 +178,7 @@ def boundary_workspace(batch_size: int, tokens: int, vocab_size: int, device: to
     """
     for name, value in (("batch_size", batch_size), ("tokens", tokens), ("vocab_size", vocab_size)):
         check_count(name, value, minimum=0)
-    gpu = triton_kernels("boundary")
+    gpu = implementation("boundary", "triton")
     device = torch.device(device)
     shape = gpu.workspace_shape(batch_size * tokens, vocab_size, gpu.settings_for(device))
     return torch.empty(math.prod(shape), dtype=torch.float32, device=device)
@@ -219,35 +218,33 @@ def _fused_kl_boundary(
     if not student.shape[-1] == teacher.shape[-1] == vocab_size:
         student, teacher = student.narrow(-1, 0, vocab_size), teacher.narrow(-1, 0, vocab_size)
     criterion = Criterion(score, scale, theta, top_k, window=state[2].shape[1] if state else 0)
-    doubt = None
-    if backend != "torch":  # whose reads negate what the memory of a tensor with the negative bit holds
-        student, teacher = ((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg() for x in (student, teacher))
-        doubt = reference.top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
-    if backend == "cpu":
-        if not cpu.fused_kl_boundary(student, teacher, token_ids, step_ends, temperature, doubt, criterion, state, out):
-            check_values(token_ids, temperature, vocab_size)
-            raise AssertionError("the kernel refused what the check accepts")
-        return
-
+    kernels = implementation("boundary", backend, student.device)
     if backend == "torch":
         student, teacher, tokens = with_tokens(student), with_tokens(teacher), with_tokens(token_ids, 2)
         ends = None if step_ends is None else with_tokens(step_ends, 2)
-        results = reference.fused_kl_boundary(
+        results = kernels.fused_kl_boundary(
             student, teacher, tokens, ends, temperature, criterion, BoundaryState.of(*state)
         )
         for target, result in zip(out, results, strict=True):
             target.copy_(result.view(target.shape))
         return
 
-    gpu = triton_kernels("boundary", student.device)
-    settings = gpu.settings_for(student.device)
-    shape = gpu.workspace_shape(token_ids.numel(), vocab_size, settings)
+    # Kernels read memory, which of a tensor with the negative bit holds other values.
+    student, teacher = ((x if x.stride(-1) == 1 else x.contiguous()).resolve_neg() for x in (student, teacher))
+    doubt = top_k_entropy(teacher, top_k, temperature).contiguous() if top_k else None
+    inputs = (student, teacher, token_ids, step_ends, temperature, doubt, criterion, state, out)
+    if backend == "cpu":
+        if not kernels.fused_kl_boundary(*inputs):
+            check_values(token_ids, temperature, vocab_size)
+            raise AssertionError("the kernel refused what the check accepts")
+        return
+
+    settings = kernels.settings_for(student.device)
+    shape = kernels.workspace_shape(token_ids.numel(), vocab_size, settings)
     if workspace is None:
         workspace = torch.empty(shape, dtype=torch.float32, device=student.device)
     check_workspace(workspace, math.prod(shape), student.device)
-    gpu.fused_kl_boundary(
-        student, teacher, token_ids, step_ends, temperature, doubt, criterion, state, out, workspace, settings
-    )
+    kernels.fused_kl_boundary(*inputs, workspace, settings)
 
 
 fused_kl_boundary_op = torch.library.custom_op(

@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from motab_kernels.backend import choose_backend, triton_kernels
-from motab_kernels.cpu import divergence as cpu
+from motab_kernels.backend import choose_backend, implementation
 from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
 from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
-from motab_kernels.reference import divergence as reference
 from motab_kernels.tensors import as_normal, is_traced, wide_dtype, with_tokens
 from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
 
@@ -333,6 +331,5 @@ def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
 
 
 def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
-    modules: dict[str, DivergenceKernels] = {"torch": reference, "cpu": cpu}
-    kernels = modules[backend] if backend in modules else triton_kernels("divergence", device)
+    kernels: DivergenceKernels = implementation("divergence", backend, device)
     return SlicedVocabulary(kernels, group) if group else kernels

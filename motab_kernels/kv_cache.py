@@ -8,10 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from motab_kernels.backend import BACKENDS, choose_for_storages, triton_kernels
-from motab_kernels.cpu import kv_cache as cpu
+from motab_kernels.backend import check_backend, choose_for_storages, implementation
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor, refuse_inexact
-from motab_kernels.reference import kv_cache as reference
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -68,8 +66,7 @@ def truncate_kv_cache_(
     from motab_kernels.ragged_kv_cache import RaggedKVCache
 
     check_tail(tail)
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    check_backend(backend)
     if isinstance(cache, RaggedKVCache):
         if attention_mask is not None:
             raise ValueError("attention_mask: expected None for a RaggedKVCache, which knows its lengths, got one")
@@ -106,29 +103,22 @@ def _truncate_dynamic_(
     by_device: dict[torch.device, list[Tensor]] = {}
     for layer in cache.layers:
         by_device.setdefault(layer.keys.device, []).extend((layer.keys, layer.values))
-    backends = [choose_for_storages(backend, storages) for storages in by_device.values()]  # or raise, of each
-    for storages, chosen in zip(by_device.values(), backends, strict=True):
+    modules = [  # or raise, before anything is moved
+        implementation("kv_cache", choose_for_storages(backend, storages), device)
+        for device, storages in by_device.items()
+    ]
+    starts = [slots - had for had in old]
+    for storages, kernels in zip(by_device.values(), modules, strict=True):
         # Tensors born in inference mode can be written only there.
         with torch.inference_mode(any(storage.is_inference() for storage in storages)):
-            _realign_(storages, [slots - had for had in old], new, width, tail == "zero", chosen)
+            kernels.realign_(storages, starts, new, width, clear_padding=tail == "zero")
+            increment_version(storages)  # autograd is to see that what it may have saved is moved
     for layer in cache.layers:
         layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
         if hasattr(layer, "cumulative_length"):
             layer.cumulative_length = width
     kept = torch.arange(width, device=lengths.device) >= width - lengths[:, None]
     return kept.to(attention_mask.dtype)
-
-
-def _realign_(
-    storages: list[Tensor], starts: list[int], lengths: list[int], width: int, clear_padding: bool, backend: str
-) -> None:
-    if backend == "torch":
-        for storage in storages:
-            reference.realign_(storage, starts, lengths, width, clear_padding=clear_padding)
-        return
-    kernels = cpu if backend == "cpu" else triton_kernels("kv_cache", storages[0].device)
-    kernels.realign_(storages, starts, lengths, width, clear_padding=clear_padding)
-    increment_version(storages)  # autograd is to see that what it may have saved is moved
 
 
 def _truncate_static_(cache: Any, lengths: Tensor, attention_mask: Tensor, slots: int, tail: str) -> Tensor:

@@ -271,8 +271,7 @@ def test_realigned_cache_is_the_reference_s(dtype, clear_padding, seed):
     storages = [torch.randint(-99, 99, (6, 2, slots, n), generator=generator).to(dtype) for n in (size, size + 1)]
     got = [x.to(DEVICE, copy=True) for x in storages]
     gpu.realign_([x[..., :size] for x in got], starts, lengths, width, clear_padding=clear_padding)
-    for x in storages:
-        reference.realign_(x[..., :size], starts, lengths, width, clear_padding=clear_padding)
+    reference.realign_([x[..., :size] for x in storages], starts, lengths, width, clear_padding=clear_padding)
     for x, y in zip(got, storages, strict=True):
         assert torch.equal(x.cpu(), y)
 

@@ -199,8 +199,7 @@ def test_kernels_equal_the_reference(kernels, batch, slots, size, padding, dtype
     got = [storage.to(DEVICE, copy=True) for storage in expected]
     view = lambda storage: storage[:batch, :, 1 : slots + 1, :size]  # noqa: E731
     kernels.realign_([view(storage) for storage in got], starts, lengths, width, clear_padding=clear_padding)
-    for storage in expected:
-        reference.realign_(view(storage), starts, lengths, width, clear_padding=clear_padding)
+    reference.realign_([view(storage) for storage in expected], starts, lengths, width, clear_padding=clear_padding)
     for storage, reference_storage in zip(got, expected, strict=True):
         assert torch.equal(storage.cpu(), reference_storage)
 
