@@ -9,20 +9,25 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from motab_kernels.backend import choose_backend, implementation
-from motab_kernels.divergence_checks import check_finite_gradient, check_tensors, divisor, resolve, temperature_tensor
-from motab_kernels.divergence_sums import CENTRE, DivergenceKernels
+from motab_kernels.backend import choose_backend
+from motab_kernels.divergence_checks import (
+    check_finite_gradient,
+    check_tensors,
+    divisor,
+    refuse_forward_mode,
+    refuse_second_derivative,
+    resolve,
+    temperature_tensor,
+)
+from motab_kernels.divergence_kernels import divergence_forward, kernels_of, weighted
 from motab_kernels.tensors import as_normal, is_traced, wide_dtype, with_tokens
-from motab_kernels.vocab_parallel import SlicedVocabulary, columns_here
+from motab_kernels.vocab_parallel import columns_here
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["divergence_loss"]
-
-ONE_READ = ("forward_kl", "reverse_kl")  # the others need the normalisers first, and read the logits again
 
 
 def divergence_loss(
@@ -146,14 +151,6 @@ def divergence_loss(
     return loss if reduction == "none" else (loss.sum() / divide).to(loss.dtype)
 
 
-def weighted(loss: Tensor, weights: Tensor, mask: Tensor | None = None) -> Tensor:
-    """loss * weights, and 0 where the weight is 0 or the mask False, whatever the loss or the weight there."""
-    weights = as_normal(weights.detach()).to(loss.dtype)
-    weights = weights if mask is None else weights.masked_fill(~mask, 0)
-    # By the weight alone: a loss that rounds to 0 still has a gradient.
-    return torch.where(weights == 0, 0.0, loss * weights)
-
-
 @torch.library.custom_op("motab_kernels::divergence", mutates_args=())
 def divergence_op(
     student_logits: Tensor,
@@ -189,25 +186,6 @@ def _empty_results(student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tens
     dtype = wide_dtype(student_logits, teacher_logits)
     loss = student_logits.new_empty(student_logits.shape[:-1], dtype=dtype)
     return loss, student_logits.new_empty((loss.numel(), 6), dtype=dtype)
-
-
-def divergence_forward(
-    kernels: DivergenceKernels,
-    student: Tensor,
-    teacher: Tensor,
-    tau: Tensor | None,
-    keep: Tensor | None,
-    kind: str,
-    lam: float,
-) -> tuple[Tensor, Tensor]:
-    """The losses (R,) of (B, T, V) logits, and what is saved for the backward pass, (R, 6)."""
-    sums = kernels.divergence_sums(student, teacher, tau, keep, kind)
-    loss, saved = kernels.finish(sums, tau, keep, kind, student.shape[1])
-    if kind not in ONE_READ:
-        loss, centre = kernels.divergence_terms(student, teacher, tau, keep, saved, kind, lam).sum(-1).unbind(-1)
-        loss = torch.where(loss < 0, 0.0, loss)  # rounding
-        saved[:, CENTRE] = centre
-    return loss, saved
 
 
 @torch.library.custom_op("motab_kernels::divergence_backward", mutates_args=())
@@ -308,28 +286,3 @@ def _overlaps(x: Tensor) -> bool:
 
 
 divergence_op.register_autograd(_backward, setup_context=_setup_context)
-
-
-def refuse_second_derivative(name: str) -> None:
-    """Raise in a backward pass that is itself differentiated."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise ValueError(
-            f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second derivatives "
-            "write the divergence in PyTorch"
-        )
-
-
-def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
-    """Raise for a dual tensor, whose tangent would be lost silently."""
-    if torch.compiler.is_compiling():
-        return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise ValueError(
-            f"{name}: expected no forward-mode derivatives, got a dual tensor (torch.func.jvp): take the gradient by "
-            "backward(), or write the divergence in PyTorch"
-        )
-
-
-def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
-    kernels: DivergenceKernels = implementation("divergence", backend, device)
-    return SlicedVocabulary(kernels, group) if group else kernels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from motab_kernels.arguments import (
     DIVISORS,
@@ -13,11 +14,10 @@ from motab_kernels.arguments import (
     check_place,
     shared_columns,
 )
+from motab_kernels.divergence_sums import DIVERGENCES
 from motab_kernels.tensors import DTYPES
 from motab_kernels.vocab_parallel import gather
 
-# In the order of the enum in cpu/divergence.cpp.
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 REDUCTIONS = ("none", "sum", "mean", "batchmean")
 
 
@@ -155,4 +155,24 @@ def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str 
         raise ValueError(
             f"gradient: expected finite values, got {count} of {len(finite)} positions with NaN or inf, the first "
             f"{first} (counted over the flattened leading shape): look at its logits, or mask it"
+        )
+
+
+def refuse_second_derivative(name: str) -> None:
+    """Raise in a backward pass that is itself differentiated."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"{name}: expected a backward pass for first derivatives, got create_graph=True; for second derivatives "
+            "write the divergence in PyTorch"
+        )
+
+
+def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
+    """Raise for a dual tensor, whose tangent would be lost silently."""
+    if torch.compiler.is_compiling():
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise ValueError(
+            f"{name}: expected no forward-mode derivatives, got a dual tensor (torch.func.jvp): take the gradient by "
+            "backward(), or write the divergence in PyTorch"
         )

@@ -14,8 +14,6 @@ Every other kind needs z_t and z_s before it can sum. A sum that the kind does n
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -23,53 +21,8 @@ from torch import Tensor
 # which neither p = exp(x_t) / z_t nor log(p / q) = (t - s - (max t - max s)) / tau - log(z_t / z_s) is rounded twice.
 TOP_T, TOP_S, RECIPROCAL_T, RECIPROCAL_S, LOG_RATIO, CENTRE = range(6)
 
-
-class DivergenceKernels(Protocol):
-    """A backend of `divergence_loss`: the modules named `divergence`, or `SlicedVocabulary`.
-
-    B rows, T tokens, V shared vocabulary, R = B * T positions, S slices of the vocabulary, each summed on its own.
-    Logits are (B, T, V). `tau` is the temperature, 0-d or (B,); None: 1. `keep` (R,) bool says which positions count;
-    None: all. `lam` is the teacher's share in the mixture, see `reference/divergence.py`.
-    """
-
-    def divergence_sums(
-        self, student: Tensor, teacher: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, /
-    ) -> Tensor:
-        """(R, 6, S): the sums of each slice. Those of a position that does not count may have any value."""
-
-    def finish(
-        self, sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: int, /
-    ) -> tuple[Tensor, Tensor]:
-        """The losses (R,), of the two KL kinds only, and what the backward pass needs, (R, 6)."""
-
-    def divergence_terms(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        tau: Tensor | None,
-        keep: Tensor | None,
-        saved: Tensor,
-        kind: str,
-        lam: float,
-        /,
-    ) -> Tensor:
-        """(R, 2, S): the divergence and sum q g over each slice, of the other kinds; 0 where a position does not
-        count."""
-
-    def divergence_gradient(
-        self,
-        student: Tensor,
-        teacher: Tensor,
-        tau: Tensor | None,
-        saved: Tensor,
-        scale: Tensor,
-        kind: str,
-        lam: float,
-        out: Tensor,
-        /,
-    ) -> None:
-        """Write d(sum of scale * divergence) / d(student) to `out` (B, T, V), contiguous in V, which may be the
-        student's own logits. A position whose scale (R,) is 0 gets 0, whatever its logits."""
+# In the order of the enum in cpu/divergence.cpp.
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd")
 
 
 def by_position(tau: Tensor, T: int) -> Tensor:

@@ -13,15 +13,17 @@ from torch import Tensor
 
 from motab_kernels.arguments import check_count, shared_columns
 from motab_kernels.backend import choose_backend
-from motab_kernels.divergence import (
-    divergence_forward,
-    kernels_of,
+from motab_kernels.divergence_checks import (
+    check_finite_gradient,
+    check_heads,
+    divisor,
     refuse_forward_mode,
     refuse_second_derivative,
-    weighted,
+    resolve,
+    temperature_tensor,
 )
-from motab_kernels.divergence_checks import check_finite_gradient, check_heads, divisor, resolve, temperature_tensor
-from motab_kernels.divergence_sums import DivergenceKernels, by_position
+from motab_kernels.divergence_kernels import DivergenceKernels, divergence_forward, kernels_of, weighted
+from motab_kernels.divergence_sums import by_position
 from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for
 from motab_kernels.tensors import as_normal, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from motab_kernels.divergence_sums import DivergenceKernels, merge_sums
+from motab_kernels.divergence_sums import merge_sums
 from motab_kernels.tensors import wide_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from motab_kernels.divergence_kernels import DivergenceKernels
 
 
 class SlicedVocabulary:

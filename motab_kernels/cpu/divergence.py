@@ -13,7 +13,7 @@ from torch import Tensor
 
 from motab_kernels.cpu.arguments import logits, parameter, widened
 from motab_kernels.cpu.library import kernels
-from motab_kernels.divergence_checks import DIVERGENCES
+from motab_kernels.divergence_sums import DIVERGENCES
 
 SPLIT = 4096  # columns, as in splits.h
 CALL = struct.Struct("23q")  # `DivergenceCall` in divergence.cpp
