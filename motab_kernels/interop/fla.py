@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 import torch
 from torch import Tensor
 
@@ -75,6 +73,4 @@ def patch() -> patching.Undo:
     return patching.patch(PEER, TARGETS)
 
 
-def patched() -> AbstractContextManager[None]:
-    """`patch()`, undone at the end of a `with` block."""
-    return patching.patched(patch)
+patched = patching.as_context(patch)

@@ -6,7 +6,6 @@ that instances made before are switched too. What differs: `docs/switch.md`.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -227,6 +226,4 @@ def patch() -> patching.Undo:
     return patching.patch(PEER, TARGETS)
 
 
-def patched() -> AbstractContextManager[None]:
-    """`patch()`, undone at the end of a `with` block."""
-    return patching.patched(patch)
+patched = patching.as_context(patch)

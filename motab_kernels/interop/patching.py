@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, ParamSpec
 
 Undo = Callable[[], None]
+P = ParamSpec("P")
 
 
 class Target(NamedTuple):
@@ -40,13 +41,19 @@ def patch(peer: str, targets: list[Target]) -> Undo:
     return undo
 
 
-@contextmanager
-def patched(patch: Callable[[], Undo]) -> Iterator[None]:
-    undo = patch()
-    try:
-        yield
-    finally:
-        undo()
+def as_context(patch: Callable[P, Undo]) -> Callable[P, AbstractContextManager[None]]:
+    """A peer's `patched`, which takes what its `patch` takes."""
+
+    @contextmanager
+    def patched(*args: P.args, **keywords: P.kwargs) -> Iterator[None]:
+        """`patch()`, undone at the end of a `with` block, also by an exception."""
+        undo = patch(*args, **keywords)
+        try:
+            yield
+        finally:
+            undo()
+
+    return patched
 
 
 def find(peer: str, target: Target) -> tuple[Any, str, Any]:

@@ -6,8 +6,6 @@ position's loss, (B, T), float32. The targets get no gradient. What differs: `do
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from torch import Tensor
 
 from motab_kernels.divergence import divergence_loss
@@ -56,6 +54,4 @@ def patch() -> patching.Undo:
     return patching.patch(PEER, TARGETS)
 
 
-def patched() -> AbstractContextManager[None]:
-    """`patch()`, undone at the end of a `with` block."""
-    return patching.patched(patch)
+patched = patching.as_context(patch)

@@ -6,7 +6,6 @@ B rows, T tokens, V vocabulary, N valid positions. What differs: `docs/switch.md
 from __future__ import annotations
 
 import functools
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -179,6 +178,4 @@ def patch(*, entropy: bool = True) -> patching.Undo:
     return patching.patch(PEER, targets)
 
 
-def patched(*, entropy: bool = True) -> AbstractContextManager[None]:
-    """`patch()`, undone at the end of a `with` block."""
-    return patching.patched(functools.partial(patch, entropy=entropy))
+patched = patching.as_context(patch)

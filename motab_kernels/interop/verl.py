@@ -10,7 +10,6 @@ B rows (1 where they are packed), T tokens, V vocabulary.
 from __future__ import annotations
 
 import importlib
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -113,6 +112,4 @@ def patch() -> patching.Undo:
     return undo
 
 
-def patched() -> AbstractContextManager[None]:
-    """`patch()`, undone at the end of a `with` block."""
-    return patching.patched(patch)
+patched = patching.as_context(patch)

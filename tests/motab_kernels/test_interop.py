@@ -151,7 +151,7 @@ def test_patch_is_undone(target):
 def test_patched_is_undone_on_exceptions_and_nests(target):
     def patched(result):
         targets = [patching.Target("some_peer.losses", "loss", lambda student, teacher: result)]
-        return patching.patched(lambda: patching.patch("some_peer 1.0", targets))
+        return patching.as_context(patching.patch)("some_peer 1.0", targets)
 
     def fail():
         with patched("inner"):
