@@ -17,7 +17,7 @@ from transformers import CompileConfig, PreTrainedModel
 
 from motab.memory import Pages
 from motab.writer import Writer
-from motab_kernels.model_attention import Step, takes_ragged_attention
+from motab_kernels.model_attention import ForwardPass, takes_ragged_attention
 
 LEAST_SLOTS = 256  # slots that a pass sees, at least
 
@@ -82,7 +82,7 @@ class CompiledWriter(Writer):
         self._lengthen(rows, q)
         return logits[:b, :q]
 
-    def _run(self, ragged_step: Step, **inputs: Any) -> Any:
+    def _run(self, ragged_step: ForwardPass, **inputs: Any) -> Any:
         assert ragged_step.rows is not None
         for x in (inputs["input_ids"], inputs["position_ids"], ragged_step.slots, ragged_step.places, ragged_step.rows):
             _vary(x, *range(x.dim()))

@@ -17,7 +17,7 @@ from motab_kernels.backend import choose_backend
 RAGGED_ATTENTION = "motab_ragged"
 
 
-class Step(NamedTuple):
+class ForwardPass(NamedTuple):
     """One forward pass: which rows it feeds, the slots their new tokens take and how many slots it can see."""
 
     rows: Tensor | None  # (b,), None for all rows in order
@@ -38,7 +38,7 @@ def _attend(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
-    ragged_step: Step | None = None,
+    ragged_step: ForwardPass | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """`ragged_attention` as transformers calls an attention: (b, q, H_q, D)."""

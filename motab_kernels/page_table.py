@@ -21,6 +21,7 @@ class PageTable:
     written there, and its contents mean nothing.
 
     Attributes:
+        of_row: the pages of each row, numbers in order.
         table: (B, n) int64 on the device, for `ragged_attention`.
     """
 
@@ -30,15 +31,15 @@ class PageTable:
         if not isinstance(page_size, int) or page_size < 1 or page_size % PAGE_MULTIPLE:
             raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE} tokens, got {page_size!r}")
         self.num_pages, self.page_size, self.max_length = num_pages, page_size, max_length
-        self.pages: list[list[int]] = [[] for _ in range(batch_size)]
+        self.of_row: list[list[int]] = [[] for _ in range(batch_size)]
         self.free = list(reversed(range(num_pages)))
         with torch.inference_mode(False):
             self.table = torch.full((batch_size, -(-max_length // page_size)), num_pages, device=device)
 
     def needed(self, lengths: Sequence[int]) -> list[int]:
         """The number of pages that each row needs for `lengths` tokens."""
-        if len(lengths) != len(self.pages) or not all(0 <= length <= self.max_length for length in lengths):
-            expected = f"{len(self.pages)} lengths in [0, {self.max_length}]"
+        if len(lengths) != len(self.of_row) or not all(0 <= length <= self.max_length for length in lengths):
+            expected = f"{len(self.of_row)} lengths in [0, {self.max_length}]"
             raise ValueError(f"lengths: expected {expected}, got {list(lengths)}")
         return [-(-length // self.page_size) for length in lengths]
 
@@ -50,23 +51,23 @@ class PageTable:
                 f"lengths: expected what {self.num_pages} pages of {self.page_size} tokens hold, got {list(lengths)}, "
                 f"which need {sum(needed)}: reserve less, or build the cache with more num_pages"
             )
-        before = [list(pages) for pages in self.pages]
-        for pages, count in zip(self.pages, needed, strict=True):
+        before = [list(pages) for pages in self.of_row]
+        for pages, count in zip(self.of_row, needed, strict=True):
             while len(pages) > count:
                 self.free.append(pages.pop())
-        for pages, count in zip(self.pages, needed, strict=True):
+        for pages, count in zip(self.of_row, needed, strict=True):
             while len(pages) < count:
                 pages.append(self.free.pop())
-        if self.pages != before:
+        if self.of_row != before:
             n = self.table.shape[1]
             self.table.copy_(
-                on_device([pages + [self.num_pages] * (n - len(pages)) for pages in self.pages], self.table.device)
+                on_device([pages + [self.num_pages] * (n - len(pages)) for pages in self.of_row], self.table.device)
             )
 
     def check_room(self, lengths: Sequence[int], rows: Sequence[int]) -> None:
         """Raise if a row holds tokens beyond its pages; a row without any page is taken for padding."""
         for row, length in zip(rows, lengths, strict=True):
-            if length > (room := len(self.pages[row]) * self.page_size) > 0:
+            if length > (room := len(self.of_row[row]) * self.page_size) > 0:
                 raise ValueError(
                     f"pages: expected room for the {length} tokens of row {row}, got room for {room}: what lay beyond "
                     "is lost; call reserve_ before the forward pass that exceeds them"

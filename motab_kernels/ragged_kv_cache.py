@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
-from motab_kernels.model_attention import RAGGED_ATTENTION, Step
+from motab_kernels.model_attention import RAGGED_ATTENTION, ForwardPass
 from motab_kernels.page_table import PageTable
-from motab_kernels.ragged_layer import RaggedLayer, at_one_address, check_positions, layer_types
+from motab_kernels.ragged_kv_cache_checks import check_positions, check_reserved, check_rows, layer_types
+from motab_kernels.ragged_layer import RaggedLayer, at_one_address
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
@@ -111,7 +112,7 @@ class RaggedKVCache(Cache):
         self._visible_length = self._visible_length_in_step = 0
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
-        self._step: Step | None = None
+        self._step: ForwardPass | None = None
 
     @property
     def visible_length(self) -> int:
@@ -207,7 +208,7 @@ class RaggedKVCache(Cache):
             self._step = None
         return visible
 
-    def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> Step:
+    def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> ForwardPass:
         if not isinstance(num_tokens, int) or num_tokens < 1:
             raise ValueError(f"num_tokens: expected a positive int, got {num_tokens!r}")
         if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
@@ -220,13 +221,13 @@ class RaggedKVCache(Cache):
                 f"+ {num_tokens} new: build the cache with a larger max_length, or pass prepare or truncate_kv_cache_ "
                 "the max_length= that bounds the rows' lengths if they are shorter than that"
             )
-        self._check_rows(rows)
+        check_rows(rows, len(self.lengths), self.device)
         lengths = self.lengths if rows is None else self.lengths[rows]
         if self.device.type == "cpu" and bool((lengths > bound).any()):
             raise ValueError(f"max_length: expected a bound on the rows' lengths {lengths.tolist()}, got {max_length}")
         slots = lengths[:, None] + torch.arange(num_tokens, device=self.device)
         if self.pages is not None:
-            self._check_reserved(self.pages, rows, lengths)
+            check_reserved(self.pages, rows, lengths, self.visible_length if self._is_uniform else None)
             table = self.pages.table if rows is None else self.pages.table[rows]
             places, offsets = self.pages.places(table, slots)
         else:
@@ -236,29 +237,7 @@ class RaggedKVCache(Cache):
         # Not in `update`, where `torch.compile` would compile a graph for each value.
         self._visible_length = before + num_tokens if self._is_uniform else max(before, visible_length)
         self._visible_length_in_step = before
-        return Step(rows, slots, places, offsets, table, visible_length, None)
-
-    def _check_reserved(self, pages: PageTable, rows: Tensor | None, lengths: Tensor) -> None:
-        """Raise if rows lack pages, as far as the host knows."""
-        if not any(pages.pages):
-            raise ValueError("pages: expected rows with pages to write to, got none: call reserve_ first")
-        if self.device.type == "cpu":
-            pages.check_room(lengths.tolist(), range(len(lengths)) if rows is None else rows.tolist())
-        elif self._is_uniform:
-            pages.check_room([self.visible_length] * len(self.lengths), range(len(self.lengths)))
-
-    def _check_rows(self, rows: Tensor | None) -> None:
-        if rows is None:
-            return
-        batch_size = len(self.lengths)
-        if not isinstance(rows, Tensor) or rows.dtype != torch.int64 or rows.ndim != 1 or rows.device != self.device:
-            got = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}" if isinstance(rows, Tensor) else repr(rows)
-            raise ValueError(f"rows: expected None or (b,) int64 on {self.device}, got {got}")
-        if rows.device.type != "cpu":  # looking would make the host wait
-            return
-        given = rows.tolist()
-        if not given or len(set(given)) < len(given) or min(given) < 0 or max(given) >= batch_size:
-            raise ValueError(f"rows: expected distinct ones within [0, {batch_size}), got {given}")
+        return ForwardPass(rows, slots, places, offsets, table, visible_length, None)
 
     def _as_attention_mask(self, visible: Tensor) -> Tensor:
         attention = self.config._attn_implementation

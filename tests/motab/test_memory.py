@@ -62,7 +62,7 @@ def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, wai
 
     def poisoning(cache, lengths):
         reserve(cache, lengths)
-        most.append(sum(map(len, cache.pages.pages)))
+        most.append(sum(map(len, cache.pages.of_row)))
         for layer in cache.layers:
             if layer.is_initialized:
                 layer.keys[[*cache.pages.free, 7]] = layer.values[[*cache.pages.free, 7]] = torch.nan

@@ -15,7 +15,7 @@ import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY
 from motab_kernels.model_attention import RAGGED_ATTENTION, on_ragged_attention, takes_ragged_attention
 from motab_kernels.ragged_kv_cache import CACHE_ARGUMENT
-from motab_kernels.ragged_layer import check_positions, layer_types
+from motab_kernels.ragged_kv_cache_checks import check_positions, layer_types
 
 VOCAB = 61
 SIZES = dict(
@@ -179,7 +179,7 @@ def test_rows_share_pages(model, attention):
         left = min(30, 120 - max(len(book.tokens[row]) for row in rows))
         counts = [1 + draw(min(left, 64 - len(book.tokens[0])) if row == 0 else left) for row in rows]
         book.append(counts, rows, bounded=bool(draw(2)))
-        seen.add(tuple(map(len, book.cache.pages.pages)))
+        seen.add(tuple(map(len, book.cache.pages.of_row)))
         tail = "zero" if draw(2) else "keep"
         book.truncate([min(len(tokens), 40 + draw(50)) for tokens in book.tokens], tail=tail)
     assert len(seen) > 2
@@ -209,13 +209,13 @@ def test_wrong_pages(llama):
     with pytest.raises(ValueError, match="rows with pages to write to, got none: call reserve_ first"):
         cache.prepare(1)
     cache.reserve_([1, 65, 0])
-    pages = [list(row) for row in cache.pages.pages]
+    pages = [list(row) for row in cache.pages.of_row]
     with pytest.raises(ValueError, match=r"lengths: expected what 3 pages .* hold, got \[65, 64, 1\], which need 4"):
         cache.reserve_([65, 64, 1])
     for lengths in ([1, 2], [1, 2, -1], [0, 0, 129]):
         with pytest.raises(ValueError, match=r"lengths: expected 3 lengths in \[0, 128\], got"):
             cache.reserve_(lengths)
-    assert cache.pages.pages == pages
+    assert cache.pages.of_row == pages
     assert cache.pages.table.tolist() == [[pages[0][0], 3], pages[1], [3, 3]]
     with torch.no_grad():
         llama(torch.ones(BATCH, 66, dtype=torch.long), **cache.prepare(66))
