@@ -6,7 +6,7 @@ N positions, H and H_t hidden sizes, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,9 +22,9 @@ from motab_kernels.divergence_checks import (
     resolve,
     temperature_tensor,
 )
-from motab_kernels.divergence_kernels import DivergenceKernels, divergence_forward, kernels_of, weighted
+from motab_kernels.divergence_kernels import kernels_of, weighted
 from motab_kernels.divergence_sums import by_position
-from motab_kernels.linear_head import CHUNKS, Head, autocast, chunk_size_for
+from motab_kernels.linear_head import CHUNKS, Head, HeadDivergence, as_autocast, chunk_size_for
 from motab_kernels.tensors import as_normal, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here
 
@@ -114,8 +114,8 @@ def fused_linear_divergence(
     """
     kind, lam = resolve(divergence, beta, alpha)
     refuse_forward_mode("fused_linear_divergence", student_hidden, student_weight, student_bias)
-    student_hidden, student_weight, student_bias = autocast(student_hidden, student_weight, student_bias)
-    teacher_hidden, teacher_weight, teacher_bias = autocast(teacher_hidden, teacher_weight, teacher_bias)
+    student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
+    teacher_hidden, teacher_weight, teacher_bias = as_autocast(teacher_hidden, teacher_weight, teacher_bias)
     heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
     scales, softcaps = (student_logit_scale, teacher_logit_scale), (student_softcap, teacher_softcap)
     check_heads(*heads, scales, softcaps, mask, weights)
@@ -143,63 +143,26 @@ def fused_linear_divergence(
     options = (*factors, kind, lam, V, min(chunk_size, max(1, N)), check_finite, backend, name)
     if reduction == "none":
         divisor(reduction, num_items, mask, student_hidden)
-        loss = rows_op(*tensors, *others, keep, tau, *options)
+        loss = positions_op(*tensors, *others, keep, tau, *options)
         loss = loss.view(leading)
         return loss if weights is None else weighted(loss, weights, mask)
     scale = torch.ones(N, dtype=wide_dtype(student_hidden), device=student_hidden.device)
     if weights is not None:
         scale = scale * weights.detach().reshape(-1)
     scale = scale / divisor(reduction, num_items, mask, student_hidden)
-    needs = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[0]]
-    return total_op(*tensors, *others, keep, tau, scale, needs, *options)[0]
-
-
-class _Heads(NamedTuple):
-    """Both sides' heads, and the divergence between them."""
-
-    student: Head
-    teacher: Head
-    keep: Tensor | None  # (N,)
-    tau: Tensor | None  # 0-d or (N,)
-    kind: str
-    lam: float
-    vocab_size: int
-    kernels: DivergenceKernels
-
-    def forward(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Both sides' logits (n, V) at some positions, their losses, and what the gradient needs besides."""
-        s, t = self.student.logits(part), self.teacher.logits(part)
-        keep = None if self.keep is None else self.keep[part]
-        shared = self._shared(s), self._shared(t)
-        return s, t, *divergence_forward(self.kernels, *shared, self._tau(part), keep, self.kind, self.lam)
-
-    def write_gradient(self, part: slice, s: Tensor, t: Tensor, saved: Tensor, worth: Tensor, out: Tensor) -> None:
-        """The gradient by the head's matrix product, rounded once to the dtype of `out` (n, V)."""
-        scale, softcap = self.student.scale, self.student.softcap
-        target = torch.empty_like(s) if softcap else out
-        shared = self._shared(s), self._shared(t)
-        self.kernels.divergence_gradient(
-            *shared, self._tau(part), saved, worth * scale, self.kind, self.lam, self._shared(target)
-        )
-        if softcap:
-            target.mul_(1 - (s / softcap).square_())
-            out.copy_(target.masked_fill_((worth == 0)[:, None], 0))  # logits that do not count may be NaN
-        out[:, self.vocab_size :] = 0
-
-    def _shared(self, x: Tensor) -> Tensor:
-        """(n, V) as (B, T, V) with T = 1, of the columns that count."""
-        return x[:, None, : self.vocab_size]
-
-    def _tau(self, part: slice) -> Tensor | None:
-        return self.tau if self.tau is None or self.tau.dim() == 0 else self.tau[part]
+    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[0]]
+    return total_op(*tensors, *others, keep, tau, scale, needs_grad, *options)[0]
 
 
 #: Both ops take the same tensors first: hidden, weight and bias of the student and of the teacher, keep and tau.
 TENSORS = 8
 
+#: What `total_op` returns.
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
-@torch.library.custom_op("motab_kernels::linear_divergence_rows", mutates_args=())
-def rows_op(
+
+@torch.library.custom_op("motab_kernels::linear_divergence_positions", mutates_args=())
+def positions_op(
     student_hidden: Tensor,
     student_weight: Tensor,
     student_bias: Tensor | None,
@@ -222,14 +185,11 @@ def rows_op(
     student = Head(student_hidden, student_weight, student_bias, *student_scales)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, *teacher_scales)
     kernels = kernels_of(backend, student_hidden.device, group)
-    heads = _Heads(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
-    loss = torch.empty(len(student_hidden), dtype=wide_dtype(student_hidden), device=student_hidden.device)
-    for part in _parts(slice(0, len(loss)), chunk_size):
-        _, _, loss[part], _ = heads.forward(part)
-    return loss
+    heads = HeadDivergence(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
+    return _losses(heads, chunk_size)
 
 
-@rows_op.register_fake
+@positions_op.register_fake
 def _(student_hidden: Tensor, *args: object) -> Tensor:
     return student_hidden.new_empty(student_hidden.shape[0], dtype=wide_dtype(student_hidden))
 
@@ -245,7 +205,7 @@ def total_op(
     keep: Tensor | None,
     tau: Tensor | None,
     scale: Tensor,
-    needs: list[bool],
+    needs_grad: list[bool],
     student_scales: list[float],
     teacher_scales: list[float],
     kind: str,
@@ -257,64 +217,85 @@ def total_op(
     group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """sum of scale * loss; its gradients by hidden, weight and bias, each empty where it is not needed; and the unit
-    that these are in, 1 except for float16."""
+    that these are in, 1 except for float16: the reciprocal of what AMP calls a loss scale."""
     student = Head(student_hidden, student_weight, student_bias, *student_scales)
     teacher = Head(teacher_hidden, teacher_weight, teacher_bias, *teacher_scales)
     kernels = kernels_of(backend, student_hidden.device, group)
-    heads = _Heads(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
-    total, grad_hidden, grad_weight, grad_bias, unit = (
-        x.zero_() for x in _empty_results(student_hidden, student_weight, needs)
-    )
-    unit += 1
-    if keep is not None:
-        scale = scale.masked_fill(~keep, 0)
-    if student_hidden.dtype == torch.float16 and len(scale):
-        largest = scale.abs().amax()
-        unit.copy_(torch.where(largest > 0, largest / HEADROOM, 1))
-    rows = min(len(student_hidden), chunk_size * CHUNKS) if any(needs) else 0
-    memory = student_weight.new_empty(rows, len(student_weight))
-    for block in _parts(slice(0, len(student_hidden)), chunk_size * CHUNKS):
-        out = memory[: block.stop - block.start]
-        for part in _parts(block, chunk_size):
-            s, t, loss, saved = heads.forward(part)
-            worth = scale[part].to(loss.dtype)
-            total += weighted(loss, worth).sum()
-            if any(needs):
-                here = out[part.start - block.start : part.stop - block.start]
-                heads.write_gradient(part, s, t, saved, worth / unit, here)
-                if check_finite:
-                    check_finite_gradient(here, part.start, group)
-            del s, t, saved  # before the next ones are made
-        if needs[0]:
-            torch.mm(out, student_weight, out=grad_hidden[block])
-            if group:
-                add_ranks_(grad_hidden[block], group)
-        # Hidden states that do not count may be NaN.
-        counted = student_hidden[block].masked_fill((scale[block] == 0)[:, None], 0) if needs[1] else None
-        if counted is not None and grad_weight.dtype == out.dtype:
-            grad_weight.addmm_(out.T, counted)
-        elif counted is not None:  # sums over many positions, which float16 does not hold
-            product = torch.addmm(out.new_zeros(1), out.T, counted, beta=0, alpha=1 / HEADROOM)
-            grad_weight.add_(product, alpha=HEADROOM)
-        if needs[2]:
-            grad_bias += out.sum(0, dtype=total.dtype)
-    return total, grad_hidden, grad_weight, grad_bias, unit
+    heads = HeadDivergence(student, teacher, keep, tau, kind, lam, vocab_size, kernels)
+    return _total(heads, scale, needs_grad, chunk_size, check_finite, group)
 
 
 @total_op.register_fake
 def _(student_hidden: Tensor, student_weight: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    _, needs, *_ = args[TENSORS - 2 :]
-    return _empty_results(student_hidden, student_weight, needs)
+    _, needs_grad, *_ = args[TENSORS - 2 :]
+    return _empty_results(student_hidden, student_weight, needs_grad)
 
 
-def _empty_results(hidden: Tensor, weight: Tensor, needs: list[bool]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _losses(heads: HeadDivergence, chunk_size: int) -> Tensor:
+    """Each position's loss, (N,)."""
+    hidden = heads.student.hidden
+    loss = torch.empty(len(hidden), dtype=wide_dtype(hidden), device=hidden.device)
+    for part in _parts(slice(0, len(loss)), chunk_size):
+        _, _, loss[part], _ = heads.forward(part)
+    return loss
+
+
+def _total(
+    heads: HeadDivergence, scale: Tensor, needs_grad: list[bool], chunk_size: int, check_finite: bool, group: str
+) -> Results:
+    """The op in a loop over blocks of positions, and over chunks of a block."""
+    hidden, weight = heads.student.hidden, heads.student.weight
+    N, of_hidden, of_weight, of_bias = len(hidden), *needs_grad
+    total, grad_hidden, grad_weight, grad_bias, unit = _empty_results(hidden, weight, needs_grad)
+    total.zero_()
+    grad_bias.zero_()
+    unit.fill_(1)
+    is_narrow = hidden.dtype == torch.float16  # which does not hold sums over many positions
+    if is_narrow or N == 0:
+        grad_weight.zero_()
+    scale = scale.to(total.dtype)
+    if heads.keep is not None:
+        scale = scale.masked_fill(~heads.keep, 0)
+    if is_narrow and N:
+        largest = scale.abs().amax()
+        unit.copy_(torch.where(largest > 0, largest / HEADROOM, 1))
+    memory = weight.new_empty(min(N, chunk_size * CHUNKS) if any(needs_grad) else 0, len(weight))
+    for block in _parts(slice(0, N), chunk_size * CHUNKS):
+        out = memory[: block.stop - block.start]
+        for part in _parts(block, chunk_size):
+            s, t, loss, saved = heads.forward(part)
+            total += weighted(loss, scale[part]).sum()
+            if any(needs_grad):
+                here = out[part.start - block.start : part.stop - block.start]
+                heads.write_gradient(part, s, t, saved, scale[part] / unit, here)
+                if check_finite:
+                    check_finite_gradient(here, part.start, group)
+            del s, t, saved  # before the next ones are made
+        if of_hidden:
+            torch.mm(out, weight, out=grad_hidden[block])
+            if group:
+                add_ranks_(grad_hidden[block], group)
+        if of_weight:
+            # Hidden states that do not count may be NaN.
+            counted = hidden[block].masked_fill((scale[block] == 0)[:, None], 0)
+            if is_narrow:
+                product = torch.addmm(out.new_zeros(1), out.T, counted, beta=0, alpha=1 / HEADROOM)
+                grad_weight.add_(product, alpha=HEADROOM)
+            else:  # the first block's product is written, which saves a pass over the gradient
+                grad_weight.addmm_(out.T, counted, beta=0 if block.start == 0 else 1)
+        if of_bias:
+            grad_bias += out.sum(0, dtype=total.dtype)
+    return total, grad_hidden, grad_weight, grad_bias, unit
+
+
+def _empty_results(hidden: Tensor, weight: Tensor, needs_grad: list[bool]) -> Results:
     dtype = wide_dtype(hidden)
     of_weight = dtype if weight.dtype == torch.float16 else weight.dtype
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(hidden.shape if needs[0] else 0),
-        weight.new_empty(weight.shape if needs[1] else 0, dtype=of_weight),
-        hidden.new_empty(weight.shape[0] if needs[2] else 0, dtype=dtype),
+        hidden.new_empty(hidden.shape if needs_grad[0] else 0),
+        weight.new_empty(weight.shape if needs_grad[1] else 0, dtype=of_weight),
+        hidden.new_empty(weight.shape[0] if needs_grad[2] else 0, dtype=dtype),
         hidden.new_empty((), dtype=dtype),
     )
 
@@ -343,17 +324,17 @@ def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None,
     return _scaled(gradients, ctx.needs_input_grad, upstream * unit, ctx.dtype)
 
 
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _setup_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:TENSORS])
     ctx.options = inputs[TENSORS:]
 
 
-def _backward_rows(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_positions(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     refuse_second_derivative("fused_linear_divergence")
-    needs = list(ctx.needs_input_grad[:3])
+    needs_grad = list(ctx.needs_input_grad[:3])
     tensors = ctx.saved_tensors  # once: checkpoints compute them for one look only
     with torch.autocast(upstream.device.type, enabled=False):  # whatever the backward pass runs under
-        _, *gradients, unit = total_op(*tensors, upstream.contiguous(), needs, *ctx.options)
+        _, *gradients, unit = total_op(*tensors, upstream.contiguous(), needs_grad, *ctx.options)
     _, weight, *_ = tensors
     factor = unit if weight.dtype == torch.float16 else None
     return _scaled(gradients, ctx.needs_input_grad, factor, weight.dtype)
@@ -379,4 +360,4 @@ def _scaled(
 
 
 total_op.register_autograd(_backward_total, setup_context=_setup_total)
-rows_op.register_autograd(_backward_rows, setup_context=_setup_rows)
+positions_op.register_autograd(_backward_positions, setup_context=_setup_positions)

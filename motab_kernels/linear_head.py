@@ -1,6 +1,6 @@
-"""A language-model head: logits from hidden states, some positions at a time.
+"""A language-model head: logits from hidden states, some positions at a time; and the divergence between two.
 
-n positions, H hidden size, V vocabulary.
+N positions, n at a time, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from motab_kernels.divergence_kernels import DivergenceKernels, divergence_forward
 from motab_kernels.tensors import wide_dtype
 
 #: Bytes in work at a time: both sides' logits of a chunk of positions, and the gradients of CHUNKS chunks by the
@@ -40,6 +41,46 @@ class Head(NamedTuple):
         return x.div_(self.softcap).tanh_().mul_(self.softcap) if self.softcap else x
 
 
+class HeadDivergence(NamedTuple):
+    """The divergence between two heads, at some positions at a time."""
+
+    student: Head
+    teacher: Head
+    keep: Tensor | None  # (N,)
+    tau: Tensor | None  # 0-d or (N,)
+    kind: str
+    lam: float
+    vocab_size: int
+    kernels: DivergenceKernels
+
+    def forward(self, part: slice) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Both sides' logits (n, V) at some positions, their losses, and what the gradient needs besides."""
+        s, t = self.student.logits(part), self.teacher.logits(part)
+        keep = None if self.keep is None else self.keep[part]
+        shared = self._shared(s), self._shared(t)
+        return s, t, *divergence_forward(self.kernels, *shared, self._tau(part), keep, self.kind, self.lam)
+
+    def write_gradient(self, part: slice, s: Tensor, t: Tensor, saved: Tensor, scale: Tensor, out: Tensor) -> None:
+        """d(sum of scale * divergence) by the head's matrix product, rounded once to the dtype of `out` (n, V)."""
+        softcap = self.student.softcap
+        target = torch.empty_like(s) if softcap else out
+        shared = self._shared(s), self._shared(t)
+        self.kernels.divergence_gradient(
+            *shared, self._tau(part), saved, scale * self.student.scale, self.kind, self.lam, self._shared(target)
+        )
+        if softcap:
+            target.mul_(1 - (s / softcap).square_())
+            out.copy_(target.masked_fill_((scale == 0)[:, None], 0))  # logits that do not count may be NaN
+        out[:, self.vocab_size :] = 0
+
+    def _shared(self, x: Tensor) -> Tensor:
+        """(n, V) as (B, T, V) with T = 1, of the columns that count."""
+        return x[:, None, : self.vocab_size]
+
+    def _tau(self, part: slice) -> Tensor | None:
+        return self.tau if self.tau is None or self.tau.dim() == 0 else self.tau[part]
+
+
 def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
     """The number of positions whose logits, with the student's gradients, fit into the budget."""
     V, item = student_weight.shape[0], student_weight.element_size()
@@ -50,7 +91,7 @@ def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor, has_softcap: 
     return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
 
 
-def autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+def as_autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The arguments as `torch.nn.functional.linear` takes them: in autocast's dtype where it is on."""
     device = hidden.device.type
     if not torch.is_autocast_enabled(device) or hidden.dtype == torch.float64:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from motab_kernels.linear_head import autocast
+from motab_kernels.linear_head import as_autocast
 from motab_kernels.tensors import wide_dtype
 
 
@@ -20,5 +20,5 @@ def wide(x: Tensor) -> Tensor:
 
 def head_inputs(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states, weight and bias in one dtype: autocast's where it is on, else the hidden states' own."""
-    hidden, weight, bias = autocast(hidden, weight, bias)
+    hidden, weight, bias = as_autocast(hidden, weight, bias)
     return hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)

@@ -10,10 +10,10 @@ from divergence_cases import every_kind, options, relative_error
 from torch.utils.checkpoint import checkpoint
 
 import motab_kernels as mk
-from motab_kernels import linear_divergence, linear_head
+from motab_kernels import linear_head
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
-from motab_kernels.linear_divergence import rows_op, total_op
-from motab_kernels.linear_head import Head
+from motab_kernels.linear_divergence import positions_op, total_op
+from motab_kernels.linear_head import Head, HeadDivergence
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
@@ -242,7 +242,7 @@ def test_a_mask_and_weights_as_they_may_come(backend, reduction):
 def test_no_gradient_is_computed_that_nobody_asks_for(monkeypatch):
     student, teacher = heads()
     expected, _ = fused(student, teacher)
-    monkeypatch.setattr(linear_divergence._Heads, "write_gradient", None)
+    monkeypatch.setattr(HeadDivergence, "write_gradient", None)
     with torch.no_grad():
         loss, _ = fused(student, teacher)
     assert loss == expected
@@ -413,7 +413,7 @@ def test_registered():
     shared = ([1.0, 0.0], [1.0, 0.0], "jsd", 0.5, 9, 3, False, "torch")
     mask, tau = torch.tensor([True, False, True, True]), torch.tensor(1.5)
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(rows_op, (*leaves, *teacher, mask, tau, *shared), test_utils=tests)
+    torch.library.opcheck(positions_op, (*leaves, *teacher, mask, tau, *shared), test_utils=tests)
     scale = torch.ones(4, dtype=torch.float64)
     torch.library.opcheck(total_op, (*leaves, *teacher, mask, tau, scale, [True] * 3, *shared), test_utils=tests)
 
@@ -518,3 +518,20 @@ def test_logits_of_one_chunk_at_a_time(monkeypatch, reduction):
     loss.sum().backward()
     assert len(made) == (6 if reduction == "mean" else 12)
     assert alive == [0, 1] * (len(made) // 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("N", [0, 7, 23])  # no block, one, and three, of which the first writes the weight's gradient
+def test_gradients_do_not_depend_on_what_memory_held(monkeypatch, N, dtype):
+    def gradients():
+        loss, leaves = fused(*heads(N=N, dtype=dtype), chunk_size=2, backend="torch")
+        loss.backward()
+        return [leaf.grad for leaf in leaves]
+
+    expected = gradients()
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(torch.nan))
+    for found, wanted in zip(gradients(), expected, strict=True):
+        assert torch.equal(found, wanted)
+        assert found.isfinite().all()
+        assert N or not found.any()
