@@ -20,9 +20,9 @@ from motab_kernels.divergence_checks import (
     resolve,
     temperature_tensor,
 )
-from motab_kernels.divergence_kernels import divergence_forward, kernels_of, weighted
+from motab_kernels.divergence_kernels import divergence_forward, weighted
 from motab_kernels.tensors import as_normal, is_traced, wide_dtype, with_tokens
-from motab_kernels.vocab_parallel import columns_here
+from motab_kernels.vocab_parallel import columns_here, kernels_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from motab_kernels.backend import implementation
 from motab_kernels.divergence_sums import CENTRE
 from motab_kernels.tensors import as_normal
-from motab_kernels.vocab_parallel import SlicedVocabulary
 
 ONE_READ = ("forward_kl", "reverse_kl")  # the others need the normalisers first, and read the logits again
 
@@ -72,12 +70,6 @@ if TYPE_CHECKING:  # mypy compares their functions with those above
     from motab_kernels.reference import divergence as reference
 
     MODULES: tuple[DivergenceKernels, ...] = (reference, cpu, gpu)
-
-
-def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
-    """With a group, those of a rank that holds a slice of the vocabulary."""
-    kernels: DivergenceKernels = implementation("divergence", backend, device)
-    return SlicedVocabulary(kernels, group) if group else kernels
 
 
 def divergence_forward(

@@ -22,11 +22,11 @@ from motab_kernels.divergence_checks import (
     resolve,
     temperature_tensor,
 )
-from motab_kernels.divergence_kernels import kernels_of, weighted
+from motab_kernels.divergence_kernels import weighted
 from motab_kernels.divergence_sums import by_position
 from motab_kernels.linear_head import CHUNKS, Head, HeadDivergence, as_autocast, chunk_size_for
 from motab_kernels.tensors import as_normal, wide_dtype
-from motab_kernels.vocab_parallel import add_ranks_, columns_here
+from motab_kernels.vocab_parallel import add_ranks_, columns_here, kernels_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from motab_kernels.backend import implementation
 from motab_kernels.divergence_sums import merge_sums
 from motab_kernels.tensors import wide_dtype
 
@@ -53,6 +54,12 @@ class SlicedVocabulary:
         """Of this rank's columns. The saved sums are those of the whole vocabulary: no communication."""
         if student.shape[-1]:
             self.kernels.divergence_gradient(student, *arguments)
+
+
+def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
+    """A backend's kernels; with a group, those of a rank that holds a slice of the vocabulary."""
+    kernels: DivergenceKernels = implementation("divergence", backend, device)
+    return SlicedVocabulary(kernels, group) if group else kernels
 
 
 def columns_here(
