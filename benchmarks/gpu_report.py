@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,25 +12,38 @@ from benchmarks.files import whole_path
 Record = dict[str, Any]
 Figures = dict[tuple[str, str], Record]  # by case and provider
 OURS = "ours, buffers given"
+HOLDS = {"<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 
 class Target(NamedTuple):
     what: str
-    goal: str
+    sign: str  # how the value should compare with the limit
+    limit: float
+    unit: str
     value: Callable[[Figures], float]  # KeyError where it was not measured
-    show: str
-    met: Callable[[float], bool]
+    digits: int = 2
+
+    def row(self, found: Figures) -> str:
+        start = f"| {self.what} | {self.sign} {self.limit:g}{self.unit} |"
+        try:
+            value = self.value(found)
+        except KeyError:
+            return f"{start} not measured | |"
+        verdict = "met" if HOLDS[self.sign](value, self.limit) else "missed"
+        return f"{start} {value:.{self.digits}f}{self.unit} | {verdict} |"
 
 
-def boundary_target(B: int, microseconds: float) -> Target:
-    case = f"B={B} T=1 V=151936 bf16"
-    return Target(
-        f"boundary, B = {B}",
-        f"<= {microseconds:g} us",
-        lambda found: 1e3 * found[case, OURS]["ms"],
-        "{:.1f} us",
-        lambda value: value <= microseconds,
-    )
+def boundary_us(B: int) -> Callable[[Figures], float]:
+    return lambda found: 1e3 * found[f"B={B} T=1 V=151936 bf16", OURS]["ms"]
+
+
+def ms(case: str) -> Callable[[Figures], float]:
+    return lambda found: found[case, "ours"]["ms"]
+
+
+def ratio(case: str, provider: str, other: str) -> Callable[[Figures], float]:
+    """The one's time over the other's."""
+    return lambda found: found[case, provider]["ms"] / found[case, other]["ms"]
 
 
 def least_lead(found: Figures, figure: str) -> float:
@@ -53,63 +67,21 @@ JSD = loss_case("jsd", "forward + backward")
 LINEAR = "jsd forward + backward, 8192 x 4096 x 151936 bf16"
 #: For an H100, bfloat16, vocabulary 151936.
 TARGETS = (
-    boundary_target(64, 18),
-    boundary_target(1, 10),
-    Target(
-        "boundary, least lead over eager and torch.compile in all cases",
-        "> 1",
-        lambda found: least_lead(found, "ms"),
-        "{:.2f}",
-        lambda value: value > 1,
-    ),
-    Target(
-        "the same, called from Python",
-        "> 1",
-        lambda found: least_lead(found, "call_ms"),
-        "{:.2f}",
-        lambda value: value > 1,
-    ),
-    Target(
-        "forward KL of 8192 rows",
-        "<= 2.0 ms",
-        lambda found: found[loss_case("forward_kl", "forward"), "ours"]["ms"],
-        "{:.2f} ms",
-        lambda value: value <= 2.0,
-    ),
-    Target(
-        "forward KL of 8192 rows with backward",
-        "<= 5.0 ms",
-        lambda found: found[loss_case("forward_kl", "forward + backward"), "ours"]["ms"],
-        "{:.2f} ms",
-        lambda value: value <= 5.0,
-    ),
-    Target(
-        "JSD with backward, Liger's time over ours",
-        ">= 5",
-        lambda found: found[JSD, "liger"]["ms"] / found[JSD, "ours"]["ms"],
-        "{:.2f}",
-        lambda value: value >= 5,
-    ),
-    Target(
-        "JSD with backward, torch.compile's time over ours",
-        ">= 1.2",
-        lambda found: found[JSD, "torch.compile"]["ms"] / found[JSD, "ours"]["ms"],
-        "{:.2f}",
-        lambda value: value >= 1.2,
-    ),
-    Target(
-        "fused_linear over its four matrix products",
-        "<= 1.15",
-        lambda found: found[LINEAR, "ours"]["ms"] / found[LINEAR, "products"]["ms"],
-        "{:.2f}",
-        lambda value: value <= 1.15,
-    ),
+    Target("boundary, B = 64", "<=", 18, " us", boundary_us(64), digits=1),
+    Target("boundary, B = 1", "<=", 10, " us", boundary_us(1), digits=1),
+    Target("boundary, least lead over eager and torch.compile in all cases", ">", 1, "", lambda f: least_lead(f, "ms")),
+    Target("the same, called from Python", ">", 1, "", lambda found: least_lead(found, "call_ms")),
+    Target("forward KL of 8192 rows", "<=", 2, " ms", ms(loss_case("forward_kl", "forward"))),
+    Target("forward KL of 8192 rows with backward", "<=", 5, " ms", ms(loss_case("forward_kl", "forward + backward"))),
+    Target("JSD with backward, Liger's time over ours", ">=", 5, "", ratio(JSD, "liger", "ours")),
+    Target("JSD with backward, torch.compile's time over ours", ">=", 1.2, "", ratio(JSD, "torch.compile", "ours")),
+    Target("fused_linear over its four matrix products", "<=", 1.15, "", ratio(LINEAR, "ours", "products")),
     Target(
         "fused_linear, memory beyond inputs and gradients",
-        "<= 1.2 GB",
+        "<=",
+        1.2,
+        " GB",
         lambda found: found[LINEAR, "ours"]["peak_mib"] * 2**20 / 1e9,
-        "{:.2f} GB",
-        lambda value: value <= 1.2,
     ),
 )
 
@@ -134,14 +106,7 @@ def table(results: Record) -> str:
         "| --- | --- | --- | --- |",
     ]
     figures = {(r["case"], r["provider"]): r for r in records if "ms" in r}
-    for target in TARGETS:
-        try:
-            value = target.value(figures)
-        except KeyError:
-            lines.append(f"| {target.what} | {target.goal} | not measured | |")
-            continue
-        verdict = "met" if target.met(value) else "missed"
-        lines.append(f"| {target.what} | {target.goal} | {target.show.format(value)} | {verdict} |")
+    lines += [target.row(figures) for target in TARGETS]
     lines += [
         "",
         "`ms`: the median on the GPU, the boundary's and attention's from a CUDA graph; `call ms`: that of a call from",

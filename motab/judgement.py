@@ -7,7 +7,7 @@ import operator
 from motab_kernels.boundaries import IS_SAFE
 
 #: What people call the scores of `motab_kernels`' boundaries.
-SCORES = {
+LABELS = {
     "teacher_value": "value",
     "value_ratio": "value ratio (teacher : student)",
     "forward_kl": "KL(teacher || student)",
@@ -18,7 +18,7 @@ SCORES = {
 
 def label(score: str | None) -> str:
     """The name in words of a step's value."""
-    return SCORES["teacher_value" if score is None else score]
+    return LABELS["teacher_value" if score is None else score]
 
 
 def agrees(score: str, value: float, threshold: float, accepted: bool) -> bool:

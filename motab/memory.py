@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 import motab_kernels as mk
+from motab.models import processes_sharing
 from motab.processes import Processes
 
 SHARE = 0.8  # of free memory goes to keys and values, the rest to activations and logits
@@ -54,7 +55,7 @@ def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:
     free = torch.cuda.mem_get_info(device)[0] + unused
     tokens = int(SHARE * free) // sum(map(bytes_of_a_token, models))
     # Processes that share a model must run the same passes.
-    return min(Processes().gather(tokens)) if any((model.tp_size or 1) > 1 for model in models) else tokens
+    return min(Processes().gather(tokens)) if any(processes_sharing(model) > 1 for model in models) else tokens
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.distributed import DistributedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -54,8 +55,13 @@ def load_model(
             f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
             f"folder with config.json and weights): {_short(error)}"
         ) from error
-    is_split = (model.tp_size or 1) > 1  # and already on its devices
-    return model.eval() if is_split or on_cpu else model.to(device).eval()
+    on_its_devices = on_cpu or processes_sharing(model) > 1
+    return model.eval() if on_its_devices else model.to(device).eval()
+
+
+def processes_sharing(model: nn.Module) -> int:
+    """How many processes hold this model together (tensor-parallel); 1: each has its own."""
+    return getattr(model, "tp_size", None) or 1
 
 
 def _short(error: Exception) -> str:

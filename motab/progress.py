@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from motab.summary import Summary
 from motab.trajectory import Trajectory
 
 LOG_SECONDS = 60.0  # between lines where there is no terminal to draw a bar on
@@ -27,24 +28,20 @@ def watch(
         TimeRemainingColumn(table_column=whole),
         TextColumn("{task.fields[figures]}", table_column=whole),
     )
-    began, tokens, done, breaches, rolled_back = time.monotonic(), 0, 0, 0, 0
-    logged, grades = began, list[bool]()
+    summary, began = Summary(), time.monotonic()
+    logged = began
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(title, total=total, completed=before, figures="")
         for trajectory in trajectories:
-            done, tokens = done + 1, tokens + len(trajectory.token_ids)
-            if trajectory.rolled_back is not None:
-                breaches += 1
-                rolled_back += trajectory.rolled_back
-            if trajectory.correct is not None:
-                grades.append(trajectory.correct)
-            figures = f"{tokens / (time.monotonic() - began):,.0f} tok/s"
-            if breaches:
-                figures += f"  breach {breaches / done:.0%}  rollback {rolled_back / breaches:.2f}"
-            if grades:
-                figures += f"  right {sum(grades) / len(grades):.0%}"
+            summary.add(trajectory)
+            counts, known = summary.counts, summary.figures()
+            figures = f"{counts['tokens'] / (time.monotonic() - began):,.0f} tok/s"
+            if counts["breaches"]:
+                figures += f"  breach {known['breach_rate']:.0%}  rollback {known['mean_rollback']:.2f}"
+            if counts["graded"]:
+                figures += f"  right {known['correct']:.0%}"
             progress.update(task, advance=1, figures=figures)
             if not console.is_terminal and time.monotonic() - logged >= LOG_SECONDS:
                 logged = time.monotonic()
-                console.print(f"{title}: {before + done} of {total}  {figures}")
+                console.print(f"{title}: {before + counts['trajectories']} of {total}  {figures}")
             yield trajectory

@@ -1,6 +1,6 @@
 """Sampling whose outcome depends on the sample and the position alone, never on the batch.
 
-The random number of a token is a hash of (seed, sample, writer, position), so that replaying a position, in any
+The random number of a token is a hash of (seed, sample, turn, position), so that replaying a position, in any
 batch and any block, draws the same number; the token is found by inverting the cumulative distribution there.
 """
 
@@ -70,9 +70,9 @@ def _mix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def stream_key(seed: int, sample: int, writer: int) -> int:
-    """The signed 64-bit key of one writer's random numbers in one sample."""
-    return _signed(_mix(_mix(_mix(seed & _MASK) ^ sample) ^ writer))
+def stream_key(seed: int, sample: int, turn: int) -> int:
+    """The signed 64-bit key of the random numbers of one writer's turn in one sample."""
+    return _signed(_mix(_mix(_mix(seed & _MASK) ^ sample) ^ turn))
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:

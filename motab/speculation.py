@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
+from motab.models import processes_sharing
+
 
 class Plan(NamedTuple):
     """How the next round is written: the length of the student's draft, and whether it drafts the teacher's text."""
@@ -74,7 +76,7 @@ def relative_cost(student: PreTrainedModel | None, teacher: PreTrainedModel | No
 
 def _weight_bytes(model: PreTrainedModel) -> float:
     """Of this process."""
-    return sum(parameter.nbytes for parameter in model.parameters()) / (model.tp_size or 1)
+    return sum(parameter.nbytes for parameter in model.parameters()) / processes_sharing(model)
 
 
 def _layers(model: PreTrainedModel) -> int:

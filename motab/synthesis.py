@@ -16,6 +16,7 @@ from motab.files import whole_path, write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.generation import PACE, SETTINGS, synthesize
 from motab.lock import Lock
+from motab.models import processes_sharing
 from motab.policies import MotabPolicy, Policy
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
@@ -79,7 +80,7 @@ def synthesize_to_file(
         **{name: value for name, value in {**SETTINGS, **settings}.items() if name not in PACE},
     }
     processes = Processes()
-    shared = any((model.tp_size or 1) > 1 for model in models.values() if model is not None)
+    shared = any(processes_sharing(model) > 1 for model in models.values() if model is not None)
     locks: list[Lock] = []
 
     def begin() -> list[int]:

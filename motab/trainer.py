@@ -22,7 +22,7 @@ from motab.distillation import (
     loss_from_heads,
     loss_from_logits,
 )
-from motab.models import load_model
+from motab.models import load_model, processes_sharing
 from motab.processes import Processes
 from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
@@ -134,7 +134,7 @@ class MotabTrainer(Trainer):
         by_fsdp2 = self.accelerator.is_fsdp2
         if by_pieces and self.rollouts is not None:
             raise ValueError("Rollouts need whole models, got sharded ones; use DDP, or write trajectories beforehand")
-        if teacher_model is not None and (getattr(teacher_model, "tp_size", None) or 1) > 1:
+        if teacher_model is not None and processes_sharing(teacher_model) > 1:
             raise ValueError(
                 "teacher_model must be whole, got one that the processes share; load it without shared=True, and set "
                 "fsdp, which shards it"

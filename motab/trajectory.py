@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
 
-from motab.judgement import SCORES
+from motab_kernels.boundaries import SCORES
 
 T = TypeVar("T")
 Author = Literal["student", "flawed", "stitch", "teacher"]

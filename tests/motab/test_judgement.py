@@ -10,8 +10,9 @@ from test_policies import POLICIES, run
 
 import motab
 import motab_kernels as mk
+from motab import judgement
 from motab.cli import main
-from motab.judgement import SCORES, agrees, is_unbounded
+from motab.judgement import agrees, is_unbounded
 from motab.pictures import Strays, draw_steps, takeovers
 from motab_kernels import boundaries
 
@@ -58,17 +59,21 @@ def test_scores_are_safe_where_the_kernels_say(score):
 
 def test_a_value_at_its_boundary():
     """Only a rank, which is a count, is beyond it there; of the others it may have been rounded."""
-    assert [score for score in SCORES if not agrees(score, 2.0, 2.0, True)] == ["teacher_rank"]
-    assert all(agrees(score, 2.0, 2.0, False) for score in SCORES)
+    assert [score for score in boundaries.SCORES if not agrees(score, 2.0, 2.0, True)] == ["teacher_rank"]
+    assert all(agrees(score, 2.0, 2.0, False) for score in boundaries.SCORES)
 
 
 def test_a_threshold_of_zero_is_none_where_high_is_safe():
-    assert [score for score in (None, *SCORES) if is_unbounded(score, 0.0)] == [None, "teacher_value", "value_ratio"]
+    assert [score for score in (None, *boundaries.SCORES) if is_unbounded(score, 0.0)] == [
+        None,
+        "teacher_value",
+        "value_ratio",
+    ]
     assert not is_unbounded(None, 0.1)
 
 
 def test_there_are_no_other_scores():
-    assert tuple(SCORES) == boundaries.SCORES
+    assert tuple(judgement.LABELS) == boundaries.SCORES
 
 
 @pytest.mark.parametrize("name", ALL)
