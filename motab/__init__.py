@@ -1,5 +1,6 @@
 """Distil reasoning with a safety boundary: monitored generation with rollback. See `synthesize`."""
 
+from motab.config import MotabConfig
 from motab.data import Problem, load_problems
 from motab.dataset import TrajectoryDataset, collate
 from motab.evaluation import Evaluation, evaluate
@@ -21,7 +22,6 @@ from motab.prompts import PromptFormat
 from motab.rollouts import Rollouts
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
-from motab.training_config import MotabConfig
 from motab.trajectory import Step, Trajectory
 from motab.trajectory_file import read_trajectories
 

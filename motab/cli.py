@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from motab import evaluation
-from motab.config import (
+from motab.arguments import (
     EvaluateArguments,
     ExportArguments,
     FileArguments,
@@ -24,6 +24,7 @@ from motab.config import (
     SynthesizeArguments,
     TrainArguments,
 )
+from motab.config import MotabConfig
 from motab.dataset import TrajectoryDataset
 from motab.demo import DemoArguments, run
 from motab.export import check_output_file, export_dataset
@@ -41,7 +42,6 @@ from motab.resume import decisive_settings, last_checkpoint, record
 from motab.sharding import uses_fsdp
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
-from motab.training_config import MotabConfig
 from motab.trajectory_file import check_trajectories, some_trajectories_in, unfinished
 
 _MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model

@@ -1,190 +1,112 @@
-"""The settings of each command."""
+"""The settings of a training."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from motab.config_groups import ATTENTION, DATASET, GenerationArguments, PolicyArguments, PromptArguments, unset
-from motab.generation import SETTINGS
-from motab.models import DTYPES, dtype_name
-from motab.parsing import require_file, setting
-from motab.prompts import Prompt
-from motab.rollouts import Rollouts
-from motab.trajectory import AUTHORS, Grade
+import torch
+from transformers import TrainingArguments
 
+from motab.parsing import setting
+from motab.trajectory import AUTHORS, ignored_authors
 
-@dataclass
-class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
-    """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to continue."""
-
-    model_name_or_path: str = setting("", "The student.")
-    teacher_model_name_or_path: str = setting("", "The teacher.")
-    dataset_name: str = setting("", DATASET)
-    dataset_split: str = setting("train", "Split of the hub dataset.")
-    output_dir: str = setting("runs/synthesize", "Folder for trajectories.jsonl.")
-    num_samples: int = setting(1, "Trajectories per question.")
-    grade: bool = setting(
-        False, "Grade each trajectory by the answer to its problem, for motab report and motab train --only_correct."
-    )
-    share_teacher: bool = setting(
-        False, "Split one teacher among all processes (tensor parallel), which then write together."
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_samples < 1 or (self.num_samples > 1 and self.temperature == 0):
-            raise ValueError(
-                f"--num_samples must be at least 1, and 1 at --temperature 0, where all are equal, got "
-                f"{self.num_samples} at {self.temperature}"
-            )
+LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
+LOSS_TYPES = get_args(LossType)
 
 
 @dataclass
-class EvaluateArguments(PromptArguments, GenerationArguments):
-    """motab evaluate: accuracy of a model on problems with answers."""
+class MotabConfig(TrainingArguments):
+    """TrainingArguments with the paper's defaults and settings of the loss.
 
-    model_name_or_path: str = setting("", "The model.")
-    dataset_name: str = setting("", DATASET)
-    dataset_split: str = setting("test", "Split of the hub dataset.")
-    num_samples: int = setting(1, "Answers per problem.")
-    output_file: str | None = setting(None, "JSON file for the results and these settings.")
-    answers_file: str | None = setting(None, "JSONL file for the answers; with it an interrupted evaluation resumes.")
+    Attributes:
+        lr_scheduler_type, lr_scheduler_kwargs: the paper's cosine, which falls to ``min_lr``: 1e-6, or half the
+            learning rate if that is less. Other schedules have no such default.
+        logging_steps: 10, as in TRL.
+        save_steps, save_total_limit, eval_steps: ten checkpoints per run, of which the last is kept, and with
+            ``eval_strategy`` "steps" as many evaluations.
+        ddp_find_unused_parameters: False, since a causal language model uses all of its parameters, and the search for
+            unused ones copies every output of the model: logits, hidden states.
+        loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
+            each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
+            `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
+        beta, alpha, temperature: settings of the divergence, see `motab_kernels.divergence_loss`.
+        ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
+            they stay in the context. The paper trains on all.
+        max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
+            ``max_new_tokens`` instead.
+        only_correct: leave out trajectories that do not answer their problem (`Trajectory.correct`), held-out ones too;
+            all must have been graded. The paper trains on all.
+        save_rollouts: keep the trajectories of `Rollouts` in ``output_dir/rollouts/trajectories.jsonl`` as they are
+            written, with the tokenizer beside it, for ``motab show`` and ``motab report``; with several processes those
+            of the main one.
+    """
 
-
-#: By flag of `motab train`, the settings of `Rollouts`; some names without a prefix are settings of the training.
-_ROLLOUT_FLAGS = {
-    f"rollout_{name}" if name in ("batch_size", "temperature", "torch_compile") else name: name
-    for name in SETTINGS
-    if name != "seed"
-}
-
-
-@dataclass
-class TrainArguments(PolicyArguments, PromptArguments):
-    """motab train: train on the trajectories of a synthesis, or on those that the student writes during training."""
-
-    model_name_or_path: str = setting("", "The student.")
-    teacher_model_name_or_path: str = setting("", "The teacher, if loss_type is a divergence or the policy needs one.")
-    train_file: str = setting("", "trajectories.jsonl of motab synthesize.")
-    eval_file: str = setting("", "Held-out trajectories; their loss is measured at the end and by --eval_strategy.")
-    dataset_name: str = setting(
-        "", "Instead of train_file: problems on which the student writes at every step. " + DATASET
+    output_dir: str = setting("runs/train", "Folder of the trained model.")
+    learning_rate: float = setting(5e-5, "Peak learning rate.")
+    lr_scheduler_type: str = setting("cosine_with_min_lr", "Learning rate schedule.")
+    lr_scheduler_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of the schedule, in JSON or YAML. (default of cosine_with_min_lr: min_lr 1e-6, or half "
+            "the learning rate if less)"
+        },
     )
-    dataset_split: str | None = unset("Split of the hub dataset.", "train")
-    max_new_tokens: int | None = unset("Rollouts: tokens to write after the prompt, at most.", Rollouts.max_new_tokens)
-    rollout_batch_size: int | None = unset("Rollouts: trajectories in progress at a time.", Rollouts.batch_size)
-    block_size: int | None = unset(
-        "Rollouts: tokens that the student drafts before the teacher scores them.", Rollouts.block_size
+    num_train_epochs: float = setting(6.0, "Passes over the trajectories or prompts.")
+    logging_steps: float = setting(10, "Steps between entries of the log; below 1, as a share of the run.")
+    save_steps: float = setting(0.1, "Steps between checkpoints; below 1, as a share of the run.")
+    eval_steps: float | None = setting(
+        0.1, "Steps between evaluations (--eval_strategy steps); below 1, as a share of the run."
     )
-    rollout_temperature: float | None = unset("Rollouts: sampling temperature; 0 is greedy.", Rollouts.temperature)
-    top_k: int | None = unset("Rollouts: sample among the k likeliest tokens.", "all")
-    top_p: float | None = unset(
-        "Rollouts: sample among the fewest likeliest tokens with this total probability.", Rollouts.top_p
+    save_total_limit: int | None = setting(1, "Checkpoints to keep.")
+    ddp_find_unused_parameters: bool | None = setting(
+        False, "Search for parameters without a gradient (DistributedDataParallel)."
     )
-    min_p: float | None = unset(
-        "Rollouts: sample among tokens with at least this share of the likeliest one's probability.", 0
+    loss_type: LossType = setting("cross_entropy", "Cross-entropy, or a divergence from the teacher.")
+    beta: float = setting(0.5, "jsd: share of the teacher in the mixture; 0 is forward_kl, 1 reverse_kl.")
+    alpha: float = setting(
+        0.1, "skew_forward_kl, skew_reverse_kl: share of the teacher, or of the student, in the mixture."
     )
-    rollout_torch_compile: bool | None = unset("Rollouts: compile the models.", Rollouts.torch_compile)
-    max_cached_tokens: int | None = unset(
-        "Rollouts: tokens that the key-value cache of each model holds.", "what free memory holds"
-    )
-    grade: bool | None = unset("Rollouts: grade each by the answer to its problem; the log has the share.", False)
-    dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
-    teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
-    use_peft: bool = setting(False, "Train low-rank adapters (LoRA) instead of the weights; needs the package peft.")
-    lora_r: int = setting(16, "LoRA: rank.")
-    lora_alpha: int = setting(32, "LoRA: scale of the adapters, over the rank.")
-    lora_dropout: float = setting(0.05, "LoRA: dropout.")
-    lora_target_modules: list[str] | None = setting(
-        None, "LoRA: names of the modules to adapt. (default: all linear layers but the head)"
-    )
-    attn_implementation: str | None = setting(None, ATTENTION)
-
-    def __post_init__(self) -> None:
-        self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
-
-    def check_source(self) -> None:
-        """Refuse no source or two, a missing file, and settings of generation with --train_file.
-
-        Raises:
-            ValueError: names the settings, and what to give instead.
-        """
-        if bool(self.train_file) == bool(self.dataset_name):
-            got = f"{self.train_file!r} and {self.dataset_name!r}"
-            raise ValueError(f"give either --train_file or --dataset_name (to write during training), got {got}")
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self) if entry.name.startswith("lora_")}
-        if not self.use_peft and (
-            of_lora := [f"--{name}" for name in defaults if getattr(self, name) != defaults[name]]
-        ):
-            raise ValueError(f"{', '.join(of_lora)} set adapters, which --use_peft trains; give it, or leave them out")
-        kinds = (PolicyArguments, PromptArguments)
-        writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-        writing += ["dataset_split", "grade", *_ROLLOUT_FLAGS]
-        given = [f"--{name}" for name in writing if getattr(self, name) is not None]
-        if self.train_file and given:
-            raise ValueError(
-                f"--train_file takes no settings of writing, got {', '.join(given)}: leave them out, or "
-                "give --dataset_name instead of --train_file to write during training"
-            )
-        for name in ("train_file", "eval_file"):
-            if path := getattr(self, name):
-                require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
-
-    def lora(self) -> dict[str, Any] | None:
-        """The settings of `motab.models.with_lora`, None without."""
-        if not self.use_peft:
-            return None
-        modules = self.lora_target_modules or ["all-linear"]
-        return {
-            "r": self.lora_r,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "target_modules": "all-linear" if modules == ["all-linear"] else modules,  # a name that peft knows
-        }
-
-    def rollouts(self, prompts: Sequence[Prompt], grade: Grade | None = None) -> Rollouts:
-        """The `Rollouts` of these settings."""
-        given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
-        return Rollouts(prompts, self.make_policy(), grade=grade, **given)
-
-
-@dataclass
-class FileArguments:
-    """motab verify | report: look at the trajectories of a synthesis."""
-
-    output_dir: str = setting("runs/synthesize", "Folder of the synthesis.")
-
-    @property
-    def file(self) -> Path:
-        """The trajectories.
-
-        Raises:
-            ValueError: there is no such file.
-        """
-        path = Path(self.output_dir) / "trajectories.jsonl"
-        if not path.is_file():
-            raise ValueError(f"{path} does not exist; motab synthesize --output_dir {self.output_dir} makes it")
-        return path
-
-
-@dataclass
-class ShowArguments(FileArguments):
-    """motab show: print one trajectory of a synthesis."""
-
-    index: int = setting(0, "Index of the trajectory.")
-
-
-@dataclass
-class ExportArguments(FileArguments):
-    """motab export: write the trajectories of a synthesis as token ids and labels, for TRL's SFTTrainer or axolotl."""
-
-    output_file: str = setting("", "File to write; ends in .parquet or .jsonl.")
+    temperature: float = setting(1.0, "Divisor of both models' logits in a divergence.")
     ignore_authors: list[str] = field(
-        default_factory=list, metadata={"help": "Authors whose tokens get label -100: " + ", ".join(AUTHORS)}
+        default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
-    only_correct: bool = setting(False, "Leave out trajectories with a wrong answer; needs motab synthesize --grade.")
+    only_correct: bool = setting(
+        False, "Leave out trajectories with a wrong answer; needs those of motab synthesize --grade."
+    )
+    save_rollouts: bool = setting(
+        False, "Keep what is written during training in OUTPUT_DIR/rollouts, for motab show and report."
+    )
+
+    def __post_init__(self) -> None:
+        # Without this, each of several processes on a CPU takes itself for the only one.
+        self.use_cpu |= not torch.accelerator.is_available()
+        super().__post_init__()
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # without one, pinning only warns
+        self.remove_unused_columns = False  # the dataset holds only the model's inputs
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
+        least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
+        if least is not None and least > self.learning_rate:
+            raise ValueError(
+                f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
+                "the schedule would rise; lower it, or leave it out"
+            )
+        if self.loss_type not in LOSS_TYPES:  # flags are checked by the parser, other values are not
+            raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must lie in 0 to 1, of which 0 is forward_kl and 1 reverse_kl, got {self.beta}")
+        if not 0 <= self.alpha < 1:
+            raise ValueError(f"alpha must be at least 0 and below 1, got {self.alpha}; DistiLLM takes 0.1")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be finite and above 0, got {self.temperature}: it divides the logits of a "
+                "divergence; generation during training has a temperature of its own"
+            )
+        self.ignore_authors = ignored_authors(self.ignore_authors)
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(
+                f"max_length must be at least 1, or None for trajectories of any length, got {self.max_length}"
+            )

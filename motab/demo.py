@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from motab.config import MotabConfig
 from motab.data import Problem, load_problems
 from motab.evaluation import Evaluation, evaluate
 from motab.files import write_whole
@@ -25,7 +26,6 @@ from motab.report import write_report
 from motab.summary import figures
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
-from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 from motab.trajectory_file import read_trajectories
 

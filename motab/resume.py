@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from motab.config import TrainArguments
+from motab.arguments import TrainArguments
+from motab.config import MotabConfig
 from motab.files import write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.generation import PACE, SETTINGS
 from motab.rollouts import Rollouts
-from motab.training_config import MotabConfig
 
 FILE = "motab_training.json"
 #: Arguments that decide the outcome of a training. The number of trajectories per step is another; logging, saving and

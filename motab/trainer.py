@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
+from motab.config import MotabConfig
 from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
     Divergence,
@@ -29,7 +30,6 @@ from motab.rollouts import Rollouts
 from motab.sharding import is_sharded, release_head, shard_frozen, uses_fsdp
 from motab.summary import figures
 from motab.trainer_input import Trajectories, as_examples, check, refuse_to_overwrite
-from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 from motab.trajectory_file import cut_from
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from motab.config import MotabConfig
 from motab.dataset import TrajectoryDataset
 from motab.policies import needs_student
 from motab.rollouts import Rollouts
-from motab.training_config import MotabConfig
 from motab.trajectory import Trajectory
 
 Trajectories = Sequence[Trajectory] | TrajectoryDataset | str | Path

@@ -150,7 +150,7 @@ def test_problems_are_put_as_asked(command, tmp_path, capsys, monkeypatch):
 
     loaded = []
     load = lambda *given, **columns: loaded.append((given, columns)) or [Problem("b", "1", {})]  # noqa: E731
-    monkeypatch.setattr("motab.config_groups.load_problems", load)
+    monkeypatch.setattr("motab.argument_groups.load_problems", load)
     monkeypatch.setattr("motab.prompts.PromptFormat.render", stop)
     models = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
     flags = [*models[: 2 if command == "evaluate" else 4], "--dataset_name", "some", "--dataset_config", "main"]
@@ -178,7 +178,7 @@ def test_problems_that_are_too_long(command, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("motab.evaluation.synthesize", stop)
     monkeypatch.setattr("motab.synthesis.synthesize", stop)
-    monkeypatch.setattr("motab.config.Rollouts", stop)
+    monkeypatch.setattr("motab.arguments.Rollouts", stop)
     flags = ["--model_name_or_path", str(TINY / "student"), "--dataset_name", TASK, "--max_prompt_length", str(limit)]
     if command != "evaluate":
         flags += ["--teacher_model_name_or_path", str(TINY / "teacher"), "--output_dir", str(tmp_path / "run")]

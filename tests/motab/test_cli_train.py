@@ -9,8 +9,8 @@ from test_cli import TASK, TINY
 from transformers import AutoTokenizer
 
 import motab
+from motab.arguments import TrainArguments
 from motab.cli import main
-from motab.config import TrainArguments
 from motab.models import load_model, with_lora
 from motab.parsing import parse
 from motab.resume import DECISIVE, decisive_settings, last_checkpoint, record

@@ -3,7 +3,7 @@
 import pytest
 
 import motab
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.arguments import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.parsing import parse
 from motab.yaml_values import load_yaml
 

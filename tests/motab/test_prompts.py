@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from motab.config import EvaluateArguments, TrainArguments
+from motab.arguments import EvaluateArguments, TrainArguments
 from motab.data import Problem
 from motab.parsing import parse
 from motab.prompts import PromptFormat, encode_prompts, short_enough

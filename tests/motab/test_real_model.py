@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import motab
-from motab.config import SynthesizeArguments
+from motab.arguments import SynthesizeArguments
 from motab.data import load_problems
 from motab.parsing import parse
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Lla
 import motab
 import motab_kernels as mk
 from motab import distillation
-from motab.training_config import LOSS_TYPES
+from motab.config import LOSS_TYPES
 
 
 def trajectory(index, prompt_ids, token_ids, author):

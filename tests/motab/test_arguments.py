@@ -5,7 +5,7 @@ import pathlib
 import pytest
 
 import motab
-from motab.config import EvaluateArguments, SynthesizeArguments, TrainArguments
+from motab.arguments import EvaluateArguments, SynthesizeArguments, TrainArguments
 from motab.parsing import parse
 
 
