@@ -244,16 +244,15 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
         yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 
-def decide_report(target: str) -> Report:
-    """The walk with every option; it reads only the token's logits."""
+def decide_report(kernel: Any, name: str, target: str, constants: dict[str, Any]) -> Report:
+    """What follows the boundary's pass, with every option; it reads only the token's logits."""
     settings = boundary.HIP if target.startswith("gfx") else boundary.DEFAULT
     division = boundary.division(V, BYTES["bf16"], settings)
     doubles = ("scale_ptr", "theta_ptr", "scores_ptr", "history_ptr")
-    pointers = [name for name in boundary.decide_kernel.arg_names if name.endswith("_ptr")]
-    types = dict.fromkeys(pointers, "*fp32") | dict.fromkeys(doubles, "*fp64")
+    types = {n: "*fp64" if n in doubles else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
     types |= {"student_ptr": "*bf16", "teacher_ptr": "*bf16", "token_ptr": "*i64", "argmax_ptr": "*i64"}
     types |= {"counters_ptr": "*i32", "rank_ptr": "*i32", "ends_ptr": "*i1", "stray_ptr": "*i1"}
-    constants = {
+    constants = constants | {
         "SCORE": "value_ratio",
         "HAS_TEMPERATURE": True,
         "HAS_ENDS": True,
@@ -261,10 +260,12 @@ def decide_report(target: str) -> Report:
         "HAS_DOUBT": True,
         "WINDOW": 8,
         "WINDOW_BLOCK": 8,
+        "BLOCK": division["T_BLOCK"] if constants.get("COMBINE") else boundary.WALKED,
         **{name: division[name] for name in ("SPLIT", "S_BLOCK", "T_BLOCK")},
     }
-    binary = compiled(boundary.decide_kernel, target, types, constants, num_warps=1)
-    return Report("decide", "bf16", target, *registers_and_spills(binary, target))
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    binary = compiled(kernel, target, types, constants, num_warps=1)
+    return Report(name, "bf16", target, *registers_and_spills(binary, target))
 
 
 def attention_report(
@@ -350,7 +351,9 @@ def reports() -> Iterator[Report]:
         for dtype in BYTES:
             yield partial_report(dtype, target)
             yield from divergence_reports(dtype, target)
-        yield decide_report(target)
+        yield decide_report(boundary.combine_kernel, "combine", target, {})
+        yield decide_report(boundary.decide_kernel, "decide", target, {"COMBINE": True})
+        yield decide_report(boundary.decide_kernel, "walk", target, {"COMBINE": False})
 
 
 def print_table(kind: type, rows: Iterator[Any], devices: Iterable[str] = ()) -> None:

@@ -1,4 +1,7 @@
-"""`fused_kl_boundary` on Triton: one launch reads the logits, a second decides, with one program per row.
+"""`fused_kl_boundary` on Triton: one launch reads the logits, the last decides, with one program per row.
+
+That combines the row's splits too where it can do so at once, as of one token; else a launch between does so for all
+positions at a time.
 
 B rows, T tokens, V shared vocabulary, S splits of it. No atomics, and the host does not wait. The formulas
 are in `boundary_partial`.
@@ -15,6 +18,7 @@ from torch import Tensor
 
 from motab_kernels.boundaries import Criterion
 from motab_kernels.gpu import launch, launched_on
+from motab_kernels.gpu.boundary_combine import combine_kernel
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import partial_kernel, rows
 from motab_kernels.gpu.tuned import tuned
@@ -27,12 +31,13 @@ class Settings(NamedTuple):
     per_lane: int = 16  # of a lane, which share one rescaling; 128 bits of them are contiguous
     tiles: int = 4  # 8 have a tenth fewer instructions, but would take nearly twice as long for one position
     num_warps: int = 1  # whose lanes need no barrier
-    sums: int = 128  # (position, split) pairs that the deciding warp combines at a time; 256 spill
+    sums: int = 128  # (position, split) pairs that a warp combines at a time; 256 spill
 
 
 DEFAULT = Settings()
 HIP = Settings(lanes=64)  # a wave has 64 threads
 ROWS = rows()
+WALKED = 32  # positions whose statistics the deciding warp reads at a time, one a thread
 
 
 def settings_for(device: torch.device) -> Settings:
@@ -61,8 +66,8 @@ def division(V: int, itemsize: int, settings: Settings) -> dict[str, int]:
         "VECTOR": vector,
         "TILES": settings.tiles,
         "S_BLOCK": S_BLOCK,
-        # How many positions the deciding warp takes at a time, at most one a thread. By V alone, not T: the layout of a
-        # sum, and so its last bit, must not depend on how a text is cut.
+        # How many positions a warp combines at a time, at most one a thread. By V alone, not T: the layout of a sum,
+        # and so its last bit, must not depend on how a text is cut.
         "T_BLOCK": max(1, min(32, settings.sums // S_BLOCK)),
     }
 
@@ -124,8 +129,13 @@ def fused_kl_boundary(
         "history_ptr": state[2],
         **dict(zip(OUTPUT_POINTERS, out, strict=True)),
     }
+    T_BLOCK = arguments["T_BLOCK"]
+    combines = T_BLOCK >= T
+    arguments |= {"COMBINE": combines, "BLOCK": T_BLOCK if combines else WALKED}
     with launched_on(student_logits.device):
         launch(partial_kernel, (B * T, arguments["S"]), arguments, num_warps=settings.num_warps)
+        if not combines:
+            launch(combine_kernel, (B * -(-T // T_BLOCK),), arguments, num_warps=1)
         launch(decide_kernel, (B,), arguments, num_warps=1)
 
 

@@ -209,7 +209,7 @@ def test_a_row_does_not_depend_on_its_batch(lanes):
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter has one order of adding up")
 @pytest.mark.parametrize("V", [200, 2000, 9000])
 def test_a_position_does_not_depend_on_its_block(V, lanes):
-    """To the last bit, with 1, 8 and 36 splits: `decide_kernel` adds them up in one order, whatever else it adds."""
+    """To the last bit, with 1, 8 and 36 splits: they are added up in one order by each kernel that does so."""
     lanes(8)
     student, teacher, tokens = random_inputs(1, 5, V, seed=9)
     together = triton(student, teacher, tokens)
@@ -247,8 +247,9 @@ def test_padding_is_not_read():
 
 @pytest.mark.parametrize("name", BOUNDARIES)
 def test_decisions_are_the_reference_s_in_blocks(name, monkeypatch):
-    """Blocks of 5, 1 and 3 tokens, of which the kernel takes in 4 at a time."""
-    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(sums=4))
+    """Blocks of 6, 1 and 2 tokens, of which 2 are combined at a time and 4 of the combined are read at a time."""
+    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(sums=2))
+    monkeypatch.setattr(gpu, "WALKED", 4)
     boundary, B, T = BOUNDARIES[name], 4, 9
     student, teacher, tokens, step_ends = stepwise(B, T, seed=3)
     tokens[torch.arange(T).expand(B, T) % 7 == 5] = -1
@@ -264,7 +265,7 @@ def test_decisions_are_the_reference_s_in_blocks(name, monkeypatch):
             state=state,
             step_ends=step_ends[:, start:stop],
         )
-        for start, stop in ((0, 5), (5, 6), (6, 9))
+        for start, stop in ((0, 6), (6, 7), (7, 9))
     ]
     out = mk.BoundaryOutput(*(torch.cat(x, 1) for x in zip(*blocks, strict=True)))
     assert (expected_state.rollback_position > 0).any()  # or this would test little
