@@ -224,21 +224,23 @@ class Engine:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
             teacher_logits = self.teacher.score(_cache_rows(rows), draft.pending, draft.tokens)
-            columns, rollback, (confirmed, drafted) = self._to_host(*self._judged(rows, draft, teacher_logits))
+            columns, rollback, (confirmed, drafted), instead = self._to_host(*self._judged(rows, draft, teacher_logits))
             self.speculation.observe(float(confirmed), float(drafted))
-            for row, block, keeps in zip(rows, columns, rollback.tolist(), strict=True):
+            for row, block, keeps, own in zip(rows, columns, rollback.tolist(), instead.tolist(), strict=True):
                 if row.author == TEACHER:
                     turn_ends = not row.enter(block[:, TEACHER_COLUMNS].tolist())
                 elif turn_ends := row.judge(block.tolist()):
                     row.take_over(int(keeps), self.tokenizer)
+                    row.enter(own)
                 if turn_ends:
                     turned.append(row)
         self._settle(rows, (self.student, self.teacher))
         self._begin_turns(turned)
 
-    def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The columns that `Row.judge` takes for each of (b, T) tokens; per row how much of its turn a rollback keeps;
-        how many of the teacher's tokens were as drafted, and how many there are."""
+        how many of the teacher's tokens were as drafted, and how many there are; what the teacher writes after a
+        rollback if that is known, as `Row.enter` takes it."""
         assert self.rules is not None
         block = self._block(self._corrected(draft, rows, teacher_logits), draft.tokens)
         state = mk.BoundaryState.of(*(x[draft.cache_rows] for x in self.state.tensors))
@@ -260,7 +262,23 @@ class Engine:
         statistics = _rounded(*(getattr(out, name) for name in STATISTICS))
         theirs = block.valid & (on_device([row.author == TEACHER for row in rows], self.device)[:, None] != 0)
         counts = torch.stack([(theirs & (block.tokens == draft.tokens)).sum(), theirs.sum()])
-        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position, counts
+        instead = self._instead(rows, draft, teacher_logits, strays)
+        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position, counts, instead
+
+    def _instead(self, rows: list[Row], draft: Draft, teacher_logits: Tensor, strays: Tensor) -> Tensor:
+        """(b, 1, 4): the teacher's token instead of a row's first that strays, if each token is a step and the teacher
+        starts at the one that breaches: the pass that judged it gave the logits. Else (b, 0, 4)."""
+        assert self.rules is not None
+        if self.rules.delimiter is not None or self.rules.backtrack != "breach":
+            return teacher_logits.new_empty(len(rows), 0, 4)
+        place = strays.long().argmax(1)
+        logits = teacher_logits.gather(1, place[:, None, None].expand(-1, 1, self.vocab_size))[:, 0]
+        keys, positions = on_device([(row.next_key, len(row.seen)) for row in rows], self.device).unbind(1)
+        tokens, can_be_drawn = choose(logits, uniform(keys, positions + place), self.sampling)
+        own = mk.fused_kl_boundary(logits, logits, tokens)
+        entries = torch.where(can_be_drawn, tokens, BROKEN)
+        statistics = _rounded(own.teacher_logprob, own.teacher_entropy)
+        return torch.cat([_columns(entries, torch.zeros_like(entries)), statistics], -1)[:, None]
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
         """(b, T) bool: the teacher's likeliest token is a reflection word, and not among the student's likeliest."""

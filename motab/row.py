@@ -73,6 +73,11 @@ class Row:
         return stream_key(self.seed, self.index, self.turn)
 
     @property
+    def next_key(self) -> int:
+        """That of the next turn."""
+        return stream_key(self.seed, self.index, self.turn + 1)
+
+    @property
     def length(self) -> int:
         """Tokens of prompt and text."""
         return len(self.prompt_ids) + len(self.seen)

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def test_the_teacher_needs_fewer_passes(student, tokenizer, prompts, monkeypatch
     counts = [length for model, length in passes if model is teacher]
     assert of_teacher > 200
     assert 3 * len(counts) < of_teacher / 3  # the passes of the teacher alone, for three rows at a time
+
+
+def test_a_token_instead_of_another_needs_no_pass(student, teacher, tokenizer, prompts, passes):
+    """Of the teacher's: what it would write is known where it judged the other."""
+    trajectories = run(student, teacher, tokenizer, prompts, motab.TokenSKD(2), block_size=8, temperature=1.0)
+    models = [model for model, _ in passes]
+    assert sum(t.author.count("teacher") for t in trajectories) > 50
+    assert all(a is student or b is student for a, b in pairwise(models))
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
