@@ -10,12 +10,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 # SplitMix64 (Steele, Lea, Flood 2014): increment and the two multipliers of its finaliser.
 _INCREMENT, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _MASK = 2**64 - 1
 TIES = 64  # beyond `top_k`
+PIECE = 512  # weights that are summed up one by one
 LEAST_TEMPERATURE = 1e-30  # except 0; below this, logits of a few hundred overflow float32
 
 
@@ -113,16 +115,38 @@ def choose(logits: Tensor, numbers: Tensor, sampling: Sampling) -> tuple[Tensor,
     probabilities = torch.softmax(scaled, -1)
     if sampling.top_p < 1:
         ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
-        before = ordered.cumsum(-1, dtype=torch.float64) - ordered
-        needless = torch.empty_like(places, dtype=torch.bool).scatter_(-1, places, before >= sampling.top_p)
+        last, _ = _first_at(ordered, torch.full_like(numbers[:, None], sampling.top_p), beyond=False)
+        needless = torch.arange(ordered.shape[-1], device=ordered.device) > last
+        needless = torch.empty_like(needless).scatter_(-1, places, needless)
         probabilities = probabilities.masked_fill(needless, 0.0)
     if sampling.min_p:
         least = sampling.min_p * probabilities.amax(-1, keepdim=True)
         probabilities = probabilities.masked_fill(probabilities < least, 0.0)
     # In the vocabulary's order: two models that nearly agree then draw the same token more often than in their own.
-    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1:]  # NaN if any logit is, or their maximum is not finite
-    # `right=True` finds the first entry above the target, so a token without probability is never drawn.
-    index = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp(max=cumulative.shape[-1] - 1)
+    # Beyond the number, and not at it, so that a token without probability is never drawn.
+    index, total = _first_at(probabilities, numbers[:, None], beyond=True)
     tokens = index if candidates is None else candidates.gather(-1, index)
-    return tokens.squeeze(-1), total.squeeze(-1).isfinite()
+    return tokens.squeeze(-1), total.squeeze(-1) > 0  # it is NaN if any logit is, or their maximum is not finite
+
+
+def _first_at(weights: Tensor, shares: Tensor, *, beyond: bool) -> tuple[Tensor, Tensor]:
+    """The first place in each row of (B, N) weights at which their sum so far reaches a share of the whole sum, or is
+    beyond it; and the whole sum. All (B, 1), shares and sums float64.
+
+    A long row is summed in pieces, of which only one is then searched: running sums of all would be as large as the
+    logits in float64, and a GPU would take a thousand of a row at a time, longer than for all else here.
+    """
+    N = weights.shape[-1]
+    if N <= 4 * PIECE:
+        sums = weights.cumsum(-1, dtype=torch.float64)
+        return torch.searchsorted(sums, shares * sums[:, -1:], right=beyond).clamp(max=N - 1), sums[:, -1:]
+    pieces = F.pad(weights, (0, -N % PIECE)).unflatten(-1, (-1, PIECE))
+    ends = pieces.sum(-1, dtype=torch.float64).cumsum(-1)
+    targets = shares * ends[:, -1:]
+    piece = torch.searchsorted(ends, targets, right=beyond).clamp(max=ends.shape[-1] - 1)
+    rest = targets - F.pad(ends, (1, 0)).gather(-1, piece)
+    sums = pieces.gather(1, piece[..., None].expand(-1, -1, PIECE)).squeeze(1).cumsum(-1, dtype=torch.float64)
+    # Both sums of the piece may differ by rounding; the factor is 1 less the smallest that makes a number smaller.
+    rest = torch.minimum(rest, sums[:, -1:] * (1 - 2.0**-53) if beyond else sums[:, -1:])
+    place = piece * PIECE + torch.searchsorted(sums, rest, right=beyond)
+    return place.clamp(max=N - 1), ends[:, -1:]

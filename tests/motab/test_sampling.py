@@ -83,6 +83,62 @@ def test_top_p_takes_no_more_than_it_needs():
     assert set(draws(torch.zeros(1, 4), 200, 1.0, None, 0.5).tolist()) == {0, 1}
 
 
+def test_top_p_takes_no_more_than_it_needs_of_a_long_row():
+    """Where it ends with a piece, and within one."""
+    last = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
+    for top_p in (0.5, 0.375 + 2**-12):
+        assert choose(torch.zeros(1, 4096), last, Sampling(1.0, None, top_p))[0] == 4096 * top_p - 1
+
+
+def excluding(logits):
+    """In places: single tokens, whole pieces, and the end."""
+    logits[:, ::3], logits[:, 512:1600], logits[:, -700:] = (-torch.inf,) * 3
+    return logits
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 1e-9])
+@pytest.mark.parametrize("V", [2048, 2049, 5000, 5120])
+def test_long_rows(V, top_p):
+    """The first token whose running sum is beyond the number, as a sum of the whole row finds it."""
+    rows = 300
+    logits = excluding(2 * torch.randn(rows, V))
+    edges = [0.0, 5e-324, 0.5, 1 - 2.0**-53]
+    numbers = torch.cat([torch.tensor(edges, dtype=torch.float64), torch.rand(rows - len(edges)).double()])
+    probabilities = (logits / 0.7).softmax(-1)
+    ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+    before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+    kept = torch.empty_like(probabilities).scatter_(-1, places, ordered.masked_fill(before >= top_p, 0.0))
+    sums = kept.cumsum(-1, dtype=torch.float64)
+    expected = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:], right=True)[:, 0]
+    tokens, can_be_drawn = choose(logits, numbers, Sampling(0.7, None, top_p))
+    assert torch.equal(tokens, expected)
+    assert can_be_drawn.all()
+    assert (kept.gather(-1, tokens[:, None]) > 0).all()
+    alone = [choose(logits[i : i + 1], numbers[i : i + 1], Sampling(0.7, None, top_p))[0] for i in range(8)]
+    assert torch.equal(tokens[:8], torch.cat(alone))
+
+
+def test_the_number_nearest_1_draws_a_token_with_a_probability():
+    """Even where the sum of a piece was rounded up, and its running sum ends below it."""
+    logits = excluding(5 * torch.randn(2000, 5000))
+    tokens, _ = choose(logits, torch.full((2000,), 1 - 2.0**-53, dtype=torch.float64), Sampling(1.0))
+    assert (logits.gather(-1, tokens[:, None]) > -torch.inf).all()
+
+
+def test_no_running_sum_of_a_long_row(monkeypatch):
+    """It would take memory for the logits in float64, and on a GPU longer than all else in a draw."""
+    cumsum, sizes = torch.Tensor.cumsum, []
+
+    def noting(x, *args, **keywords):
+        sizes.append(x.shape[-1])
+        return cumsum(x, *args, **keywords)
+
+    monkeypatch.setattr(torch.Tensor, "cumsum", noting)
+    choose(torch.randn(2, 20000), torch.rand(2).double(), Sampling(1.0, None, 0.9))
+    assert sizes
+    assert max(sizes) <= 512
+
+
 def test_greedy_takes_the_likeliest():
     logits = torch.randn(6, 9)
     assert torch.equal(choose(logits, torch.zeros(6), Sampling(0))[0], logits.argmax(-1))
@@ -102,11 +158,12 @@ def test_a_row_draws_the_same_in_any_batch():
 def test_what_cannot_be_drawn_from(sampling):
     nan, inf = float("nan"), float("inf")
     rows = [[1.0, 2.0, -inf], [nan, 1.0, 2.0], [1.0, 2.0, nan], [-inf, -inf, -inf], [1.0, inf, 0.0], [-9e9, 3.0, -2e9]]
-    for dtype in (torch.float32, torch.bfloat16):
-        tokens, can_be_drawn = choose(torch.tensor(rows, dtype=dtype), torch.full((6,), 0.5).double(), sampling)
+    for dtype, more in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 4000)):
+        logits = torch.nn.functional.pad(torch.tensor(rows, dtype=dtype), (0, more), value=-inf)
+        tokens, can_be_drawn = choose(logits, torch.full((6,), 0.5).double(), sampling)
         assert can_be_drawn.tolist() == [True, False, False, False, False, True]
         assert tokens.min() >= 0
-        assert tokens.max() < 3
+        assert tokens.max() < 3 + more
 
 
 @pytest.mark.parametrize("temperature", [-1.0, 1e-38, float("nan"), float("inf")])
