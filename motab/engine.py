@@ -182,10 +182,15 @@ class Engine:
         if not places:
             return draft
         index = on_device(places, self.device)
-        draws = draft.draws[index]
-        # One position at a time, as in a draft: the probabilities of all would take much memory.
-        choices = [choose(teacher_logits[index, i], draws[:, i], self.sampling) for i in range(draws.shape[1])]
-        tokens, can_be_drawn = (torch.stack(parts, 1) for parts in zip(*choices, strict=True))
+        # As many at a time as a step of a draft may have: the probabilities of all would take much memory.
+        width = max(1, len(self.admission.rows) // len(places))
+        choices = []
+        for begin in range(0, draft.tokens.shape[1], width):
+            part = slice(begin, begin + width)
+            numbers = draft.draws[index, part]
+            chosen = choose(teacher_logits[index, part].flatten(0, 1), numbers.flatten(), self.sampling)
+            choices.append([x.view(numbers.shape) for x in chosen])
+        tokens, can_be_drawn = (torch.cat(parts, 1) for parts in zip(*choices, strict=True))
         return draft._replace(
             tokens=draft.tokens.index_copy(0, index, tokens),
             can_be_drawn=draft.can_be_drawn.index_copy(0, index, can_be_drawn),

@@ -10,6 +10,9 @@ import torch
 from test_engine import POLICY, SAMPLING, run
 
 import motab
+from motab.engine import Engine
+from motab.row import TEACHER
+from motab.sampling import choose
 from motab.speculation import Plan, Speculation, relative_cost
 from motab.writer import Writer
 
@@ -80,6 +83,33 @@ def test_a_token_instead_of_another_needs_no_pass(student, teacher, tokenizer, p
     models = [model for model, _ in passes]
     assert sum(t.author.count("teacher") for t in trajectories) > 50
     assert all(a is student or b is student for a, b in pairwise(models))
+
+
+def test_choices_of_few_rows_are_made_together(student, teacher, tokenizer, prompts, monkeypatch):
+    """Of as many positions as take no more memory than a step of a draft by the whole batch."""
+    fixed(monkeypatch, Plan(6, speculates=True))
+    corrected, drawn, shapes = Engine._corrected, [], []
+
+    def noting(logits, numbers, sampling):
+        drawn.append(len(logits))
+        return choose(logits, numbers, sampling)
+
+    def counted(engine, draft, rows, teacher_logits):
+        with monkeypatch.context() as patch:
+            patch.setattr("motab.engine.choose", noting)
+            found = corrected(engine, draft, rows, teacher_logits)
+        if drawn:
+            shapes.append((sum(row.author == TEACHER for row in rows), draft.tokens.shape[1], [*drawn]))
+            drawn.clear()
+        return found
+
+    monkeypatch.setattr(Engine, "_corrected", counted)
+    run(student, teacher, tokenizer, prompts[:5], replace(POLICY, epsilon0=0.5), block_size=6, batch_size=5)
+    assert {1, 2} < {teachers for teachers, _, _ in shapes}
+    for teachers, tokens, sizes in shapes:
+        assert sum(sizes) == teachers * tokens
+        assert max(sizes) <= 5
+        assert len(sizes) == math.ceil(tokens / (5 // teachers))
 
 
 @pytest.mark.parametrize("broken", ["student", "teacher"])
