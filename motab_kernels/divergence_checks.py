@@ -129,9 +129,12 @@ def check_heads(
             raise ValueError(f"{side}_weight: expected {expected}, got {got}")
         if weight.dtype != hidden.dtype or weight.device != hidden.device:
             raise ValueError(f"{side}_weight: expected {expected}, got {got}")
-        if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != weight.dtype):
-            expected = f"{weight.dtype} of shape ({weight.shape[0]},)"
-            raise ValueError(f"{side}_bias: expected {expected}, got {bias.dtype} of shape {tuple(bias.shape)}")
+        if bias is not None and (
+            bias.shape != weight.shape[:1] or bias.dtype != weight.dtype or bias.device != weight.device
+        ):
+            expected = f"{weight.dtype} of shape ({weight.shape[0]},) on {weight.device}"
+            got = f"{bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
+            raise ValueError(f"{side}_bias: expected {expected}, got {got}")
         check_number(f"{side}_logit_scale", scale)
         if softcap is not None:
             check_parameter(f"{side}_softcap", softcap, *DIVISORS)

@@ -470,7 +470,7 @@ def test_check_finite():
         ({"student_weight": torch.ones(9, 5)}, r"student_weight: expected .*\(V, 4\).*got torch.float32 .*\(9, 5\)"),
         ({"student_weight": torch.ones(9, 4).double()}, r"student_weight: expected torch.float32.*got torch.float64"),
         ({"teacher_hidden": torch.ones(2, 4)}, r"teacher_hidden: expected .*\(3, 'H'\), on cpu, got \(2, 4\)"),
-        ({"student_bias": torch.ones(4)}, r"student_bias: expected torch.float32 of shape \(9,\), got .*\(4,\)"),
+        ({"student_bias": torch.ones(4)}, r"student_bias: expected torch.float32 of shape \(9,\) on cpu, got .*\(4,\)"),
         ({"student_softcap": 0.0}, r"student_softcap: expected a finite number from 1e-30 to 1e\+30, got 0.0"),
         ({"teacher_softcap": torch.tensor(3.0)}, r"teacher_softcap: expected a finite number, got tensor\(3"),
         ({"student_logit_scale": torch.nan}, "student_logit_scale: expected a finite number, got nan"),
@@ -484,6 +484,7 @@ def test_check_finite():
         ({"teacher_hidden": torch.ones(3, 4).long()}, "teacher_hidden: expected float32, .* got torch.int64"),
         ({"student_weight": torch.ones(0, 4)}, r"student_weight: expected .*\(V, 4\).*got torch.float32 .*\(0, 4\)"),
         ({"student_weight": torch.ones(9, 4, device="meta")}, "student_weight: expected .* on cpu.* on meta"),
+        ({"teacher_bias": torch.ones(9, device="meta")}, "teacher_bias: expected .* on cpu, got .* on meta"),
         ({"teacher_bias": torch.ones(9).double()}, r"teacher_bias: expected torch.float32 .*got torch.float64"),
         ({"divergence": "mse"}, "divergence: expected one of"),
         (
