@@ -177,3 +177,25 @@ def test_the_least_temperature_is_greedy():
     tokens, can_be_drawn = choose(logits, torch.rand(6).double(), Sampling(1e-30))
     assert can_be_drawn.all()
     assert torch.equal(tokens, logits.argmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("settings", [(0.7,), (0.7, None, 0.9, 0.01), (0.7, 20), (0.0,)])
+def test_a_gpu_draws_what_the_cpu_does(settings):
+    """But for rounding; and the host does not wait."""
+    logits = excluding(3 * torch.randn(64, 151669)).bfloat16()
+    numbers = torch.rand(64).double()
+    numbers[0] = 1 - 2.0**-53
+    on_gpu = logits.cuda(), numbers.cuda()
+    for attempt in range(2):
+        if attempt == 1:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            tokens, can_be_drawn = choose(*on_gpu, Sampling(*settings))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert can_be_drawn.all()
+    assert (logits.gather(-1, tokens.cpu()[:, None]) > -torch.inf).all()
+    assert (tokens.cpu() == choose(logits, numbers, Sampling(*settings))[0]).float().mean() > 0.9
