@@ -43,7 +43,7 @@ class Rules:
     max_tokens: int | None = None
 
 
-#: A boundary that only NaN fails: steps are scored, and none strays.
+#: A boundary that only NaN fails: steps are scored, and none strays; NaN is an error.
 SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
 
 

@@ -5,6 +5,7 @@ A row's text is a sequence of *turns*: the student's are 0, 2, 4 ..., the teache
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from motab.policies import Rules
+from motab.policies import SCORES_ALONE, Rules
 from motab.sampling import stream_key
 from motab.stitching import LAST_WORDS, opens_once, phrase_behind, readable, thinking_tags
 from motab.trajectory import STATISTICS, Author, Step, Trajectory
@@ -132,26 +133,34 @@ class Row:
             ValueError: it is BROKEN.
         """
         if token == BROKEN:
-            who = "teacher" if self.author == TEACHER else "student"
-            raise ValueError(
-                f"expected logits to draw from, got NaN, infinity or only -inf from the {who} at token "
-                f"{len(self.seen)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
-                "dtype (bfloat16 or float32 instead of float16)"
-            )
+            raise self._no_numbers("teacher" if self.author == TEACHER else "student")
         self.seen.append(token)
         self.target.append(Entry("teacher" if self.author == TEACHER else "student", token, statistics))
         self.ended = token in self.end_ids
+
+    def _no_numbers(self, who: str) -> ValueError:
+        """The error of logits that are NaN or infinite."""
+        return ValueError(
+            f"expected logits to draw from, got NaN, infinity or only -inf from the {who} at token "
+            f"{len(self.seen)} of trajectory {self.index}: look for NaN in its weights, or load it in another "
+            "dtype (bfloat16 or float32 instead of float16)"
+        )
 
     def judge(self, block: list[list[float]]) -> bool:
         """Enter one block by the student, up to where it strays; return whether the teacher takes over.
 
         Each token of the block is a row: id (PADDING ends the block), whether it ends a step, whether the student
         strays with it, score, threshold, statistics.
+
+        Raises:
+            ValueError: a token is BROKEN, or its score is NaN where nobody takes over for it.
         """
         assert self.rules is not None
         for token, ends_step, strays, score, threshold, *statistics in block:
             if token == PADDING:
                 return False
+            if token != BROKEN and math.isnan(score) and self.rules.boundary is SCORES_ALONE:
+                raise self._no_numbers("teacher")
             self.write(int(token), list(statistics))
             if ends_step:
                 # If every token is a step, accepted ones add nothing to their statistics.

@@ -267,6 +267,21 @@ def test_logits_that_are_no_numbers(student, teacher, tokenizer, policy, with_te
         list(trajectories)
 
 
+@pytest.mark.parametrize(
+    "policy", [motab.OnPolicy(), motab.Truncated(30), motab.RelayOPD(words=("c",), student_top_k=12)]
+)
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_scores_that_are_no_numbers(student, teacher, tokenizer, policy, block_size):
+    """Of a teacher that does not take over for them; steps with NaN came of it, which `motab verify` refused."""
+    teacher = copy.deepcopy(teacher)
+    teacher.model.embed_tokens.weight.data[8] = torch.nan
+    prompts = [[1, 2], [1, 3]]
+    whole = run(student, None, tokenizer, prompts, motab.OnPolicy(), temperature=1.0)
+    index, place = next((t.index, t.token_ids.index(8)) for t in whole if 8 in t.token_ids[:-1])
+    with pytest.raises(ValueError, match=f"only -inf from the teacher at token {place + 1} of trajectory {index}: "):
+        run(student, teacher, tokenizer, prompts, policy, temperature=1.0, batch_size=1, block_size=block_size)
+
+
 def test_broken_logits_behind_a_rollback_do_not_count(student, teacher, tokenizer, prompts):
     """The student strays before it would write them, whatever the block."""
     student = copy.deepcopy(student)
