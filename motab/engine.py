@@ -177,7 +177,8 @@ class Engine:
         return Draft(cache_rows, pending, remaining, draws, tokens, torch.stack(drawn, 1), logits)
 
     def _corrected(self, draft: Draft, rows: list[Row], teacher_logits: Tensor) -> Draft:
-        """The draft with the teacher's choices instead of the student's in the teacher's rows."""
+        """The draft with the teacher's choices instead of the student's in the teacher's rows, where the student's
+        logits become 0: no statistic needs them, and NaN among them would make the teacher's own NaN."""
         places = [place for place, row in enumerate(rows) if row.author == TEACHER]
         if not places:
             return draft
@@ -194,6 +195,7 @@ class Engine:
         return draft._replace(
             tokens=draft.tokens.index_copy(0, index, tokens),
             can_be_drawn=draft.can_be_drawn.index_copy(0, index, can_be_drawn),
+            logits=draft.logits.index_fill_(0, index, 0),
         )
 
     def _block(self, draft: Draft, drafted: Tensor) -> Block:

@@ -124,9 +124,9 @@ def test_whose_logits_are_no_numbers(student, teacher, tokenizer, monkeypatch, b
     token = min(words - others - {0, 1, 2})
     models[broken].model.embed_tokens.weight.data[token] = torch.nan
     if broken == "student":
-        assert [t.token_ids for t in run(*models.values(), tokenizer, prompts, policy, temperature=1.0)] == [
-            t.token_ids for t in whole
-        ]
+        found = run(*models.values(), tokenizer, prompts, policy, temperature=1.0)
+        assert [t.token_ids for t in found] == [t.token_ids for t in whole]
+        assert not any(math.isnan(x) for t in found for x in t.statistics["teacher_logprob"] if x is not None)
     else:
         with pytest.raises(ValueError, match="got NaN, infinity or only -inf from the teacher at token"):
             run(*models.values(), tokenizer, prompts, policy, temperature=1.0)
