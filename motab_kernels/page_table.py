@@ -82,6 +82,13 @@ class PageTable:
         pages = storage[table[:, : -(-length // self.page_size)]]
         return pages.transpose(1, 2).flatten(2, 3)[:, :, :length]
 
+    def unwritten(self, table: Tensor, slots: Tensor, length: int) -> Tensor:
+        """(b, 1, length, 1) bool: which of the first slots of the rows of a (b, n) table hold nothing of these rows,
+        because they lie behind the last of (b, q) slots or in no page of theirs."""
+        index = torch.arange(length, device=slots.device)
+        has_no_page = table[:, index // self.page_size] == self.num_pages
+        return ((index > slots[:, -1:]) | has_no_page)[:, None, :, None]
+
     def by_page(self, mask: Tensor) -> Tensor:
         """A mask over the first slots of all rows, (B, length) bool, as one over pages, (num_pages + 1, page_size)."""
         n = -(-mask.shape[1] // self.page_size)

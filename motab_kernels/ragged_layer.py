@@ -63,7 +63,9 @@ class RaggedLayer(CacheLayerMixin):
             return storage
         if self.pages is not None:
             assert step.page_table is not None
-            return self.pages.in_one_piece(storage, step.page_table, step.visible_length)
+            visible = self.pages.in_one_piece(storage, step.page_table, step.visible_length)
+            # A mask leaves 0 times what others wrote there, and that is NaN if they wrote NaN.
+            return visible.masked_fill_(self.pages.unwritten(step.page_table, step.slots, step.visible_length), 0)
         visible = storage[:, :, : step.visible_length]
         return visible if step.rows is None else visible.index_select(0, step.rows)
 

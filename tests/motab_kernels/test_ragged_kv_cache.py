@@ -172,8 +172,8 @@ def test_rows_share_pages(model, attention):
     for _ in range(10):
         free = [*book.cache.pages.free, 5]
         for layer in book.cache.layers:
-            for storage in (layer.keys, layer.values):  # a mask leaves 0 times what is there
-                storage[free] = torch.nan if attention is on_ragged_attention else 1e6
+            for storage in (layer.keys, layer.values):
+                storage[free] = torch.nan
         rows = torch.randperm(BATCH, generator=generator)[: 1 + draw(BATCH)].tolist()
         # What is left of 120, also for padding, and of one page for the first row, so that five are enough.
         left = min(30, 120 - max(len(book.tokens[row]) for row in rows))
