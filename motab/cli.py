@@ -15,7 +15,7 @@ from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
 
-from motab import evaluation
+from motab import evaluation, trainer_input
 from motab.arguments import (
     EvaluateArguments,
     ExportArguments,
@@ -107,6 +107,7 @@ def train(arguments: list[str], console: Console) -> None:
         problems = args.short_enough(problems, tokenizer)
         prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
         data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
+    trainer_input.check(config, teacher_name or None, data, tokenizer)
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data))
     last, finished = config.resume_from_checkpoint, False

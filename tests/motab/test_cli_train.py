@@ -155,6 +155,22 @@ def test_a_folder_that_cannot_be_made(training, tmp_path, capsys):
     assert "motab train: [Errno 20] Not a directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--only_correct"], "only_correct applies to finished trajectories, got Rollouts"),
+        (["--max_length", "9"], "max_length applies to finished trajectories, got 9"),
+        (["--policy", "teacher_only"], "Rollouts need a policy under which the student writes, got TeacherOnly"),
+    ],
+)
+def test_what_rollouts_do_not_take(flags, named, capsys, monkeypatch):
+    """Refused before a model is loaded."""
+    monkeypatch.setattr("motab.cli.load_model", None)
+    pair = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
+    assert main(["train", *pair, "--dataset_name", TASK, "--use_cpu", *flags]) == 2
+    assert named in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_the_trainer_cannot_do_here(training, capsys):
     assert main([*training[0], "--report_to", "comet_ml"]) == 2
     assert "comet" in capsys.readouterr().err
