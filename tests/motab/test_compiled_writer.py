@@ -69,7 +69,8 @@ def test_the_same_trajectories_from_three_programs(student, teacher, tokenizer, 
         check_same(run(pair, tokenizer, prompts, policy, **sizes, torch_compile=True), expected)
         breaches += sum(set(t.author) >= {"student", "teacher"} for t in expected)
     assert breaches
-    assert counters["stats"]["unique_graphs"] == 3  # the student's token; the teacher's token, and its block
+    # The student's token; the teacher's block, and its token but where that comes from a block.
+    assert counters["stats"]["unique_graphs"] == (2 if isinstance(policy, motab.TokenSKD) else 3)
 
 
 @needs_kernels
