@@ -134,8 +134,11 @@ class Engine:
         done: dict[int, Trajectory] = {}
         while self.admission.has_more():
             self._begin_turns(self.admission.admit())
-            self._student_round(self._plan())
-            self._teacher_round(self._plan())
+            plan = self._plan()
+            alone = self._rows(plan, drafted=False)
+            self._student_round(plan)
+            # Planned anew for those that the teacher has just taken over, unless others would have to wait for it.
+            self._teacher_round(plan if alone else self._plan())
             done |= {row.index: row.trajectory(self.tokenizer) for row in self.admission.finished()}
             while done and (expected[0] in done or not in_order):
                 yield done.pop(expected.popleft() if in_order else min(done))

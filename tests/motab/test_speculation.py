@@ -3,7 +3,7 @@
 import copy
 import math
 from dataclasses import replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 
 import pytest
 import torch
@@ -75,6 +75,24 @@ def test_the_teacher_needs_fewer_passes(student, tokenizer, prompts, monkeypatch
     counts = [length for model, length in passes if model is teacher]
     assert of_teacher > 200
     assert 3 * len(counts) < of_teacher / 3  # the passes of the teacher alone, for three rows at a time
+
+
+def test_no_row_waits_for_plans_that_disagree(student, teacher, tokenizer, prompts, monkeypatch):
+    """Those of one round: without speculation for the student's turn, with it for the teacher's."""
+    policy = replace(POLICY, epsilon0=2.0, theta=0.0)
+    fixed(monkeypatch, ALONE)
+    alone = run(student, teacher, tokenizer, prompts, policy)
+    plans = cycle([ALONE, Plan(4, speculates=True)])
+    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: next(plans))
+    rounds, student_round = [], Engine._student_round
+
+    def counted(engine, plan):
+        rounds.append(plan)
+        assert len(rounds) < 500, "rows are never written"
+        student_round(engine, plan)
+
+    monkeypatch.setattr(Engine, "_student_round", counted)
+    assert [t.token_ids for t in run(student, teacher, tokenizer, prompts, policy)] == [t.token_ids for t in alone]
 
 
 def test_a_token_instead_of_another_needs_no_pass(student, teacher, tokenizer, prompts, passes):
