@@ -282,7 +282,7 @@ class Engine:
         if self.rules.delimiter is not None or self.rules.backtrack != "breach":
             return teacher_logits.new_empty(len(rows), 0, 4)
         place = strays.long().argmax(1)
-        logits = teacher_logits.gather(1, place[:, None, None].expand(-1, 1, self.vocab_size))[:, 0]
+        logits = teacher_logits[torch.arange(len(rows), device=self.device), place]
         keys, positions = on_device([(row.next_key, len(row.seen)) for row in rows], self.device).unbind(1)
         tokens, can_be_drawn = choose(logits, uniform(keys, positions + place), self.sampling)
         own = mk.fused_kl_boundary(logits, logits, tokens)
