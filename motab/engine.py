@@ -55,6 +55,15 @@ class Block(NamedTuple):
     step_ends: Tensor  # (b, T) bool: valid, and the last of a step or of the text
 
 
+class Judged(NamedTuple):
+    """What the host needs to know of a block of T tokens by the student in each of b rows."""
+
+    columns: Tensor  # (b, T, ...) as `Row.judge` takes them
+    rollback: Tensor  # (b,) tokens of its turn that a rollback keeps
+    counts: Tensor  # (2,) of the teacher's tokens those that are as drafted, and all
+    instead: Tensor  # (b, n, 4) what the teacher writes after a rollback, as `Row.enter` takes it; n = 0: not yet known
+
+
 class Engine:
     """One run of `synthesize`; ``waits`` counts the times that the host waited for the device."""
 
@@ -247,10 +256,7 @@ class Engine:
         self._settle(rows, (self.student, self.teacher))
         self._begin_turns(turned)
 
-    def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The columns that `Row.judge` takes for each of (b, T) tokens; per row how much of its turn a rollback keeps;
-        how many of the teacher's tokens were as drafted, and how many there are; what the teacher writes after a
-        rollback if that is known, as `Row.enter` takes it."""
+    def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> Judged:
         assert self.rules is not None
         block = self._block(self._corrected(draft, rows, teacher_logits), draft.tokens)
         state = mk.BoundaryState.of(*(x[draft.cache_rows] for x in self.state.tensors))
@@ -273,7 +279,7 @@ class Engine:
         theirs = block.valid & (on_device([row.author == TEACHER for row in rows], self.device)[:, None] != 0)
         counts = torch.stack([(theirs & (block.tokens == draft.tokens)).sum(), theirs.sum()])
         instead = self._instead(rows, draft, teacher_logits, strays)
-        return torch.cat([_columns(*judged), statistics], -1), state.rollback_position, counts, instead
+        return Judged(torch.cat([_columns(*judged), statistics], -1), state.rollback_position, counts, instead)
 
     def _instead(self, rows: list[Row], draft: Draft, teacher_logits: Tensor, strays: Tensor) -> Tensor:
         """(b, 1, 4): the teacher's token instead of a row's first that strays, if each token is a step and the teacher
