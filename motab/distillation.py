@@ -82,7 +82,7 @@ def cross_entropy_from_head(
     """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
     ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
     head = whole_head(model)
-    counted = labels[:, 1:] != IGNORED
+    counted = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # the host waits for a GPU: once for both
     hidden, labels = hidden[:, :-1][counted], labels[:, 1:][counted]  # no logits of prompts and padding
 
     def part(hidden: Tensor, labels: Tensor) -> Tensor:
@@ -105,7 +105,8 @@ def loss_from_heads(
 ) -> Tensor:
     """The divergence from (B, T, H) hidden states and output embeddings; logits exist for some positions at a time."""
     heads = [whole_head(model) for model in models]
-    student, teacher = (x[:, :-1][mask] for x in hidden)  # no logits of prompts and padding
+    counted = mask.nonzero(as_tuple=True)  # the host waits for a GPU: once for both
+    student, teacher = (x[:, :-1][counted] for x in hidden)  # no logits of prompts and padding
     return mk.fused_linear_divergence(
         student,
         heads[0].weight,

@@ -95,8 +95,9 @@ class DelimiterAutomaton:
             state = torch.where(written, transitions[state, column.clamp(min=0)], state)
             completes |= written & (state == states - 1)
         state[:, torch.tensor([not text for text in texts])] = 0  # a special token ends what stood before it
+        self.next_state, self.completes = state, completes
+        self._check_spellable(delimiter)  # before a GPU has them: the host would wait for each state
         self.next_state, self.completes = state.to(device), completes.to(device)
-        self._check_spellable(delimiter)
 
     def _check_spellable(self, delimiter: str) -> None:
         reached, fresh = {0}, [0]
