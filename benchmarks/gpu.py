@@ -40,7 +40,6 @@ TESTS = (
     "-m",
     "gpu",
     "tests/motab_kernels/test_gpu.py",
-    "tests/motab/test_sampling.py",
     "tests/motab/test_engine.py",
     "tests/motab/test_compiled_writer.py",
     "tests/motab_kernels/test_compiled.py",

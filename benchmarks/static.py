@@ -7,8 +7,9 @@ position (a pair of a student's and a teacher's logit) the instructions of a pro
 after its loop, those of the main loop alone, the longest in the machine code, and its special functions; then how often
 one iteration loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes; then, *predicted* and not
 measured, for each device the time to issue a program's instructions and that of the special functions, over the time of
-the bytes. The kernels of ragged attention have their own table: shared memory, and how often the main loop loads 128
-bits, directly into shared memory or not, and fewer. Run it without TRITON_INTERPRET.
+the bytes. Sampling, which reads a row several times from cache, has its own table. So have the kernels of ragged
+attention: shared memory, and how often the main loop loads 128 bits, directly into shared memory or not, and fewer. Run
+it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -17,36 +18,32 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
-from triton.compiler import ASTSource
 
-from motab_kernels.gpu import attention, boundary, divergence
+from benchmarks.machine_code import (
+    BARRIER,
+    COPY,
+    LOAD,
+    SHUFFLE,
+    SPECIAL,
+    TARGETS,
+    WIDE_LOAD,
+    compiled,
+    count,
+    executed,
+    inner_loops,
+    lines_of,
+    main_loop,
+    registers_and_spills,
+)
+from motab_kernels.gpu import attention, boundary, divergence, sampling
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
 BYTES = {"fp32": 4, "bf16": 2}
 V = 151936
-
-# The names of each kind of instruction: NVIDIA's SASS, then AMD's.
-SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|sqrt|rsq)_")
-WIDE_LOAD = re.compile(r"LDG(STS)?\.E(\.\w+)*\.128\b|(buffer|global)_load_dwordx4")
-COPY = re.compile(r"LDGSTS")  # from global to shared memory, asynchronously
-LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
-BARRIER = re.compile(r"BAR\.|s_barrier")
-SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
 
 
 class Device(NamedTuple):
@@ -69,10 +66,6 @@ DEVICES = {
 }
 
 
-def count(pattern: re.Pattern[str], lines: list[str]) -> int:
-    return sum(1 for line in lines if pattern.search(line))
-
-
 @dataclasses.dataclass(frozen=True)
 class Report:
     """One kernel on one target; the loop's figures are 0 if the kernel has no loop over the vocabulary."""
@@ -92,6 +85,21 @@ class Report:
 
 
 @dataclasses.dataclass(frozen=True)
+class SamplingReport:
+    """One variant on one target; `search`: instructions of a logit in a pass that searches, in a loop without barriers;
+    the loads are those of all passes."""
+
+    kernel: str
+    dtype: str
+    target: str
+    registers: int
+    spilled: int
+    search: float
+    wide_loads: int
+    narrow_loads: int
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionReport:
     """One kernel of ragged attention on one target; no figures of a loop if it does not read the cache."""
 
@@ -106,88 +114,6 @@ class AttentionReport:
     wide_loads: int = 0
     copies: int = 0
     narrow_loads: int = 0
-
-
-def compiled(
-    kernel: Any,
-    target: str,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    num_warps: int,
-    aligned: tuple[str, ...] = (),
-    **options: int,
-) -> Any:
-    """Compile; arguments without a type are int32. Pointers and `aligned` integers are divisible by 16."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
-    by_16 = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in aligned]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in by_16}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **options})
-
-
-def lines_of(binary: Any, target: str) -> list[str]:
-    """Instructions and labels, in order."""
-    if target.startswith("gfx"):
-        text = binary.asm["amdgcn"].split("s_endpgm")[0]
-        lines = [re.sub(r"\s*;.*", "", line).strip() for line in text.splitlines()]
-        return [line for line in lines if line and not re.match(r"\.(?!LBB)", line)]
-    return [line.split("\t")[-1].strip() for line in binary.asm["sass"].splitlines()[1:] if line.strip()]
-
-
-def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions, and the places of branches and of their targets: labels, or addresses in NVIDIA's code, whose
-    instructions have 16 bytes each."""
-    labels: dict[str, int] = {}
-    code: list[str] = []
-    for line in lines:
-        if line.endswith(":"):
-            labels[line[:-1]] = len(code)
-        else:
-            code.append(line)
-    found = []
-    for i, line in enumerate(code):
-        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.?LBB\w+)|0x([0-9a-f]+))", line)
-        if branch:
-            found.append((i, labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16))
-    return code, found
-
-
-def main_loop(lines: list[str]) -> list[str]:
-    """The longest stretch between a backward branch and its target."""
-    code, places = branches(lines)
-    start, end = max(((target, i + 1) for i, target in places if target < i), key=length, default=(0, 0))
-    return code[start:end]
-
-
-def executed(lines: list[str], tiles: int) -> int:
-    """Instructions of a program of whole tiles: what comes before the main loop, the loop, and what comes after it but
-    for the tail, the longest stretch that a branch behind the loop skips. If none does, all of it is the tail."""
-    code, places = branches(lines)
-    start, end = max(((target, i + 1) for i, target in places if target < i), key=length)
-    tail = max(((i + 1, target) for i, target in places if target > i >= end), key=length, default=(end, len(code)))
-    rest = [line for line in code[end : tail[0]] + code[tail[1] :] if not line.startswith("NOP")]
-    return start + tiles * (end - start) + len(rest)
-
-
-def length(stretch: tuple[int, int]) -> int:
-    return stretch[1] - stretch[0]
-
-
-def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:
-    if target.startswith("gfx"):
-        code = binary.asm["amdgcn"]
-        found = [re.search(rf"\.{name}:\s+(\d+)", code) for name in ("vgpr_count", "vgpr_spill_count")]
-    else:
-        architecture = TARGETS[target].arch
-        with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder, "kernel.ptx")
-            ptx.write_text(binary.asm["ptx"])
-            name = f"{target}a" if architecture >= 90 else target
-            command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", ptx, "-o", f"{ptx}.cubin"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        found = [re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)]
-    return tuple(int(match[1]) if match else 0 for match in found)  # type: ignore[return-value]
 
 
 def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, constants: dict[str, Any]) -> Report:
@@ -336,6 +262,40 @@ def attention_reports() -> Iterator[AttentionReport]:
         yield combine_report(target)
 
 
+def sampling_report(dtype: str, target: str, name: str, HAS_TOP_K: bool, HAS_TOP_P: bool) -> SamplingReport:
+    settings = sampling.HIP if target.startswith("gfx") else sampling.DEFAULT
+    kernel, vector = sampling.sample_kernel, 16 // BYTES[dtype]
+    types = {"logits_ptr": f"*{dtype}", "uniforms_ptr": "*fp64", "tokens_ptr": "*i64", "valid_ptr": "*i1"}
+    types |= dict.fromkeys(("c", "top_p", "min_p"), "fp32")
+    constants = {"HAS_TOP_K": HAS_TOP_K, "HAS_TOP_P": HAS_TOP_P, "GRANULE": 16 if dtype == "bf16" else 0}
+    constants |= {"LANES": settings.lanes, "VECTOR": vector}
+    constants["TILES_BLOCK"] = triton.next_power_of_2(-(-V // (settings.lanes * vector)))
+    aligned = ("V", "logits_stride_b", "logits_stride_t")
+    binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
+    loops = [loop for loop in inner_loops(lines_of(binary, target, exits=2)) if count(LOAD, loop)]
+    # The first finds the largest logit. The sum for top-p has no barrier either, but is shorter.
+    searches = [len(loop) / count(LOAD, loop) for loop in loops[1:] if not count(BARRIER, loop)]
+    threads = settings.num_warps * TARGETS[target].warp_size
+    return SamplingReport(
+        f"sample {name}",
+        dtype,
+        target,
+        *registers_and_spills(binary, target),
+        search=max(searches, default=0) * threads / (settings.lanes * vector),
+        wide_loads=sum(count(WIDE_LOAD, loop) for loop in loops),
+        narrow_loads=sum(count(LOAD, loop) - count(WIDE_LOAD, loop) for loop in loops),
+    )
+
+
+def sampling_reports() -> Iterator[SamplingReport]:
+    for target in TARGETS:
+        for dtype in BYTES:
+            yield sampling_report(dtype, target, "all", HAS_TOP_K=False, HAS_TOP_P=False)
+            yield sampling_report(dtype, target, "top-k", HAS_TOP_K=True, HAS_TOP_P=False)
+            yield sampling_report(dtype, target, "top-p", HAS_TOP_K=False, HAS_TOP_P=True)
+            yield sampling_report(dtype, target, "top-k, top-p", HAS_TOP_K=True, HAS_TOP_P=True)
+
+
 def predicted(report: Report, name: str) -> str:
     """Issue and special-function time of a program over the time of its bytes; below 1 it is bound by memory."""
     device = DEVICES[name]
@@ -367,9 +327,15 @@ def print_table(kind: type, rows: Iterator[Any], devices: Iterable[str] = ()) ->
 
 def main() -> None:
     if "--json" in sys.argv:
-        print(json.dumps([dataclasses.asdict(report) for report in (*reports(), *attention_reports())]))
+        print(
+            json.dumps(
+                [dataclasses.asdict(report) for report in (*reports(), *sampling_reports(), *attention_reports())]
+            )
+        )
         return
     print_table(Report, reports(), DEVICES)
+    print()
+    print_table(SamplingReport, sampling_reports())
     print()
     print_table(AttentionReport, attention_reports())
 

@@ -23,7 +23,7 @@ from motab.compiled_writer import CompiledWriter
 from motab.policies import Rules
 from motab.prompts import end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
-from motab.sampling import Sampling, choose, uniform
+from motab.sampling import Sampling, uniform
 from motab.speculation import Plan, Speculation, relative_cost
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
@@ -42,7 +42,7 @@ class Draft(NamedTuple):
     remaining: Tensor  # (b,) tokens of budget left
     draws: Tensor  # (b, T) random numbers
     tokens: Tensor  # (b, T)
-    can_be_drawn: Tensor  # (b, T) bool, see `choose`
+    can_be_drawn: Tensor  # (b, T) bool, see `mk.Samples.valid`
     logits: Tensor  # (b, T, V)
 
 
@@ -181,7 +181,7 @@ class Engine:
         drawn: list[Tensor] = []
 
         def draw(step: Tensor, offset: int) -> Tensor:
-            chosen, can_be_drawn = choose(step, draws[:, offset], self.sampling)
+            chosen, can_be_drawn = self.sampling.draw(step, draws[:, offset])
             drawn.append(can_be_drawn)
             return chosen
 
@@ -195,14 +195,12 @@ class Engine:
         if not places:
             return draft
         index = on_device(places, self.device)
-        # As many at a time as a step of a draft may have: the probabilities of all would take much memory.
+        # As many at a time as a step of a draft may have: a copy of all logits would take much memory.
         width = max(1, len(self.admission.rows) // len(places))
         choices = []
         for begin in range(0, draft.tokens.shape[1], width):
             part = slice(begin, begin + width)
-            numbers = draft.draws[index, part]
-            chosen = choose(teacher_logits[index, part].flatten(0, 1), numbers.flatten(), self.sampling)
-            choices.append([x.view(numbers.shape) for x in chosen])
+            choices.append(self.sampling.draw(teacher_logits[index, part], draft.draws[index, part]))
         tokens, can_be_drawn = (torch.cat(parts, 1) for parts in zip(*choices, strict=True))
         return draft._replace(
             tokens=draft.tokens.index_copy(0, index, tokens),
@@ -290,7 +288,7 @@ class Engine:
         place = strays.long().argmax(1)
         logits = teacher_logits[torch.arange(len(rows), device=self.device), place]
         keys, positions = on_device([(row.next_key, len(row.seen)) for row in rows], self.device).unbind(1)
-        tokens, can_be_drawn = choose(logits, uniform(keys, positions + place), self.sampling)
+        tokens, can_be_drawn = self.sampling.draw(logits, uniform(keys, positions + place))
         own = mk.fused_kl_boundary(logits, logits, tokens)
         entries = torch.where(can_be_drawn, tokens, BROKEN)
         statistics = _rounded(own.teacher_logprob, own.teacher_entropy)

@@ -11,6 +11,7 @@ from motab_kernels.boundary_state import BoundaryState
 from motab_kernels.divergence import divergence_loss
 from motab_kernels.kv_cache import truncate_kv_cache_
 from motab_kernels.linear_divergence import fused_linear_divergence
+from motab_kernels.sampling import Samples, sample_from_logits
 
 if TYPE_CHECKING:
     from motab_kernels.ragged_kv_cache import RaggedKVCache
@@ -23,11 +24,13 @@ __all__ = [
     "FixedBoundary",
     "MovingAverageBoundary",
     "RaggedKVCache",
+    "Samples",
     "boundary_workspace",
     "divergence_loss",
     "fused_kl_boundary",
     "fused_linear_divergence",
     "ragged_attention",
+    "sample_from_logits",
     "truncate_kv_cache_",
 ]
 

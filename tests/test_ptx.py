@@ -136,6 +136,24 @@ def test_conversions_and_division():
 
 
 @triton.jit
+def scan_kernel(x_ptr, sums_ptr, tops_ptr, ROWS: tl.constexpr, SIZE: tl.constexpr):
+    row, i = tl.arange(0, ROWS), tl.arange(0, SIZE)
+    x = tl.load(x_ptr + row[:, None] * SIZE + i[None, :]).to(tl.float32)
+    tl.store(sums_ptr + row, tl.cumsum(tl.sum(x.to(tl.float64), axis=1), axis=0))
+    tl.store(tops_ptr + row, tl.max(x, axis=1))
+
+
+@needs_machine
+def test_running_sums_and_maxima():
+    """Values from lanes further down; bfloat16 compared as such, whose bits would be in another order."""
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    sums, tops = torch.empty(256, dtype=torch.float64), torch.empty(256)
+    scan_kernel[(1,)](x, sums, tops, 256, 8)
+    torch.testing.assert_close(sums, x.double().sum(1).cumsum(0), rtol=0, atol=1e-12)
+    assert torch.equal(tops, x.float().amax(1))
+
+
+@triton.jit
 def product_kernel(a_ptr, b_ptr, out_ptr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     places = i[:, None] * SIZE + i[None, :]

@@ -12,7 +12,7 @@ from test_engine import POLICY, SAMPLING, run
 import motab
 from motab.engine import Engine
 from motab.row import TEACHER
-from motab.sampling import choose
+from motab.sampling import Sampling
 from motab.speculation import Plan, Speculation, relative_cost
 from motab.writer import Writer
 
@@ -106,15 +106,15 @@ def test_a_token_instead_of_another_needs_no_pass(student, teacher, tokenizer, p
 def test_choices_of_few_rows_are_made_together(student, teacher, tokenizer, prompts, monkeypatch):
     """Of as many positions as take no more memory than a step of a draft by the whole batch."""
     fixed(monkeypatch, Plan(6, speculates=True))
-    corrected, drawn, shapes = Engine._corrected, [], []
+    corrected, draw, drawn, shapes = Engine._corrected, Sampling.draw, [], []
 
-    def noting(logits, numbers, sampling):
-        drawn.append(len(logits))
-        return choose(logits, numbers, sampling)
+    def noting(sampling, logits, numbers):
+        drawn.append(numbers.numel())
+        return draw(sampling, logits, numbers)
 
     def counted(engine, draft, rows, teacher_logits):
         with monkeypatch.context() as patch:
-            patch.setattr("motab.engine.choose", noting)
+            patch.setattr(Sampling, "draw", noting)
             found = corrected(engine, draft, rows, teacher_logits)
         if drawn:
             shapes.append((sum(row.author == TEACHER for row in rows), draft.tokens.shape[1], [*drawn]))

@@ -22,7 +22,7 @@ FLAGS = [
     "-Wno-unused-command-line-argument",
 ]
 COMPILER = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-gnu", *FLAGS]
-VECTORISED = {"attention.cpp", "boundary.cpp", "divergence.cpp", "functions.cpp"}
+VECTORISED = {"attention.cpp", "boundary.cpp", "divergence.cpp", "functions.cpp", "sampling.cpp"}
 
 with tempfile.TemporaryDirectory() as folder:
     for source in SOURCES:

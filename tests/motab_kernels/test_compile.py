@@ -80,6 +80,19 @@ def test_instructions_of_a_pair(reports, kernel, most, special, dtype, target):
 
 
 @pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("kernel", "least", "most"), [("top-k", 8, 16), ("top-p", 12, 17), ("top-k, top-p", 12, 17)])
+def test_sampling(reports, kernel, least, most, dtype, target):
+    """128 bits at a time, and in a pass that searches nothing that waits for another lane."""
+    report, plain = reports[f"sample {kernel}", dtype, target], reports["sample all", dtype, target]
+    assert report["spilled"] == plain["spilled"] == 0
+    assert 0 < report["registers"] <= 64  # two rows of 512 threads a multiprocessor, at least
+    assert least < report["search"] <= most
+    assert report["wide_loads"] > plain["wide_loads"] >= 2
+    assert report["narrow_loads"] == plain["narrow_loads"] == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
 def test_attention(reports, target):
     """Keys and values are loaded 16 bytes at a time; on NVIDIA by copies that the tile before does not wait for."""
     found = [r for r in reports.values() if r["target"] == target and "copies" in r]

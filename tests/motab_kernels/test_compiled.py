@@ -14,6 +14,8 @@ from attention_cases import assert_matches_definition as assert_attention
 from attention_cases import in_pages, random_case
 from boundary_cases import BOUNDARIES, STATISTICS, assert_matches_definition, poisoned_output, random_inputs, stepwise
 from divergence_cases import every_kind, expected, logits, options, relative_error, without_ties
+from sampling_cases import assert_matches_definition as assert_samples
+from sampling_cases import random_case as random_draws
 
 import motab_kernels as mk
 
@@ -276,13 +278,22 @@ def test_realigned_cache_is_the_reference_s(dtype, clear_padding, seed):
         assert torch.equal(x.cpu(), y)
 
 
+@pytest.mark.parametrize("V", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"top_p": 0.95}])
+def test_sampling(V, dtype, settings, seed):
+    case = random_draws(2, 3, V, dtype=dtype, seed=seed)
+    out = mk.sample_from_logits(*map(on_device, case), **settings, temperature=0.6, backend="triton")
+    assert_samples(mk.Samples(*(x.cpu() for x in out)), *case, **settings, temperature=0.6)
+
+
 def test_launches_compare_no_global_values():
     """Triton would do so at each, which took a quarter of the time of the boundary's."""
-    from motab_kernels.gpu import attention, boundary, divergence, kv_cache
+    from motab_kernels.gpu import attention, boundary, divergence, kv_cache, sampling
 
-    modules = (attention, boundary, divergence, kv_cache)
+    modules = (attention, boundary, divergence, kv_cache, sampling)
     kernels = [(name, x) for module in modules for name, x in vars(module).items() if name.endswith("_kernel")]
-    assert len(kernels) == 10
+    assert len(kernels) == 11
     for name, kernel in kernels:
         assert kernel.cache_key
         assert kernel.used_global_vals == {}, name
@@ -337,3 +348,24 @@ def test_losses_read_the_logits_as_often_as_they_say(kind, dtype, launches, seed
         for x in (student, teacher):
             assert bytes_touched(launch, x) == (x.nbytes, x.nbytes)
     assert bytes_touched(backward, student.grad, writes=True) == (student.nbytes, student.nbytes)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "settings", "most"),
+    [
+        (torch.bfloat16, {}, 2),
+        (torch.float32, {}, 2),
+        (torch.bfloat16, {"top_p": 0.95}, 8),
+        (torch.float32, {"top_p": 0.95}, 16),
+        (torch.bfloat16, {"top_k": 50, "top_p": 0.95}, 12),
+        (torch.float32, {"top_k": 50, "top_p": 0.95}, 28),
+    ],
+)
+def test_how_often_sampling_reads_a_row(dtype, settings, most, launches, seed):
+    """16 bytes at a time: twice; for a filter once for every two bits in which its bounds differ; top-p once more."""
+    logits, uniforms = random_draws(1, 151936, dtype=dtype, seed=seed)
+    mk.sample_from_logits(logits, uniforms, **settings, backend="triton")
+    (launch,) = launches
+    read, wide = bytes_touched(launch, logits)
+    assert read == wide
+    assert 2 <= read // logits.nbytes <= most

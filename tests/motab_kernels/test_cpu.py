@@ -12,6 +12,9 @@ from attention_cases import expected as expected_attention
 from attention_cases import random_case
 from boundary_cases import assert_equal, assert_matches_definition, random_inputs
 from divergence_cases import every_kind, expected, logits, options
+from sampling_cases import SETTINGS
+from sampling_cases import assert_matches_definition as assert_samples
+from sampling_cases import random_case as random_draws
 
 import motab_kernels as mk
 from motab_kernels.backend import HAS_LIBRARY
@@ -76,6 +79,16 @@ def test_attention(library, dtype):
         out = mk.ragged_attention(*tensors, lengths, rows=rows, **given, backend="cpu")
         exact = expected_attention(*tensors, lengths, rows, **given)
         assert (out.double() - exact).abs().max() < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@needs_library
+@pytest.mark.parametrize("name", SETTINGS)
+def test_sampling(library, name, seed):
+    """Of rows with whole pieces of 1024 columns and without."""
+    for V in (5000, 4096):
+        for dtype in (torch.float32, torch.bfloat16):
+            case = random_draws(20, V, dtype=dtype, seed=seed)
+            assert_samples(mk.sample_from_logits(*case, **SETTINGS[name], backend="cpu"), *case, **SETTINGS[name])
 
 
 @needs_library
@@ -173,19 +186,23 @@ def test_threads_change_nothing():
     inputs = random_inputs(3, 2, 50000)
     before = torch.get_num_threads()
     try:
-        outs, gradients = [], []
+        outs, gradients, tokens = [], [], []
+        case = random_draws(9, 50000)
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             outs.append(mk.fused_kl_boundary(*inputs, backend="cpu"))
             leaf = inputs[0].clone().requires_grad_()
             mk.divergence_loss(leaf, inputs[1], divergence="jsd", backend="cpu").backward()
             gradients.append(leaf.grad)
+            tokens.append(mk.sample_from_logits(*case, top_p=0.9, backend="cpu").token_ids)
     finally:
         torch.set_num_threads(before)
     assert_equal(outs[1], outs[0])
     assert_equal(outs[2], outs[0])
     assert torch.equal(gradients[1], gradients[0])
     assert torch.equal(gradients[2], gradients[0])
+    assert torch.equal(tokens[1], tokens[0])
+    assert torch.equal(tokens[2], tokens[0])
 
 
 @needs_library

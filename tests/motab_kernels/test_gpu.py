@@ -17,6 +17,8 @@ from boundary_cases import (
     stepwise,
 )
 from divergence_cases import every_kind, expected, logits, options, relative_error
+from sampling_cases import assert_matches_definition as assert_samples
+from sampling_cases import random_case as random_draws
 
 import motab_kernels as mk
 
@@ -259,6 +261,32 @@ def free_memory():
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0}])
+def test_sampling_in_a_graph_follows_what_changes(settings, seed, no_wait):
+    """And the host does not wait for a token."""
+    logits, uniforms = map(on_device, random_draws(4, 2, 32000, seed=seed))
+    held = {}
+
+    def call():
+        held["out"] = mk.sample_from_logits(logits, uniforms, **settings)
+
+    graph = captured(call)
+    for step in range(2):
+        case = random_draws(4, 2, 32000, seed=seed + 1 + step)
+        logits.copy_(case[0])
+        uniforms.copy_(case[1])
+        no_wait()
+        graph.replay()
+        call_again = mk.sample_from_logits(logits, uniforms, **settings)
+        torch.cuda.set_sync_debug_mode("default")
+        out = mk.Samples(*(x.cpu() for x in held["out"]))
+        assert torch.equal(out.token_ids, call_again.token_ids.cpu())
+        if settings.get("temperature") == 0:
+            assert torch.equal(out.token_ids, case[0].argmax(-1))
+        else:
+            assert_samples(out, *case, **settings)
+
+
 def random_logits(rows, V):
     return torch.empty(rows, V, dtype=torch.bfloat16, device=DEVICE).normal_(std=3)
 
@@ -277,6 +305,11 @@ def test_more_elements_than_32_bits_count():
     # As one row of many tokens too, whose offsets come of the other stride.
     whole = mk.fused_kl_boundary(student[None], teacher[None], tokens[None])
     assert_equal(mk.fused_kl_boundary(*parts), mk.BoundaryOutput(*(x[0, last] for x in whole)), STATISTICS)
+
+    numbers = torch.rand(rows, dtype=torch.float64, device=DEVICE)
+    alone = mk.sample_from_logits(parts[0], numbers[last], top_p=0.9).token_ids
+    assert torch.equal(mk.sample_from_logits(student, numbers, top_p=0.9).token_ids[last], alone)
+    assert torch.equal(mk.sample_from_logits(student[None], numbers[None], top_p=0.9).token_ids[0, last], alone)
 
     leaf = parts[0].clone().requires_grad_()
     alone = mk.divergence_loss(leaf, parts[1], divergence="jsd", reduction="none")

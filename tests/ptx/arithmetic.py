@@ -37,9 +37,17 @@ def operation(name: str, kinds: tuple[str, ...]) -> Operation | None:
         return None
     type_ = kinds[-1]
     result, operands, compute = FORMS[name](type_, set(kinds))
+    if type_ in ("bf16", "bf16x2", "f16x2") and name != "selp":  # whose bits numpy takes for a whole number
+        if type_ != "bf16" or name not in ("min", "max"):
+            raise NotImplementedError(f"{name}.{'.'.join(kinds)}")
+        compute = _of_bfloat16(compute)
     if "ftz" in kinds:
         compute = _without_subnormals(compute)
     return Operation(result, operands, compute)
+
+
+def _of_bfloat16(compute: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *operands: to_bfloat16(compute(*map(from_bfloat16, operands)))
 
 
 def _without_subnormals(compute: Callable[..., Any]) -> Callable[..., Any]:

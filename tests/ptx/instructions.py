@@ -187,16 +187,20 @@ class _Reader:
     def shfl(self, kinds: tuple[str, ...], operands: tuple) -> Step:
         write, lanes = self.writer(operands[0]), np.arange(WARP)
         read, by = self.reader(operands[1], "b32"), self.reader(operands[2], "u32")
-        if kinds[0] != "sync" or operands[3:] not in (("31", "-1"), ("0x1f", "0xffffffff")):
+        others: dict[str, Callable[[Array], Array]] = {
+            "bfly": lambda y: lanes ^ y,
+            "idx": lambda y: y % WARP,
+            "up": lambda y: np.where(lanes < y, lanes, lanes - y),  # the first lanes keep their own
+        }
+        ends = ("0", "-1") if kinds[1] == "up" else ("31", "-1")
+        if kinds[0] != "sync" or kinds[1] not in others or operands[3:] not in (ends, ("0x1f", "0xffffffff")):
             raise NotImplementedError(self.instruction.text)
+        other = others[kinds[1]]
 
         def shuffle(machine: Machine, group: Group) -> None:
             x, y = (group.everywhere(f(group)).reshape(-1, WARP) for f in (read, by))
-            other = lanes ^ y if kinds[1] == "bfly" else y % WARP
-            write(group, np.take_along_axis(x, other.astype(np.int64), 1).reshape(-1, group.threads))
+            write(group, np.take_along_axis(x, other(y).astype(np.int64), 1).reshape(-1, group.threads))
 
-        if kinds[1] not in ("bfly", "idx"):
-            raise NotImplementedError(self.instruction.text)
         return shuffle
 
     def redux(self, kinds: tuple[str, ...], operands: tuple) -> Step:

@@ -1,0 +1,123 @@
+"""Kernels compiled ahead of time for each target, and what is found in their machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+# The names of each kind of instruction: NVIDIA's SASS, then AMD's.
+SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|sqrt|rsq)_")
+WIDE_LOAD = re.compile(r"LDG(STS)?\.E(\.\w+)*\.128\b|(buffer|global)_load_dwordx4")
+COPY = re.compile(r"LDGSTS")  # from global to shared memory, asynchronously
+LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
+BARRIER = re.compile(r"BAR\.|s_barrier")
+SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
+
+
+def count(pattern: re.Pattern[str], lines: list[str]) -> int:
+    return sum(1 for line in lines if pattern.search(line))
+
+
+def compiled(
+    kernel: Any,
+    target: str,
+    types: dict[str, str],
+    constants: dict[str, Any],
+    num_warps: int,
+    aligned: tuple[str, ...] = (),
+    **options: int,
+) -> Any:
+    """Compile; arguments without a type are int32. Pointers and `aligned` integers are divisible by 16."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    by_16 = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in aligned]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in by_16}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **options})
+
+
+def lines_of(binary: Any, target: str, exits: int = 1) -> list[str]:
+    """Instructions and labels, in order; of AMD's code up to this exit, behind which lies what is seldom executed."""
+    if target.startswith("gfx"):
+        text = "".join(binary.asm["amdgcn"].split("s_endpgm")[:exits])
+        lines = [re.sub(r"\s*;.*", "", line).strip() for line in text.splitlines()]
+        return [line for line in lines if line and not re.match(r"\.(?!LBB)", line)]
+    return [line.split("\t")[-1].strip() for line in binary.asm["sass"].splitlines()[1:] if line.strip()]
+
+
+def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions, and the places of branches and of their targets: labels, or addresses in NVIDIA's code, whose
+    instructions have 16 bytes each."""
+    labels: dict[str, int] = {}
+    code: list[str] = []
+    for line in lines:
+        if line.endswith(":"):
+            labels[line[:-1]] = len(code)
+        else:
+            code.append(line)
+    found = []
+    for i, line in enumerate(code):
+        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.?LBB\w+)|0x([0-9a-f]+))", line)
+        if branch:
+            found.append((i, labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16))
+    return code, found
+
+
+def main_loop(lines: list[str]) -> list[str]:
+    """The longest stretch between a backward branch and its target."""
+    code, places = branches(lines)
+    start, end = max(((target, i + 1) for i, target in places if target < i), key=length, default=(0, 0))
+    return code[start:end]
+
+
+def inner_loops(lines: list[str]) -> list[list[str]]:
+    """Loops that hold no other, in order."""
+    code, places = branches(lines)
+    loops = {(target, i + 1) for i, target in places if target < i}
+    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
+    return [code[start:end] for start, end in sorted(inner)]
+
+
+def executed(lines: list[str], tiles: int) -> int:
+    """Instructions of a program of whole tiles: what comes before the main loop, the loop, and what comes after it but
+    for the tail, the longest stretch that a branch behind the loop skips. If none does, all of it is the tail."""
+    code, places = branches(lines)
+    start, end = max(((target, i + 1) for i, target in places if target < i), key=length)
+    tail = max(((i + 1, target) for i, target in places if target > i >= end), key=length, default=(end, len(code)))
+    rest = [line for line in code[end : tail[0]] + code[tail[1] :] if not line.startswith("NOP")]
+    return start + tiles * (end - start) + len(rest)
+
+
+def length(stretch: tuple[int, int]) -> int:
+    return stretch[1] - stretch[0]
+
+
+def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:
+    if target.startswith("gfx"):
+        code = binary.asm["amdgcn"]
+        found = [re.search(rf"\.{name}:\s+(\d+)", code) for name in ("vgpr_count", "vgpr_spill_count")]
+    else:
+        architecture = TARGETS[target].arch
+        with tempfile.TemporaryDirectory() as folder:
+            ptx = Path(folder, "kernel.ptx")
+            ptx.write_text(binary.asm["ptx"])
+            name = f"{target}a" if architecture >= 90 else target
+            command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", ptx, "-o", f"{ptx}.cubin"]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        found = [re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)]
+    return tuple(int(match[1]) if match else 0 for match in found)  # type: ignore[return-value]

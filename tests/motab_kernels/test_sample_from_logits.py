@@ -1,0 +1,231 @@
+"""`sample_from_logits` against its definition in float64 and against transformers' own processors."""
+
+import math
+
+import pytest
+import torch
+from sampling_cases import SETTINGS, assert_matches_definition, random_case
+from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
+from motab_kernels.sampling import sample_from_logits_op
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INF, NAN = math.inf, math.nan
+NATIVE = ["torch", pytest.param("cpu", marks=pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels"))]
+BACKENDS = [*NATIVE, pytest.param("triton", marks=pytest.mark.skipif(not HAS_TRITON, reason="needs Triton"))]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_setting = pytest.mark.parametrize("name", SETTINGS)
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """The interpreter takes some milliseconds for a tile whatever its size: of 512 and 1024 columns few are enough."""
+    if HAS_TRITON:
+        from motab_kernels.gpu import sampling as gpu
+
+        monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=128, num_warps=4))
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_filled():
+    """So that what is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def sample(logits, uniforms, backend, **settings):
+    """On the device of the backend; back on the host."""
+    device = DEVICE if backend == "triton" else "cpu"
+    out = mk.sample_from_logits(logits.to(device), uniforms.to(device), **settings, backend=backend)
+    return mk.Samples(*(x.cpu() for x in out))
+
+
+@every_backend
+@every_dtype
+@every_setting
+def test_matches_the_definition(backend, dtype, name, seed):
+    logits, uniforms = random_case(2, 3, 700, dtype=dtype, seed=seed)
+    assert_matches_definition(sample(logits, uniforms, backend, **SETTINGS[name]), logits, uniforms, **SETTINGS[name])
+
+
+@every_backend
+@pytest.mark.parametrize("V", [1, 2, 7, 511, 512, 513, 1025])
+def test_sizes(backend, V, seed):
+    for dtype in DTYPES[:2]:
+        logits, uniforms = random_case(3, V, dtype=dtype, seed=seed)
+        settings = {"top_k": V - 1, "top_p": 0.97}
+        assert_matches_definition(sample(logits, uniforms, backend, **settings), logits, uniforms, **settings)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@every_dtype
+@every_setting
+def test_a_large_vocabulary(backend, dtype, name, seed):
+    logits, uniforms = random_case(6, 151937, dtype=dtype, seed=seed)
+    assert_matches_definition(sample(logits, uniforms, backend, **SETTINGS[name]), logits, uniforms, **SETTINGS[name])
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("temperature", [0.6, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 20, 99])
+@pytest.mark.parametrize(("top_p", "min_p"), [(1.0, 0.0), (0.9, 0.0), (0.5, 0.02), (1.0, 0.2), (0.95, 1.0)])
+def test_as_transformers(backend, temperature, top_k, top_p, min_p):
+    """Numbers at even distances draw each token as often as it is likely, after transformers' own processors."""
+    count = 4000
+    logits = 2 * torch.randn(12, 40, generator=torch.Generator().manual_seed(5))
+    if top_p == 1:  # of tokens that are as likely transformers' top-p keeps no more than it needs
+        logits[:, 7] = logits[:, 8:16].amax(-1)
+    scores = TemperatureLogitsWarper(temperature)(None, logits)
+    scores = TopKLogitsWarper(top_k)(None, scores) if top_k else scores
+    scores = TopPLogitsWarper(top_p)(None, scores) if top_p < 1 else scores
+    scores = MinPLogitsWarper(min_p)(None, scores) if min_p else scores
+    numbers = (torch.arange(count).double() + 0.5) / count
+    for row, expected in zip(logits, scores.double().softmax(-1), strict=True):
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        tokens = sample(row.expand(count, -1), numbers, backend, **settings).token_ids
+        share = torch.bincount(tokens, minlength=40) / count
+        torch.testing.assert_close(share.double(), expected, rtol=0, atol=1.1 / count)
+        assert share[expected == 0].sum() == 0
+
+
+@every_backend
+@pytest.mark.parametrize("settings", [{"top_k": 2}, {"top_p": 0.3}, {"top_k": 1, "top_p": 0.1}, {"min_p": 1.0}])
+def test_ties_with_the_last_token_that_is_kept_are_kept(backend, settings):
+    """0 and -0 are as likely too."""
+    logits = torch.full((6, 300), -9.0)
+    logits[:, 10], logits[:, 150], logits[:, 290] = 0.0, -0.0, 0.0
+    numbers = torch.tensor([0.0, 0.3, 0.35, 0.6, 0.7, 0.99], dtype=torch.float64)
+    assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [10, 10, 150, 150, 290, 290]
+
+
+@every_backend
+def test_fewer_finite_logits_than_top_k(backend):
+    logits = torch.full((3, 300), -INF)
+    logits[:, 7], logits[:, 299] = -3e38, -3e38
+    numbers = torch.tensor([0.0, 0.6, 1 - 2.0**-53], dtype=torch.float64)
+    for settings in ({"top_k": 5}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.99}, {}):
+        assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [7, 299, 299]
+
+
+@every_backend
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.1}])
+def test_what_cannot_be_drawn_from(backend, settings):
+    rows = [[1.0, 2.0, -INF], [NAN, 1.0, 2.0], [1.0, 2.0, NAN], [-INF] * 3, [1.0, INF, 0.0], [-9e9, 3.0, -2e9]]
+    for dtype, more in ((torch.float32, 0), (torch.bfloat16, 0), (torch.float32, 300)):
+        logits = torch.nn.functional.pad(torch.tensor(rows, dtype=dtype), (0, more), value=-INF)
+        out = sample(logits, torch.full((6,), 0.5).double(), backend, **settings)
+        assert out.valid.tolist() == [True, False, False, False, False, True]
+        assert out.token_ids[1:].tolist() == [0, 0, 0, 0, 1]
+        assert out.token_ids[0] in (0, 1)
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["all", "every filter"])
+def test_strides_and_what_lies_beyond_a_row(backend, name, seed):
+    """Padded rows and tokens that NaN surrounds, numbers with a stride, a vocabulary that is not contiguous."""
+    logits, uniforms = random_case(3, 2, 301, dtype=torch.bfloat16, seed=seed)
+    wide, numbers = torch.full((4, 3, 320), NAN).bfloat16(), torch.full((3, 2, 2), NAN).double()
+    wide[1:, :2, 3:304], numbers[..., 1] = logits, uniforms
+    out = sample(wide[1:, :2, 3:304], numbers[..., 1], backend, **SETTINGS[name])
+    assert_matches_definition(out, logits, uniforms, **SETTINGS[name])
+    turned = logits.permute(2, 1, 0).contiguous().permute(2, 1, 0)
+    assert torch.equal(sample(turned, uniforms, backend, **SETTINGS[name]).token_ids, out.token_ids)
+    assert torch.equal(sample(logits[:, 0], uniforms[:, 0], backend, **SETTINGS[name]).token_ids, out.token_ids[:, 0])
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["all", "top-p", "every filter"])
+def test_a_row_draws_the_same_in_any_batch(backend, name, seed):
+    logits, uniforms = random_case(4, 300, seed=seed)
+    whole = sample(logits, uniforms, backend, **SETTINGS[name]).token_ids
+    alone = [sample(logits[i : i + 1], uniforms[i : i + 1], backend, **SETTINGS[name]).token_ids for i in range(4)]
+    assert torch.equal(whole, torch.cat(alone))
+
+
+@every_backend
+def test_temperatures(backend):
+    """0 is the likeliest token, the first of several, and so is the least; at the largest all are as likely."""
+    logits = 1e7 * torch.randn(6, 9)
+    logits[:, 8] = logits.amax(-1)
+    numbers = torch.tensor([0.0, 0.01, 0.2, 0.3, 0.4, 0.49], dtype=torch.float64)
+    for temperature in (0, 1e-30):
+        out = sample(logits, numbers, backend, temperature=temperature)
+        assert out.valid.all()
+        assert torch.equal(out.token_ids, logits.argmax(-1))
+    assert sample(logits, numbers, backend, temperature=1e30).token_ids.tolist() == [0, 0, 1, 2, 3, 4]
+    assert sample(logits, numbers, backend, temperature=1e30, top_p=0.5).token_ids.tolist() != [8] * 6
+
+
+@every_backend
+def test_no_rows(backend):
+    out = sample(torch.randn(0, 4, 9), torch.rand(0, 4).double(), backend)
+    assert out.token_ids.shape == out.valid.shape == (0, 4)
+    assert sample(torch.randn(3, 0, 9), torch.rand(3, 0).double(), backend, temperature=0).token_ids.shape == (3, 0)
+
+
+@every_backend
+def test_a_negated_view(backend):
+    logits, uniforms = random_case(4, 300)
+    out = sample(torch._neg_view(-logits), uniforms, backend, top_k=9)
+    assert_matches_definition(out, logits, uniforms, top_k=9)
+
+
+def test_float64():
+    """Which "torch" computes in: in float32 all these were as likely."""
+    logits = torch.tensor([[1e9, 1e9 + 1, 1e9 + 2]], dtype=torch.float64)
+    numbers = torch.tensor([0.09], dtype=torch.float64)
+    assert mk.sample_from_logits(logits, numbers).token_ids == 0
+    assert mk.sample_from_logits(logits, numbers + 0.01).token_ids == 1
+
+
+def test_compiled():
+    """The op is registered; logits with a gradient give tokens without."""
+    logits, uniforms = random_case(4, 2, 300)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def drawn(logits, uniforms):
+        return mk.sample_from_logits(2 * logits, uniforms, temperature=0.7, top_k=20, top_p=0.9)
+
+    eager = mk.sample_from_logits(2 * logits, uniforms, temperature=0.7, top_k=20, top_p=0.9)
+    out = drawn(logits.requires_grad_(), uniforms)
+    assert torch.equal(out.token_ids, eager.token_ids)
+    assert torch.equal(out.valid, eager.valid)
+    torch.library.opcheck(sample_from_logits_op, (logits.detach(), uniforms, 0.7, 20, 0.9, 0.0, "torch"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, r"temperature: expected 0 .* from 1e-30 to 1e\+30, got -1.0"),
+        ({"temperature": 1e-38}, "temperature: .* got 1e-38"),
+        ({"temperature": NAN}, "temperature: .* got nan"),
+        ({"temperature": torch.ones(2)}, "temperature: .* got tensor"),
+        ({"top_k": -1}, "top_k: expected an integer >= 0, got -1"),
+        ({"top_k": 2.5}, "top_k: .* got 2.5"),
+        ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\].*, got 0.0"),
+        ({"top_p": 1.5}, "top_p: .* got 1.5"),
+        ({"min_p": -0.1}, r"min_p: expected a number in \[0, 1\].*, got -0.1"),
+        ({"min_p": NAN}, "min_p: .* got nan"),
+        ({"uniforms": torch.zeros(3).double()}, r"uniforms: expected \(2,\) float64 on cpu, got \(3,\) torch.float64"),
+        ({"uniforms": torch.zeros(2)}, r"uniforms: .* got \(2,\) torch.float32"),
+        ({"uniforms": torch.tensor([0.0, 1.0]).double()}, r"uniforms: expected values in \[0, 1\), got \[0.0, 1.0\]"),
+        ({"uniforms": torch.tensor([0.0, NAN]).double()}, r"uniforms: .* got \[0.0, nan\]"),
+        ({"logits": torch.zeros(2, 0)}, r"logits: expected shape .* with V > 0, got \(2, 0\)"),
+        ({"logits": torch.zeros(5)}, r"logits: expected shape \(B, V\) or \(B, T, V\)"),
+        ({"logits": torch.zeros(2, 5, dtype=torch.int64)}, "logits: expected a dense tensor .* got torch.int64"),
+        ({"logits": torch.zeros(2, 5).to_sparse()}, "logits: expected a dense tensor .* got .*sparse"),
+        ({"backend": "numpy"}, "backend: expected one of .* got 'numpy'"),
+    ],
+)
+def test_what_does_not_fit(changes, message):
+    arguments = {"logits": torch.zeros(2, 5), "uniforms": torch.zeros(2).double(), **changes}
+    with pytest.raises(ValueError, match=message):
+        mk.sample_from_logits(**arguments)
