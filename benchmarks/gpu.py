@@ -47,7 +47,7 @@ TESTS = (
 WORKERS = 8  # processes for the tests
 NO_TESTS = 5  # pytest's exit status where a process has no share
 #: Shares of the time that is left after the tests.
-SHARES = {"device": 3, "boundary": 5, "attention": 3, "divergence": 5, "linear": 3, "scaling": 2}
+SHARES = {"device": 3, "boundary": 5, "attention": 3, "sampling": 2, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_linear_divergence
+from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_linear_divergence, bench_sampling
 from benchmarks.bench_attention import Case
 from benchmarks.timing import SHORT, copy_tb_s, median_ms, peak_mib, replayed_ms, rotations
 
@@ -45,6 +45,7 @@ class Plan(NamedTuple):
             Case(4, 1, 32768),
         )
     )
+    sampling: tuple[tuple[int, int, torch.dtype], ...] = tuple((B, QWEN, torch.bfloat16) for B in (1, 32, 256))  # B, V
     divergence: tuple[int, int, torch.dtype] = (8192, QWEN, torch.bfloat16)  # R, V
     kinds: tuple[str, ...] = ("forward_kl", "jsd", "tvd", "reverse_kl")
     linear: tuple[int, int, int, torch.dtype] = (8192, 4096, QWEN, torch.bfloat16)  # N, H, V
@@ -150,6 +151,27 @@ def attention_case(plan: Plan, case: Case, dtype: torch.dtype, providers: dict[s
         yield race({"op": "attention", "case": f"{case}, {SHORT[dtype]}", "provider": name}, body)
 
 
+def sampling(plan: Plan) -> Iterator[Record]:
+    """`ms` is the time of a call from Python, as generation makes it."""
+    for part in compiled_last(chosen(plan, bench_sampling.PROVIDERS)):
+        for B, V, dtype in plan.sampling:
+            batches = [bench_sampling.inputs(B, V, dtype, seed, plan.device) for seed in range(2)]
+            for kept, filters in bench_sampling.FILTERS.items():
+                for name, make in part.items():
+
+                    def body(
+                        name: str = name, make: Any = make, batches: Any = batches, filters: Any = filters
+                    ) -> Record:
+                        call = make()
+                        bench_sampling.check(call, name, *batches[0], *filters)
+                        calls = [functools.partial(call, *batch, *filters) for batch in batches]
+                        logits = batches[0][0]
+                        ms = median_ms(calls, plan.device, seconds=0.1)
+                        return figures(ms, logits.nbytes) | {"peak_mib": peak_mib(calls[0], plan.device)}
+
+                    yield race({"op": "sampling", "case": f"B={B} V={V} {kept} {SHORT[dtype]}", "provider": name}, body)
+
+
 def divergence(plan: Plan) -> Iterator[Record]:
     """Forward alone, and forward with backward."""
     R, V, dtype = plan.divergence
@@ -216,6 +238,7 @@ STAGES: dict[str, Callable[[Plan], Iterator[Record]]] = {
     "device": device,
     "boundary": boundary,
     "attention": attention,
+    "sampling": sampling,
     "divergence": divergence,
     "linear": linear,
     "scaling": scaling,

@@ -21,11 +21,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks import bench_attention, bench_boundary, bench_divergence
+from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_sampling
 from benchmarks.bench_attention import Case
 from benchmarks.files import whole_path
 from benchmarks.timing import median_ms, replayed_ms, rotations
-from motab_kernels.gpu import attention, boundary, divergence
+from motab_kernels.gpu import attention, boundary, divergence, sampling
 from motab_kernels.gpu.tuned import FILE
 
 V = 151936
@@ -66,6 +66,14 @@ def attention_times(
         yield replayed_ms([call]) if device == "cuda" else median_ms([call], device)
 
 
+def sampling_times(rows: tuple[int, ...] = (8, 128), vocabulary: int = V, device: str = "cuda") -> Iterator[float]:
+    for B, filters in itertools.product(rows, bench_sampling.FILTERS.values()):
+        case = bench_sampling.inputs(B, vocabulary, torch.bfloat16, 0, device)
+        bench_sampling.check(bench_sampling.ours, "ours", *case, *filters)
+        calls = [functools.partial(bench_sampling.ours, *case, *filters)]
+        yield replayed_ms(calls) if device == "cuda" else median_ms(calls, device)
+
+
 @functools.cache
 def exact(kind: str, positions: int, vocabulary: int, device: str) -> tuple[float, torch.Tensor]:
     return bench_divergence.exact(kind, *bench_divergence.inputs(positions, vocabulary, torch.bfloat16, device))
@@ -87,6 +95,15 @@ def attention_candidates(default: Any) -> Iterator[Any]:
         settings = default._replace(**sizes, num_warps=num_warps, num_stages=num_stages)
         if settings != default:
             yield settings
+
+
+def sampling_candidates(default: Any) -> Iterator[Any]:
+    """A lane a thread."""
+    yield default
+    for num_warps in (4, 8, 16, 32):
+        lanes = num_warps * (default.lanes // default.num_warps)
+        if num_warps != default.num_warps and lanes <= 1024:  # the most threads of a program
+            yield default._replace(lanes=lanes, num_warps=num_warps)
 
 
 def best(module: ModuleType, choices: Iterable[Any], times: Callable[[], Iterator[float]]) -> Any:
@@ -124,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         ("boundary", boundary, candidates, boundary_times),
         ("divergence", divergence, candidates, divergence_times),
         ("attention", attention, attention_candidates, attention_times),
+        ("sampling", sampling, sampling_candidates, sampling_times),
     ):
         default = module.HIP if torch.version.hip else module.DEFAULT
         ops[name] = best(module, choices(default), times)

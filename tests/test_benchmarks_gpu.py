@@ -6,7 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import bench_attention, bench_boundary, bench_divergence, bench_linear_divergence, gpu, gpu_report
+from benchmarks import (
+    bench_attention,
+    bench_boundary,
+    bench_divergence,
+    bench_linear_divergence,
+    bench_sampling,
+    gpu,
+    gpu_report,
+)
 from benchmarks.bench_attention import Case
 from benchmarks.gpu_races import STAGES, Plan
 
@@ -16,6 +24,7 @@ TINY = Plan(
     boundary=((2, 1, 50, torch.bfloat16), (2, 3, 50, torch.float32)),
     scaling=((3, 1, 40, torch.bfloat16),),
     attention=((Case(3, 2, 40, half=True), torch.float32),),
+    sampling=((2, 50, torch.float32),),
     divergence=(5, 60, torch.bfloat16),
     kinds=("forward_kl", "jsd", "tvd"),
     linear=(6, 8, 40, torch.float32),
@@ -33,7 +42,7 @@ def test_stages(monkeypatch):
     def absent(*example):
         raise ModuleNotFoundError("No module named 'peer'")
 
-    for module in (bench_attention, bench_boundary, bench_divergence, bench_linear_divergence):
+    for module in (bench_attention, bench_boundary, bench_divergence, bench_linear_divergence, bench_sampling):
         monkeypatch.setitem(module.PROVIDERS, "absent", absent)
     records = [r for name, stage in STAGES.items() for r in stage(TINY) if name != "device"]
     losses = [f"{kind} {passes}, 5 x 60 bf16" for kind in TINY.kinds for passes in ("forward", "forward + backward")]
@@ -44,6 +53,7 @@ def test_stages(monkeypatch):
         "B=2 T=3 V=50 fp32": [*ours, given],
         "B = 3, T = 2, S = 40, half of the rows, fp32": ["ours", "transformers", "absent"],
         "B=3 T=1 V=40 bf16": ["eager", "absent", given],
+        **{f"B=2 V=50 {kept} fp32": [*ours, "transformers"] for kept in bench_sampling.FILTERS},
         **dict.fromkeys(losses, ours),
         **{f"{kind} forward + backward, 6 x 8 x 40 fp32": [*ours, "products"] for kind in TINY.linear_kinds},
     }
@@ -60,16 +70,17 @@ def test_stages(monkeypatch):
 
 def test_what_compiles_races_last(monkeypatch):
     """In every stage of many cases, so that time that runs out costs no other provider's figures."""
-    for module, name in ((bench_boundary, "torch.compile"), (bench_attention, "flex_attention")):
+    compiled = {bench_boundary: "torch.compile", bench_attention: "flex_attention", bench_sampling: "torch.compile"}
+    for module, name in compiled.items():
         monkeypatch.setitem(module.PROVIDERS, name, module.PROVIDERS["ours"])
     plan = TINY._replace(
         providers=("ours", "torch.compile", "flex_attention"),
         attention=((Case(3, 2, 40), torch.float32), (Case(2, 1, 30), torch.float32)),
     )
-    for stage in ("boundary", "attention"):
+    for stage, cases in (("boundary", 2), ("attention", 2), ("sampling", 3)):
         names = [record["provider"] for record in STAGES[stage](plan)]
-        assert names[:2] == ["ours"] * 2
-        assert names[2:] in (["torch.compile"] * 2, ["flex_attention"] * 2)
+        assert names[:cases] == ["ours"] * cases
+        assert names[cases:] in (["torch.compile"] * cases, ["flex_attention"] * cases)
 
 
 def test_a_wrong_kernel_has_no_figure_and_costs_no_other(monkeypatch):

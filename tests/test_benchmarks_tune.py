@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from benchmarks import tune
 from benchmarks.bench_attention import Case
-from motab_kernels.gpu import attention, boundary, divergence, tuned
+from motab_kernels.gpu import attention, boundary, divergence, sampling, tuned
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_settings_are_read_by_device_and_op(file):
 
 def misfits(table):
     """Entries that name no op, or a field that its settings lack."""
-    modules = {"attention": attention, "boundary": boundary, "divergence": divergence}
+    modules = {"attention": attention, "boundary": boundary, "divergence": divergence, "sampling": sampling}
     return [
         (device, op, field)
         for device, ops in table.items()
@@ -77,13 +77,19 @@ def test_the_fastest_that_passes_is_chosen():
 
 
 def test_candidates_begin_with_the_default():
-    for choices, default in ((tune.candidates, boundary.DEFAULT), (tune.attention_candidates, attention.DEFAULT)):
+    for choices, default, least in (
+        (tune.candidates, boundary.DEFAULT, 20),
+        (tune.attention_candidates, attention.DEFAULT, 20),
+        (tune.sampling_candidates, sampling.DEFAULT, 3),
+        (tune.sampling_candidates, sampling.HIP, 2),
+    ):
         found = list(choices(default))
         assert found[0] == default
-        assert len(found) == len(set(found)) > 20
+        assert len(found) == len(set(found)) > least
 
 
 def test_times_on_a_cpu():
     assert len(list(tune.boundary_times((1, 2), 50, "cpu"))) == 2
     assert len(list(tune.divergence_times(3, 50, "cpu"))) == len(tune.KINDS)
+    assert len(list(tune.sampling_times((1, 2), 50, "cpu"))) == 6
     assert len(list(tune.attention_times((Case(2, 1, 40), Case(2, 3, 40)), "cpu"))) == 2
