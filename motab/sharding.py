@@ -29,6 +29,31 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
         state.fsdp_plugin = plugin
 
 
+def whole_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """A model of the same kind with weights of its own, which hold anything until `copy_weights_`."""
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Rollouts under FSDP copy a transformers model's weights, got {type(model).__name__}; merge adapters into "
+            "their model, or use DDP"
+        )
+    with torch.device(device):
+        copied = type(model)._from_config(model.config, dtype=dtype)
+    copied.generation_config = model.generation_config
+    return copied.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def copy_weights_(copied: PreTrainedModel, sharded: PreTrainedModel) -> None:
+    """Gather the weights of a sharded model into its copy, one at a time; all processes take part."""
+    for target, source in zip(_tensors(copied), _tensors(sharded), strict=True):
+        source = source.detach().to(target.dtype)  # before it is sent
+        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+
+
+def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
 def is_sharded(model: PreTrainedModel) -> bool:
     """Whether a process has only its part of the weights: by FSDP2 or tensor parallelism."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())

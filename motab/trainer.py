@@ -27,7 +27,7 @@ from motab.models import load_model, processes_sharing
 from motab.processes import Processes
 from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
-from motab.sharding import is_sharded, release_head, shard_frozen, uses_fsdp
+from motab.sharding import copy_weights_, is_sharded, release_head, shard_frozen, uses_fsdp, whole_copy
 from motab.summary import figures
 from motab.trainer_input import Trajectories, as_examples, check, refuse_to_overwrite
 from motab.trajectory import Trajectory
@@ -50,7 +50,8 @@ def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
 
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes during training (`Rollouts`): each optimizer step
-    then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures`.
+    then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures`. Under
+    FSDP2 each process writes with a whole copy of the student, in the dtype of the computation.
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
@@ -64,8 +65,8 @@ class MotabTrainer(Trainer):
         model: the student; a name or path is loaded in float32.
         teacher_model: needed for a divergence and for `Rollouts` that it writes or scores; it has the student's
             tokenizer, and is moved to the student's device and put into evaluation mode; under FSDP2 it is frozen, and
-            sharded as the student is. A name or path is loaded in the dtype it was saved in. Refused for cross-entropy
-            on finished trajectories, which needs no teacher.
+            sharded as the student is, but for `Rollouts`. A name or path is loaded in the dtype it was saved in.
+            Refused for cross-entropy on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, a `TrajectoryDataset` of them, or
             `Rollouts`.
@@ -77,9 +78,9 @@ class MotabTrainer(Trainer):
     Raises:
         ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; no
             trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
-            policy under which the student writes nothing, or with sharded models (FSDP, DeepSpeed); a teacher under
-            version 1 of FSDP; several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; during
-            training, anything else it refuses.
+            policy under which the student writes nothing, or with models that DeepSpeed or version 1 of FSDP shards; a
+            teacher under version 1 of FSDP; several GPUs in one process (DataParallel); a prompt that `synthesize`
+            refuses; during training, anything else it refuses.
     """
 
     def __init__(
@@ -132,8 +133,11 @@ class MotabTrainer(Trainer):
         self.teacher_model = teacher_model
         by_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
         by_fsdp2 = self.accelerator.is_fsdp2
-        if by_pieces and self.rollouts is not None:
-            raise ValueError("Rollouts need whole models, got sharded ones; use DDP, or write trajectories beforehand")
+        if by_pieces and not by_fsdp2 and self.rollouts is not None:
+            raise ValueError(
+                "Rollouts need DDP or version 2 of FSDP, got models that DeepSpeed or version 1 of FSDP shards; use "
+                "one of these, or write trajectories beforehand"
+            )
         if teacher_model is not None and processes_sharing(teacher_model) > 1:
             raise ValueError(
                 "teacher_model must be whole, got one that the processes share; load it without shared=True, and set "
@@ -159,10 +163,24 @@ class MotabTrainer(Trainer):
                 f"label_smoothing_factor must be 0 under FSDP2 for {type(model).__name__}, whose logits are more than "
                 f"its head's, got {self.args.label_smoothing_factor}"
             )
+        self.writer: PreTrainedModel | None = None  # a whole copy of a sharded student, which writes
+        if by_fsdp2 and self.rollouts is not None:
+            self.writer = whole_copy(model, self._computed_dtype(model), self.args.device)
         if teacher_model is not None and by_fsdp2:
-            shard_frozen(teacher_model, self.accelerator)
+            self._shard_teacher(teacher_model)
         if self.divergence is not None or self.fuses_head:
             self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
+
+    def _computed_dtype(self, model: PreTrainedModel) -> torch.dtype:
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
+
+    def _shard_teacher(self, teacher: PreTrainedModel) -> None:
+        """Under FSDP2; a teacher that writes is whole in each process, with weights that only the first may have."""
+        whole = None if self.writer is None else whole_copy(teacher, teacher.dtype, self.args.device)
+        shard_frozen(teacher, self.accelerator)
+        if whole is not None:
+            copy_weights_(whole, teacher)
+            self.teacher_model = whole
 
     def _can_fuse_head(self, model: PreTrainedModel) -> bool:
         """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
@@ -227,7 +245,11 @@ class MotabTrainer(Trainer):
         # No index is used twice, by any process: each trajectory has its own random numbers.
         step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        writers = (self.model, self.teacher_model, self.processing_class)
+        student = self.model
+        if self.writer is not None:
+            copy_weights_(self.writer, self.model)
+            student = self.writer
+        writers = (student, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
             trajectories = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
         self.written += trajectories

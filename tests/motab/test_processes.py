@@ -131,27 +131,31 @@ def train_sharded(folder, count, rank):
         models = [make(seed + 9 * rank).float() for make, seed in zip(TRAININGS["heads"][1:], (3, 4), strict=True)]
         sharding["fsdp_config"]["cpu_ram_efficient_loading"] = True
         found["read once"] = train(folder / "read once", count, "heads", 2, models, **sharding)
+        found["rollouts"] = train_few(folder / "rollouts", ROLLOUTS, count, steps=2, seed=1 + 9 * rank, **sharding)
     return found
 
 
 PROMPTS = [[1, 2], [3], [4, 5, 6], [7]]
+ROLLOUTS = motab.Rollouts(PROMPTS, motab.MotabPolicy(epsilon0=0.5, delimiter="."), max_new_tokens=9, temperature=1.0)
 
 
-def train_once(folder, data, count=1):
-    """One step of four trajectories, given or written by both processes: those of this one, and the weights."""
+def train_few(folder, data, count=1, steps=1, seed=1, **sharding):
+    """Steps of four trajectories, given or written by both processes: those of this one, and the weights."""
     args = config(
         folder,
         loss_type="reverse_kl",
-        max_steps=1,
+        max_steps=steps,
         optim="sgd",
         learning_rate=0.1,
         per_device_train_batch_size=4 // count,
+        **sharding,
     )
-    student = make_model(1).float()
-    other = teacher.__wrapped__(make_model(1)).float()
+    student = make_model(seed).float()
+    other = teacher.__wrapped__(student).float()
     trainer = motab.MotabTrainer(student, other, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
     trainer.train()
-    return trainer.written, {name: parameter.detach() for name, parameter in student.named_parameters()}
+    weights = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in trainer.model.named_parameters()}
+    return trainer.written, {name: x.detach() for name, x in weights.items()}
 
 
 def write(path, prompts=test_synthesis.PROMPTS, **changes):
@@ -256,8 +260,8 @@ def process_main(rank, count, folder):
             (folder / "together again" / "t.jsonl").write_bytes(b"".join(lines[:20] + lines[64:]))
         torch.distributed.barrier()
         found["together again"] = [t.index for t in write_together(folder / "together again" / "t.jsonl")]
-        rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
-        found["afresh"] = train_once(folder / "afresh", rollouts, count)
+        found["afresh"] = train_few(folder / "afresh", ROLLOUTS, count)
+        found["afresh, twice"] = train_few(folder / "twice", ROLLOUTS, count, steps=2)
         found["printed"] = commands(folder, rank)
         found["sharded"] = train_sharded(folder / "sharded", count, rank)
     else:
@@ -336,8 +340,17 @@ def test_training_on_what_both_write(ranks, tmp_path):
     assert sorted(t.prompt_ids for t in first + second) == sorted(PROMPTS)
     assert len({t.index for t in first + second}) == len(PROMPTS)
     torch.testing.assert_close(weights, same, rtol=0, atol=0)
-    _, expected = train_once(tmp_path, first + second)
+    _, expected = train_few(tmp_path, first + second)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_with_sharded_weights_on_what_both_write(ranks):
+    """The second step's trajectories are those of the student after the first."""
+    for found in ranks:
+        written, weights = found["sharded"]["rollouts"]
+        expected, same = found["afresh, twice"]
+        assert [t.token_ids for t in written] == [t.token_ids for t in expected]
+        torch.testing.assert_close(weights, same, rtol=1e-5, atol=1e-6)
 
 
 def test_a_file_is_that_of_one_process(ranks, alone, folder):
