@@ -106,35 +106,45 @@ static int64_t draw(const std::vector<Candidate>& candidates, double uniform) {
     return candidates.back().column;  // not reached: the same sum, of which the target is less
 }
 
-// A row whose tokens are filtered.
+// The sum of all weights; those of the pieces are left in the room.
+static double total_of(const Row& row, float top, float c, SamplingRoom& room) {
+    AT_LEVEL(piece_sums)(row, top, c, room.sums.data());
+    double total = 0;
+    for (const double sum : room.sums) total += sum;
+    return total;
+}
+
+// A lower bound of the logits of this weight or more, beyond what rounding may do.
+static float bound_of_weight(const SamplingCall& call, float top, double weight) {
+    return top + float(call.temperature * (std::log(weight) - 1e-3)) - 1e-6f * std::fabs(top);
+}
+
+// A row whose tokens are filtered. The first filter bounds the logits that are looked at.
 static int64_t draw_filtered(const SamplingCall& call, const Row& row, float top, double uniform, SamplingRoom& room) {
     const float c = float(1 / call.temperature);
-    const bool by_p = call.top_p < 1;
+    const bool by_k = call.top_k > 0, by_p = call.top_p < 1;
+    std::vector<Candidate>&candidates = room.candidates, &ordered = room.ordered;
     double total = 0;
-    float bound = -std::numeric_limits<float>::infinity();
-    if (call.top_k) {
+    float bound;
+    if (by_k) {
         bound = bound_of_top_k(room.tops, call.top_k);
     } else if (by_p) {
-        AT_LEVEL(piece_sums)(row, top, c, room.sums.data());
-        for (const double sum : room.sums) total += sum;
-        // All tokens of a weight below this sum to less than what may be left out. Rounding must not raise it.
-        bound = top + float(call.temperature * (std::log((1 - call.top_p) * total / row.V) - 1e-3));
-        bound -= 1e-6f * std::fabs(top);
+        total = total_of(row, top, c, room);
+        bound = bound_of_weight(call, top, (1 - call.top_p) * total / row.V);  // all below sum to less than may go
     } else {
-        bound = top + float(call.temperature * (std::log(call.min_p) - 1e-3)) - 1e-6f * std::fabs(top);
+        bound = bound_of_weight(call, top, call.min_p);
     }
-    AT_LEVEL(collect)(row, top, c, bound, room.candidates);
-    std::vector<Candidate>& candidates = room.candidates;
-    if (call.top_k && call.top_k < int64_t(candidates.size())) {
-        room.ordered = candidates;
-        const auto last = room.ordered.begin() + (call.top_k - 1);
-        std::nth_element(room.ordered.begin(), last, room.ordered.end(), likelier);
+    AT_LEVEL(collect)(row, top, c, bound, candidates);
+    if (by_k && call.top_k < int64_t(candidates.size())) {
+        ordered = candidates;
+        const auto last = ordered.begin() + (call.top_k - 1);
+        std::nth_element(ordered.begin(), last, ordered.end(), likelier);
         remove_below(candidates, last->logit);
     }
     if (by_p) {
-        if (call.top_k) total = total_weight(candidates);
-        room.ordered = candidates;
-        remove_below(candidates, least_of_nucleus(room.ordered, call.top_p * total));
+        if (by_k) total = total_weight(candidates);
+        ordered = candidates;
+        remove_below(candidates, least_of_nucleus(ordered, call.top_p * total));
     }
     const auto unlikely = [&](const Candidate& x) { return x.weight < call.min_p; };
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), unlikely), candidates.end());
@@ -144,10 +154,7 @@ static int64_t draw_filtered(const SamplingCall& call, const Row& row, float top
 // A row whose tokens all count: the piece in which the sum passes the target, then the column within it.
 static int64_t draw_unfiltered(const SamplingCall& call, const Row& row, float top, double uniform, SamplingRoom& room) {
     const float c = float(1 / call.temperature);
-    AT_LEVEL(piece_sums)(row, top, c, room.sums.data());
-    double total = 0;
-    for (const double sum : room.sums) total += sum;
-    const double target = uniform * total;
+    const double target = uniform * total_of(row, top, c, room);
     double before = 0;
     size_t piece = 0;
     while (before + room.sums[piece] <= target) before += room.sums[piece++];
