@@ -77,7 +77,7 @@ ENTRY void collect(const Row& row, float top, float c, float bound, std::vector<
         for (int64_t i = 0; i < columns; i += LANES) {
             if (!any(load(x + i) >= bound)) continue;
             store(of_lanes, weights(x + i, top, c));
-            for (int64_t j = i; j < i + LANES && j < columns; ++j)
+            for (int64_t j = i; j < i + LANES; ++j)
                 if (x[j] >= bound) candidates.push_back({x[j], of_lanes[j - i], start + j});
         }
     }

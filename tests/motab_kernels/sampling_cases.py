@@ -8,6 +8,7 @@ SETTINGS = {
     "all": {},
     "temperature": {"temperature": 0.3},
     "top-k": {"top_k": 20, "temperature": 1.7},
+    "a large top-k": {"top_k": 300, "temperature": 5.0},
     "top-p": {"top_p": 0.9},
     "a high top-p": {"top_p": 1 - 1e-6, "temperature": 0.6},
     "a low top-p": {"top_p": 1e-9},
@@ -24,7 +25,7 @@ def random_case(*shape, dtype=torch.float32, scale=3.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     logits = scale * torch.randn(shape, generator=generator)
     if shape[-1] > 4:
-        logits[..., 1::5], logits[..., shape[-1] // 2 : shape[-1] * 5 // 8] = -math.inf, -math.inf
+        logits[..., 0::5], logits[..., shape[-1] // 2 : shape[-1] * 5 // 8] = -math.inf, -math.inf
     uniforms = torch.rand(shape[:-1], dtype=torch.float64, generator=generator)
     edges = torch.tensor(EDGES[: uniforms.numel()], dtype=torch.float64)
     uniforms.view(-1)[: len(edges)] = edges

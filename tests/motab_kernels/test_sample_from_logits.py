@@ -107,12 +107,31 @@ def test_ties_with_the_last_token_that_is_kept_are_kept(backend, settings):
 
 
 @every_backend
-def test_fewer_finite_logits_than_top_k(backend):
-    logits = torch.full((3, 300), -INF)
-    logits[:, 7], logits[:, 299] = -3e38, -3e38
-    numbers = torch.tensor([0.0, 0.6, 1 - 2.0**-53], dtype=torch.float64)
+@pytest.mark.parametrize(("V", "places"), [(300, (7, 299)), (2300, (1200, 2299))])
+def test_few_tokens_that_can_be_drawn(backend, V, places):
+    """Fewer than top-k, in one tile and in two, of which each has half of the numbers; tiles before them have none."""
+    logits = torch.full((4, V), -INF)
+    logits[:, places] = -3e38
+    numbers = torch.tensor([0.0, 0.5 - 2.0**-54, 0.5, 1 - 2.0**-53], dtype=torch.float64)
     for settings in ({"top_k": 5}, {"top_k": 5, "top_p": 0.9}, {"top_p": 0.99}, {}):
-        assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [7, 299, 299]
+        assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [places[0]] * 2 + [places[1]] * 2
+
+
+@every_backend
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_neighbouring_numbers(backend, dtype, seed):
+    """Of numbers with none of their dtype between them, exactly as many are kept as are to be, whatever the last bits
+    of the least; and more than there are lanes."""
+    generator = torch.Generator().manual_seed(seed)
+    bits = {torch.float32: 23, torch.bfloat16: 7, torch.float16: 10}[dtype]
+    V = min(1024, 2**bits)
+    for top_k, sign in ((1, 1), (37, 1), (38, 1), (63, -1), (V // 2, 1)):
+        logits = sign * (1 + torch.randperm(V, generator=generator) * 2.0**-bits).to(dtype)[None]
+        likeliest = sorted(logits[0].topk(top_k).indices.tolist())
+        for place in (0, top_k // 2, top_k - 1):
+            numbers = torch.tensor([(place + 0.5) / top_k], dtype=torch.float64)
+            settings = {"top_k": top_k, "temperature": 1e4}  # at which all are as likely
+            assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [likeliest[place]]
 
 
 @every_backend
