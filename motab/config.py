@@ -88,12 +88,16 @@ class MotabConfig(TrainingArguments):
         self.remove_unused_columns = False  # the dataset holds only the model's inputs
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr": min(1e-6, self.learning_rate / 2)}
-        least = self.lr_scheduler_kwargs.get("min_lr") if isinstance(self.lr_scheduler_kwargs, dict) else None
+        schedule = self.lr_scheduler_kwargs if isinstance(self.lr_scheduler_kwargs, dict) else {}
+        least = schedule.get("min_lr")
         if least is not None and least > self.learning_rate:
             raise ValueError(
                 f"min_lr of lr_scheduler_kwargs must be at most the learning rate {self.learning_rate}, got {least}: "
                 "the schedule would rise; lower it, or leave it out"
             )
+        if least is not None and self.deepspeed_plugin and self.lr_scheduler_type.endswith("with_min_lr"):
+            # The schedule asks the optimizer for the peak, which DeepSpeed's does not know.
+            self.lr_scheduler_kwargs = {**schedule, "min_lr": None, "min_lr_rate": least / self.learning_rate}
         if self.loss_type not in LOSS_TYPES:  # flags are checked by the parser, other values are not
             raise ValueError(f"loss_type must be one of {', '.join(LOSS_TYPES)}, got {self.loss_type!r}")
         if not 0 <= self.beta <= 1:

@@ -5,7 +5,7 @@ B rows, T tokens, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -70,6 +70,49 @@ def last_hidden_states(model: PreTrainedModel, **inputs: Tensor) -> Tensor:
     with catching_hidden_states(model) as found:
         model(**inputs, use_cache=False, logits_to_keep=1)  # the whole model, as sharded weights need
     return found[0]
+
+
+def output_and_loss(
+    model: Any,
+    bare: Any,
+    inputs: dict[str, Any],
+    loss_from: Callable[[Tensor], Tensor],
+    *,
+    in_head: bool = False,
+    from_output: bool = False,
+) -> tuple[Any, Tensor]:
+    """The output of a model, or of what wraps it, and the loss from its last hidden states.
+
+    ``in_head``: for DeepSpeed, which has the head's weights whole within the head's own forward pass, and whose
+    backward pass begins at the model's output: the loss is taken there, and returned in place of logits.
+    ``from_output``: for what sees no hidden states but those that the model returns.
+    """
+    if in_head:
+        with _head_returning(bare, loss_from):
+            output = model(**inputs)
+        return output, output.logits.squeeze()
+    if from_output:
+        output = model(**inputs, output_hidden_states=True, logits_to_keep=1)
+        hidden = output.hidden_states[-1]
+    else:
+        with catching_hidden_states(bare) as found:
+            output = model(**inputs, logits_to_keep=1)
+        hidden = found[0]
+    loss = loss_from(hidden)
+    if not hidden.requires_grad and output.logits.requires_grad:
+        loss = loss + 0 * output.logits.sum()  # only the head is trained: FSDP2 looks at outputs with a gradient
+    return output, loss
+
+
+@contextmanager
+def _head_returning(model: Any, loss_from: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let the output embeddings return the loss, as logits of one token and a vocabulary of one."""
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden: loss_from(hidden).view(1, 1, 1)
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def cross_entropy_from_head(

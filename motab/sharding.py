@@ -1,4 +1,4 @@
-"""Models whose weights FSDP2 shards: each process has a layer whole only while it computes it."""
+"""Models whose weights FSDP2 or DeepSpeed's ZeRO-3 shards: a process has a layer whole only while it computes it."""
 
 from __future__ import annotations
 
@@ -16,10 +16,19 @@ def uses_fsdp(args: TrainingArguments) -> bool:
     return bool(args.fsdp) or parse_flag_from_env("ACCELERATE_USE_FSDP")
 
 
+def uses_zero3(accelerator: Accelerator) -> bool:
+    """Whether DeepSpeed shards the weights too, not only their gradients and the optimizer's state."""
+    plugin = accelerator.state.deepspeed_plugin
+    return plugin is not None and plugin.zero_stage == 3
+
+
 def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
     """Shard a model that is not trained, in place, as accelerate shards the one that is."""
     model.requires_grad_(False)  # accelerate makes weights that are trained float32
     state = accelerator.state
+    if uses_zero3(accelerator):
+        _shard_by_zero3(model, state.deepspeed_plugin)
+        return
     plugin = state.fsdp_plugin
     state.fsdp_plugin = copy.copy(plugin)
     state.fsdp_plugin.transformer_cls_names_to_wrap = None  # its own layers, which may be of another class
@@ -27,6 +36,16 @@ def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
         fsdp2_prepare_model(accelerator, model)
     finally:
         state.fsdp_plugin = plugin
+
+
+def _shard_by_zero3(model: PreTrainedModel, plugin: Any) -> None:
+    import deepspeed
+
+    config = copy.deepcopy(plugin.deepspeed_config)
+    for name in ("optimizer", "scheduler"):
+        config.pop(name, None)
+    config["zero_optimization"].pop("offload_optimizer", None)
+    deepspeed.initialize(model=model, config=config)
 
 
 def whole_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -55,8 +74,8 @@ def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether a process has only its part of the weights: by FSDP2 or tensor parallelism."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    """Whether a process has only its part of the weights: by FSDP2, ZeRO-3 or tensor parallelism."""
+    return any(hasattr(x, "full_tensor") or hasattr(x, "ds_tensor") for x in model.parameters())
 
 
 def is_linear(head: Any) -> bool:
@@ -71,6 +90,8 @@ def whole_head(model: PreTrainedModel) -> Any:
     head = model.get_output_embeddings()
     if shards := _shards(model):
         shards.unshard()
+    elif parts := _zero3_parts(head):
+        parts[0].all_gather(parts)
     return head
 
 
@@ -78,6 +99,12 @@ def release_head(model: PreTrainedModel) -> None:
     """Keep only this process's part of a sharded head that has no backward pass."""
     if shards := _shards(model):
         shards.reshard()
+    elif parts := _zero3_parts(model.get_output_embeddings()):
+        parts[0].partition(parts)
+
+
+def _zero3_parts(head: Any) -> list[Any]:
+    return [parameter for parameter in head.parameters() if hasattr(parameter, "ds_tensor")]
 
 
 def _shards(model: PreTrainedModel) -> Any:

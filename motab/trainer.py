@@ -16,18 +16,26 @@ from motab.config import MotabConfig
 from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
     Divergence,
-    catching_hidden_states,
     cross_entropy_from_head,
     has_plain_head,
     last_hidden_states,
     loss_from_heads,
     loss_from_logits,
+    output_and_loss,
 )
 from motab.models import load_model, processes_sharing
 from motab.processes import Processes
 from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
-from motab.sharding import copy_weights_, is_sharded, release_head, shard_frozen, uses_fsdp, whole_copy
+from motab.sharding import (
+    copy_weights_,
+    is_sharded,
+    release_head,
+    shard_frozen,
+    uses_fsdp,
+    uses_zero3,
+    whole_copy,
+)
 from motab.summary import figures
 from motab.trainer_input import Trajectories, as_examples, check, refuse_to_overwrite
 from motab.trajectory import Trajectory
@@ -55,8 +63,8 @@ class MotabTrainer(Trainer):
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
-    on the head), for those that DeepSpeed shards, and for cross-entropy with a router's loss. It is the mean over all
-    tokens of a step, however these are split into micro-batches and among processes.
+    on the head), for cross-entropy with a router's loss, and where DeepSpeed compiles the student. It is the mean over
+    all tokens of a step, however these are split into micro-batches and among processes.
 
     The end tokens of the trajectories (with `Rollouts`, of both models) are added to the student's
     ``generation_config``, which is saved with it.
@@ -64,9 +72,10 @@ class MotabTrainer(Trainer):
     Args:
         model: the student; a name or path is loaded in float32.
         teacher_model: needed for a divergence and for `Rollouts` that it writes or scores; it has the student's
-            tokenizer, and is moved to the student's device and put into evaluation mode; under FSDP2 it is frozen, and
-            sharded as the student is, but for `Rollouts`. A name or path is loaded in the dtype it was saved in.
-            Refused for cross-entropy on finished trajectories, which needs no teacher.
+            tokenizer, and is moved to the student's device and put into evaluation mode; under FSDP2 and DeepSpeed's
+            ZeRO-3 it is frozen, and sharded as the student is, but for `Rollouts`. A name or path is loaded in the
+            dtype it was saved in, except under ZeRO-3, which has one for both. Refused for cross-entropy on finished
+            trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, a `TrajectoryDataset` of them, or
             `Rollouts`.
@@ -78,7 +87,7 @@ class MotabTrainer(Trainer):
     Raises:
         ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; no
             trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
-            policy under which the student writes nothing, or with models that DeepSpeed or version 1 of FSDP shards; a
+            policy under which the student writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a
             teacher under version 1 of FSDP; several GPUs in one process (DataParallel); a prompt that `synthesize`
             refuses; during training, anything else it refuses.
     """
@@ -131,12 +140,12 @@ class MotabTrainer(Trainer):
                 "CUDA_VISIBLE_DEVICES=0"
             )
         self.teacher_model = teacher_model
-        by_pieces = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        by_fsdp2 = self.accelerator.is_fsdp2
-        if by_pieces and not by_fsdp2 and self.rollouts is not None:
+        by_fsdp2, by_zero3 = self.accelerator.is_fsdp2, uses_zero3(self.accelerator)
+        shards_teacher = by_fsdp2 or by_zero3
+        if self.rollouts is not None and (by_zero3 or (self.is_fsdp_enabled and not by_fsdp2)):
             raise ValueError(
-                "Rollouts need DDP or version 2 of FSDP, got models that DeepSpeed or version 1 of FSDP shards; use "
-                "one of these, or write trajectories beforehand"
+                "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
+                "shards; use one of these, or write trajectories beforehand"
             )
         if teacher_model is not None and processes_sharing(teacher_model) > 1:
             raise ValueError(
@@ -154,9 +163,10 @@ class MotabTrainer(Trainer):
             _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
             teacher_model.eval()
-            if not by_fsdp2:
+            if not shards_teacher:
                 teacher_model.to(self.args.device)
-        self.fuses_head = (by_fsdp2 or not by_pieces) and self._can_fuse_head(model)
+        # ZeRO-3 may have sharded the student, which then runs in a training alone: None until the first loss.
+        self.fuses_head = None if by_zero3 else self._can_fuse_head(model)
         if self.label_smoother is not None and self.divergence is None and by_fsdp2 and not self.fuses_head:
             # FSDP2 renames the model's class, by which transformers knows that labels are to be shifted.
             raise ValueError(
@@ -166,7 +176,7 @@ class MotabTrainer(Trainer):
         self.writer: PreTrainedModel | None = None  # a whole copy of a sharded student, which writes
         if by_fsdp2 and self.rollouts is not None:
             self.writer = whole_copy(model, self._computed_dtype(model), self.args.device)
-        if teacher_model is not None and by_fsdp2:
+        if teacher_model is not None and shards_teacher:
             self._shard_teacher(teacher_model)
         if self.divergence is not None or self.fuses_head:
             self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
@@ -175,7 +185,7 @@ class MotabTrainer(Trainer):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
 
     def _shard_teacher(self, teacher: PreTrainedModel) -> None:
-        """Under FSDP2; a teacher that writes is whole in each process, with weights that only the first may have."""
+        """A teacher that writes, under FSDP2, is whole in each process, with weights that only the first may have."""
         whole = None if self.writer is None else whole_copy(teacher, teacher.dtype, self.args.device)
         shard_frozen(teacher, self.accelerator)
         if whole is not None:
@@ -184,6 +194,10 @@ class MotabTrainer(Trainer):
 
     def _can_fuse_head(self, model: PreTrainedModel) -> bool:
         """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
+            return False
+        if self.is_deepspeed_enabled and self.args.torch_compile:  # it would compile each step's loss again
+            return False
         models = [model]
         if self.divergence is not None:
             assert self.teacher_model is not None
@@ -204,10 +218,12 @@ class MotabTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
-        """Trainer's method; it may come before training, except under FSDP2."""
+        """Trainer's method; it may come before training, except under FSDP2 and DeepSpeed."""
         is_first = not self.accelerator._models
-        if is_first and self.accelerator.is_fsdp2:
-            raise ValueError("evaluate must follow train under FSDP2; to evaluate before it, set eval_on_start")
+        if is_first and (self.accelerator.is_fsdp2 or self.is_deepspeed_enabled):
+            raise ValueError(
+                "evaluate must follow train under FSDP2 and DeepSpeed; to evaluate before it, set eval_on_start"
+            )
         metrics = super().evaluate(*arguments, **settings)
         if is_first:  # else a training by several processes would take the model for prepared, and share no gradient
             for model in self.accelerator._models:
@@ -281,6 +297,9 @@ class MotabTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: int | Tensor | None = None,
     ) -> Any:
+        bare = self.accelerator.unwrap_model(model)
+        if self.fuses_head is None:
+            self.fuses_head = self._can_fuse_head(bare)
         if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not model.training:
@@ -295,32 +314,26 @@ class MotabTrainer(Trainer):
                     teacher = last_hidden_states(self.teacher_model, **inputs)
                 else:
                     teacher = self.teacher_model(**inputs, use_cache=False).logits
-        bare = self.accelerator.unwrap_model(model)
-        student, hidden = self._forward(model, bare, inputs)
-        with self.accelerator.autocast():
-            if self.divergence is None:
-                smoothing = self.args.label_smoothing_factor
-                loss = cross_entropy_from_head(bare, hidden, labels, num_items_in_batch, smoothing)
-            elif self.fuses_head:
+
+        def from_heads(hidden: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                if self.divergence is None:
+                    smoothing = self.args.label_smoothing_factor
+                    return cross_entropy_from_head(bare, hidden, labels, num_items_in_batch, smoothing)
                 models, states = (bare, self.teacher_model), (hidden, teacher)
-                loss = loss_from_heads(models, states, mask, self.divergence, num_items_in_batch)
-            else:
+                return loss_from_heads(models, states, mask, self.divergence, num_items_in_batch)
+
+        if self.fuses_head:
+            from_output = self.args.torch_compile or self.accelerator.is_fsdp2
+            settings = {"in_head": self.is_deepspeed_enabled, "from_output": from_output}
+            student, loss = output_and_loss(model, bare, inputs, from_heads, **settings)
+        else:
+            student = model(**inputs)
+            assert self.divergence is not None
+            with self.accelerator.autocast():
                 loss = loss_from_logits((student.logits, teacher), mask, self.divergence, num_items_in_batch)
         if self.divergence is not None:
             release_head(self.teacher_model)
-        if self.fuses_head and not hidden.requires_grad and student.logits.requires_grad:
-            loss = loss + 0 * student.logits.sum()  # only the head is trained: FSDP2 looks at outputs with a gradient
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # since gradients are averaged over the processes
         return (loss, student) if return_outputs else loss
-
-    def _forward(self, model: Any, bare: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
-        """The student's output, and its last hidden states where these give the loss."""
-        if not self.fuses_head:
-            return model(**inputs), None
-        if self.args.torch_compile or self.accelerator.is_fsdp2:  # which look at the output alone
-            output = model(**inputs, output_hidden_states=True, logits_to_keep=1)
-            return output, output.hidden_states[-1]
-        with catching_hidden_states(bare) as found:
-            output = model(**inputs, logits_to_keep=1)
-        return output, found[0]

@@ -24,6 +24,7 @@ from test_synthesis import assert_same
 from test_trainer import StopAt, config, softcapped_model, trajectory
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import motab
 from motab.cli import main
@@ -31,6 +32,7 @@ from motab.data import Problem
 from motab.evaluation import evaluate
 from motab.files import write_whole
 from motab.models import load_model
+from motab.sharding import uses_zero3
 from motab.trajectory_file import read_trajectories
 
 RANKS = 2
@@ -72,9 +74,14 @@ TRAININGS = {  # loss, student, teacher
 }
 
 
+def make_models(kind):
+    _, make_student, make_teacher = TRAININGS[kind]
+    return make_student(3).float(), make_teacher and make_teacher(4).float()
+
+
 def train(folder, count, kind, accumulation, models=None, stop=None, resume=None, **sharding):
     """Four trajectories a step, three in the epoch's last: losses, norms of the gradients, weights."""
-    loss_type, make_student, make_teacher = TRAININGS[kind]
+    loss_type, *_ = TRAININGS[kind]
     args = config(
         folder,
         loss_type=loss_type,
@@ -92,31 +99,37 @@ def train(folder, count, kind, accumulation, models=None, stop=None, resume=None
         save_steps=2,
         **sharding,
     )
-    models = models or (make_student(3).float(), make_teacher and make_teacher(4).float())
+    models = models or make_models(kind)
     trainer = motab.MotabTrainer(*models, args, train_dataset=trajectories(), eval_dataset=trajectories()[:5])
-    assert trainer.fuses_head == (kind != "logits")
+    lengths = set()
+    for each in filter(None, (trainer.model, trainer.teacher_model)):
+        each.get_output_embeddings().register_forward_hook(lambda _, args, out: lengths.add(out.shape[-2]))
     if stop:
         trainer.add_callback(StopAt(stop))
     if not sharding:
         trainer.evaluate()  # after which a training is still one of both processes
     trainer.train(resume_from_checkpoint=resume)
+    assert trainer.fuses_head == (kind != "logits")
+    assert (max(lengths) <= 2) == trainer.fuses_head  # the two tokens of the start; else no full logits
     logged = [(entry["eval_loss"], 0.0) for entry in trainer.state.log_history if "eval_loss" in entry]
     logged += [(entry["loss"], entry["grad_norm"]) for entry in trainer.state.log_history if "loss" in entry]
     model = trainer.model
     if sharding:
-        for each in filter(None, (model, trainer.teacher_model)):
-            assert all(isinstance(x, DTensor) for x in each.parameters())  # of each a process holds its part
+        for each in filter(None, (model, trainer.teacher_model)):  # of each weight a process holds its part
+            shared = {isinstance(x, DTensor) or (hasattr(x, "ds_tensor") and not len(x)) for x in each.parameters()}
+            assert shared == {"fsdp" in sharding or uses_zero3(trainer.accelerator)}
         trainer.save_model()
         torch.distributed.barrier()  # the main process saves
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"  # else only that reads, in transformers 5.17
+        unset_hf_deepspeed_config()  # else each reads its part
         model = AutoModelForCausalLM.from_pretrained(folder)
     return torch.tensor(logged), {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def train_in_halves(folder, count):
+def train_in_halves(folder, count, pairs=(None, None), **sharding):
     """With an end within an epoch."""
-    train(folder, count, "heads", 2, stop=2)
-    return train(folder, count, "heads", 2, resume=True)
+    train(folder, count, "heads", 2, pairs[0], stop=2, **sharding)
+    return train(folder, count, "heads", 2, pairs[1], resume=True, **sharding)
 
 
 def train_sharded(folder, count, rank):
@@ -139,7 +152,7 @@ PROMPTS = [[1, 2], [3], [4, 5, 6], [7]]
 ROLLOUTS = motab.Rollouts(PROMPTS, motab.MotabPolicy(epsilon0=0.5, delimiter="."), max_new_tokens=9, temperature=1.0)
 
 
-def train_few(folder, data, count=1, steps=1, seed=1, **sharding):
+def train_few(folder, data, count=1, steps=1, seed=1, **settings):
     """Steps of four trajectories, given or written by both processes: those of this one, and the weights."""
     args = config(
         folder,
@@ -148,7 +161,7 @@ def train_few(folder, data, count=1, steps=1, seed=1, **sharding):
         optim="sgd",
         learning_rate=0.1,
         per_device_train_batch_size=4 // count,
-        **sharding,
+        **settings,
     )
     student = make_model(seed).float()
     other = teacher.__wrapped__(student).float()
@@ -270,7 +283,7 @@ def process_main(rank, count, folder):
 
 
 def start(rank, count, folder, call=process_main):
-    here = Path(__file__).resolve()
+    here = Path(call.__code__.co_filename).resolve()
     path = os.pathsep.join(
         [*map(str, (here.parents[2], here.parents[1], here.parent)), os.environ.get("PYTHONPATH", "")]
     )

@@ -1,0 +1,157 @@
+"""Training under DeepSpeed in two processes, against one without it; where DeepSpeed is installed."""
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType
+from conftest import make_model
+from test_processes import (
+    PROMPTS,
+    RANKS,
+    TRAININGS,
+    finish,
+    join,
+    make_models,
+    message,
+    start,
+    train,
+    train_few,
+    train_in_halves,
+)
+from test_trainer import TRAJECTORIES, config
+
+import motab
+
+STAGES = (1, 2, 3)
+CASES = [(1, "heads"), *((stage, kind) for stage in (2, 3) for kind in (*TRAININGS, "by name"))]
+pytestmark = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+
+
+# What a process runs: `rank` of `count`.
+
+
+def zero(stage):
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
+    weights = {"stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    return {"deepspeed": {"zero_optimization": {"stage": stage, **weights}, **dict.fromkeys(sizes, "auto")}}
+
+
+def names(folder):
+    return tuple(str(folder / who) for who in ("student", "teacher"))
+
+
+def train_by_one(rank, count, folder):
+    for model, name in zip(make_models("heads"), names(folder), strict=True):
+        model.save_pretrained(name)
+    torch.save({kind: train(folder / "alone", count, kind, 2) for kind in TRAININGS}, folder / "alone.pt")
+
+
+def evaluate_first(folder, **settings):
+    trainer = motab.MotabTrainer(
+        make_model(3), args=config(folder, **settings), train_dataset=TRAJECTORIES, eval_dataset=TRAJECTORIES
+    )
+    trainer.evaluate()
+
+
+def train_by_deepspeed(rank, count, folder):
+    """As accelerate starts it on GPUs, as one of which it is told to take a CPU."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    join(rank, count, folder)
+    import deepspeed
+
+    deepspeed.comm.torch.build_shm_op = lambda: None  # which needs a compiler
+    deepspeed.init_distributed("gloo")
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.DEEPSPEED)
+    heads, backward = [], Accelerator.backward
+
+    def noting(self, *arguments, **settings):
+        heads.append(len(self._models[0].get_output_embeddings().weight))
+        backward(self, *arguments, **settings)
+
+    Accelerator.backward = noting
+    # Made first: transformers shards what is made or read once ZeRO-3 is set.
+    models = {(stage, kind): make_models(kind) for stage, kind in CASES if kind in TRAININGS}
+    models |= {(stage, "by name"): names(folder) for stage in STAGES}
+    pairs = {stage: [make_models("heads") for _ in range(2)] for stage in STAGES}
+    found = {}
+    for stage, kind in CASES:
+        like = kind if kind in TRAININGS else "heads"
+        found[stage, kind] = train(folder / f"{kind} {stage}", count, like, 2, models[stage, kind], **zero(stage))
+    for stage in STAGES:
+        heads.clear()
+        found[stage, "resumed"] = train_in_halves(folder / f"resumed {stage}", count, pairs[stage], **zero(stage))
+        found[stage, "heads in backward passes"] = {*heads}
+        found[stage, "evaluation"] = message(evaluate_first, folder, **zero(stage))
+    rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
+    found["afresh"] = train_few(folder / "afresh", rollouts, count, **zero(2))
+    found["refused"] = message(train_few, folder / "afresh", rollouts, count, **zero(3))
+    torch.save(found, folder / f"deepspeed-{rank}.pt")
+
+
+# What it must come to.
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("deepspeed")
+    for count, call in ((1, train_by_one), (RANKS, train_by_deepspeed)):
+        codes, written = finish([start(rank, count, folder, call) for rank in range(count)])
+        assert codes == [0] * count, written
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder):
+    return [torch.load(folder / f"deepspeed-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    return torch.load(folder / "alone.pt", weights_only=False)
+
+
+@pytest.mark.parametrize(("stage", "kind"), CASES)
+def test_training(ranks, alone, stage, kind):
+    """Losses, norms of gradients, and the weights that were saved; without full logits, which `train` checks."""
+    expected = alone["heads" if kind == "by name" else kind]
+    for found in ranks:
+        torch.testing.assert_close(found[stage, kind], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_training_that_is_resumed(ranks, alone, stage):
+    logged, weights = alone["heads"]
+    for found in ranks:
+        again, same = found[stage, "resumed"]
+        torch.testing.assert_close((again[-4:], same), (logged[-4:], weights), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_head_is_whole_only_while_the_loss_is_taken(ranks, stage):
+    for found in ranks:
+        assert found[stage, "heads in backward passes"] == {0 if stage == 3 else 12}
+
+
+def test_training_on_what_both_write(ranks, tmp_path):
+    """Where each process has whole weights, as under ZeRO-2."""
+    (first, weights), (second, same) = (found["afresh"] for found in ranks)
+    torch.testing.assert_close(weights, same, rtol=0, atol=0)
+    _, expected = train_few(tmp_path, first + second)
+    torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_refused(ranks):
+    for found in ranks:
+        assert found["refused"].startswith(
+            "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3"
+        )
+        assert all(found[stage, "evaluation"].startswith("evaluate must follow train") for stage in STAGES)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
