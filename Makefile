@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo smollm2 test lint sanitize cross benchmark clean
+.PHONY: demo smollm2 test deepspeed lint sanitize cross benchmark clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -25,6 +25,11 @@ COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	MOTAB_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -k "not torch and not cpu and not large_voc" $(COMPILED)
+
+# Not a part of `test`: where DeepSpeed is installed, accelerate imports it in every process that trains.
+deepspeed: $(READY)
+	$(BIN)/python -m pip install --quiet "deepspeed>=0.19"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_deepspeed.py
 
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/motab demo

@@ -22,6 +22,12 @@ def uses_zero3(accelerator: Accelerator) -> bool:
     return plugin is not None and plugin.zero_stage == 3
 
 
+def saves_whole(accelerator: Accelerator) -> bool:
+    """Whether a save under ZeRO-3 writes a model, not the parts of all processes alone."""
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    return config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save") is True
+
+
 def shard_frozen(model: PreTrainedModel, accelerator: Accelerator) -> None:
     """Shard a model that is not trained, in place, as accelerate shards the one that is."""
     model.requires_grad_(False)  # accelerate makes weights that are trained float32

@@ -31,6 +31,7 @@ from motab.sharding import (
     copy_weights_,
     is_sharded,
     release_head,
+    saves_whole,
     shard_frozen,
     uses_fsdp,
     uses_zero3,
@@ -146,6 +147,11 @@ class MotabTrainer(Trainer):
             raise ValueError(
                 "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
                 "shards; use one of these, or write trajectories beforehand"
+            )
+        if by_zero3 and not saves_whole(self.accelerator):
+            raise ValueError(
+                "ZeRO-3 must save whole models, got a file for DeepSpeed without it; set "
+                "stage3_gather_16bit_weights_on_model_save to true in its zero_optimization"
             )
         if teacher_model is not None and processes_sharing(teacher_model) > 1:
             raise ValueError(
