@@ -20,7 +20,7 @@ __all__ = ["Samples", "sample_from_logits"]
 class Samples(NamedTuple):
     """What `sample_from_logits` returns, shaped like its uniforms."""
 
-    token_ids: Tensor  # int64; where not valid, 0
+    token_ids: Tensor  # int64; where not valid, any
     valid: Tensor  # bool: False where the logits hold NaN or +inf, or only -inf, so that nothing can be drawn
 
 
@@ -58,7 +58,7 @@ def sample_from_logits(
     Args:
         logits: (B, V) or (B, T, V); float32, bfloat16 or float16; "torch" also takes float64, and computes in it. Any
             strides; the kernels copy a tensor whose vocabulary is not contiguous.
-        uniforms: (B,) or (B, T) float64 in [0, 1). Checked on the CPU only.
+        uniforms: (B,) or (B, T) float64 in [0, 1). Checked on the CPU only, where they are used.
         temperature: divides the logits: 1e-30 to 1e30, or 0 for the likeliest token, the first of several; the filters
             and the numbers have no effect then.
         top_k: keep this many of the likeliest tokens; 0 keeps all.
@@ -88,18 +88,17 @@ def sample_from_logits(
 def _sample(
     logits: Tensor, uniforms: Tensor, temperature: float, top_k: int, top_p: float, min_p: float, backend: str
 ) -> tuple[Tensor, Tensor]:
-    if uniforms.device.type == "cpu":
-        check_values(uniforms)
     if temperature == 0:
-        tokens = logits.argmax(-1)
-        valid = logits.gather(-1, tokens[..., None])[..., 0].isfinite()
-        return tokens.where(valid, 0), valid
+        found = logits.argmax(-1, keepdim=True)
+        return found.squeeze(-1), logits.gather(-1, found).squeeze(-1).isfinite()
     tokens, valid = _empty(uniforms)
     if uniforms.numel() == 0:
         return tokens, valid
     if backend != "torch":  # of a tensor that is negated only when it is read, the memory holds other values
         logits = logits.resolve_neg()
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    elif uniforms.device.type == "cpu":
+        check_values(uniforms)
     draw = implementation("sampling", backend, logits.device).sample_from_logits
     draw(logits, uniforms, temperature, top_k, top_p, min_p, tokens, valid)
     return tokens, valid

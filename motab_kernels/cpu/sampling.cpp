@@ -163,11 +163,11 @@ static int64_t draw_unfiltered(const SamplingCall& call, const Row& row, float t
 
 }  // namespace motab
 
-// uniforms, tokens and valid are (B, T), contiguous. Returns false if memory ran out.
-extern "C" bool motab_sample_from_logits(const motab::SamplingCall* call) {
+// uniforms, tokens and valid are (B, T), contiguous. Returns 0, 1 if memory ran out, 2 if a number is out of range.
+extern "C" int motab_sample_from_logits(const motab::SamplingCall* call) {
     using namespace motab;
     const bool is_filtered = call->top_k || call->top_p < 1 || call->min_p > 0;
-    std::atomic<bool> has_memory{true};
+    std::atomic<int> code{0};
     parallel_for(call->B * call->T, call->threads, 1 + (1 << 14) / call->V, [&](int64_t begin, int64_t end) {
         try {
             SamplingRoom room;
@@ -177,18 +177,22 @@ extern "C" bool motab_sample_from_logits(const motab::SamplingCall* call) {
             for (int64_t item = begin; item < end; ++item) {
                 const char* data = call->logits.at(item / call->T, item % call->T, 0);
                 const Row row = {data, call->logits.type, call->V};
+                const double uniform = call->uniforms[item];
+                if (!(uniform >= 0 && uniform < 1)) {
+                    code = 2;
+                    continue;
+                }
                 float top;
                 const bool valid = AT_LEVEL(find_top)(row, top, room.tops.data());
                 call->valid[item] = valid;
                 call->tokens[item] = 0;
                 if (!valid) continue;
-                const double uniform = call->uniforms[item];
                 call->tokens[item] = is_filtered ? draw_filtered(*call, row, top, uniform, room)
                                                  : draw_unfiltered(*call, row, top, uniform, room);
             }
         } catch (const std::bad_alloc&) {
-            has_memory = false;
+            code = 1;
         }
     });
-    return has_memory;
+    return code;
 }

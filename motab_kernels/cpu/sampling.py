@@ -9,8 +9,10 @@ from torch import Tensor
 
 from motab_kernels.cpu.arguments import logits as logits_arguments
 from motab_kernels.cpu.library import kernels
+from motab_kernels.sampling_checks import check_values
 
 CALL = struct.Struct("12q3d")  # `SamplingCall` in sampling.cpp
+NO_MEMORY, OUT_OF_RANGE = 1, 2
 
 
 def sample_from_logits(
@@ -37,5 +39,8 @@ def sample_from_logits(
         top_p,
         min_p,
     )
-    if not kernels().motab_sample_from_logits(call):
+    code = kernels().motab_sample_from_logits(call)
+    if code == NO_MEMORY:
         raise MemoryError("sample_from_logits: no memory for its candidates")
+    if code == OUT_OF_RANGE:
+        check_values(uniforms)

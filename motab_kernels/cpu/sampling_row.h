@@ -47,7 +47,7 @@ ENTRY void piece_sums(const Row& row, float top, float c, double* sums) {
     for (int64_t start = 0; start < row.V; start += PIECE) {
         const float* x = piece_at(row, start, room);
         Floats total = {};
-        for (int64_t i = 0; i < PIECE; i += LANES) total += weights(x + i, top, c);
+        for (int64_t i = 0; i < row.columns(start); i += LANES) total += weights(x + i, top, c);
         sums[start / PIECE] = sum(total);
     }
 }
@@ -57,10 +57,11 @@ ENTRY void piece_sums(const Row& row, float top, float c, double* sums) {
 ENTRY int64_t find(const Row& row, float top, float c, int64_t start, double target) {
     alignas(64) float room[PIECE], of_piece[PIECE];
     const float* x = piece_at(row, start, room);
-    for (int64_t i = 0; i < PIECE; i += LANES) store(of_piece + i, weights(x + i, top, c));
+    const int64_t columns = row.columns(start);
+    for (int64_t i = 0; i < columns; i += LANES) store(of_piece + i, weights(x + i, top, c));
     double sum = 0;
     int64_t last = 0;
-    for (int64_t i = 0; i < PIECE; ++i) {
+    for (int64_t i = 0; i < columns; ++i) {
         if (of_piece[i] > 0) last = i;
         if ((sum += of_piece[i]) > target) return start + i;
     }
