@@ -52,7 +52,7 @@ cross: $(READY)
 	$(BIN)/python -m pip install --quiet ziglang
 	$(BIN)/python tests/motab_kernels/cross_compile.py
 
-# Every op beside eager PyTorch, torch.compile and the peers: table, picture and JSON in build/benchmarks. Some 9 minutes.
+# Every op beside eager PyTorch, torch.compile and the peers: table, picture and JSON in build/benchmarks. Some 10 minutes.
 benchmark: $(READY)
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only --benchmark-json=build/cpu.json
