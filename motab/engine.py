@@ -20,10 +20,10 @@ import motab_kernels as mk
 from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
+from motab.drawing import Sampling, uniform
 from motab.policies import Rules
 from motab.prompts import end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
-from motab.sampling import Sampling, uniform
 from motab.speculation import Plan, Speculation, relative_cost
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory

@@ -11,10 +11,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab import memory
+from motab.drawing import Sampling
 from motab.engine import Engine
 from motab.policies import MotabPolicy, Policy, check_number, check_policy, needs_student, needs_teacher, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts
-from motab.sampling import Sampling
 from motab.trajectory import Trajectory
 
 
@@ -58,7 +58,7 @@ def synthesize(
         block_size: the most tokens that the student drafts before the teacher scores them. Where that is faster, the
             student also drafts what the teacher writes, see `motab.speculation`.
         temperature: 0 is greedy, else at least 1e-30.
-        top_k, top_p, min_p: as in transformers, for both models, see `motab.sampling.Sampling`: sample among the k
+        top_k, top_p, min_p: as in transformers, for both models, see `motab.drawing.Sampling`: sample among the k
             likeliest tokens, then among the fewest likeliest with this total probability, then among those with at
             least this share of the likeliest one's probability.
         seed: random seed for sampling.

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from motab.drawing import stream_key
 from motab.policies import SCORES_ALONE, Rules
-from motab.sampling import stream_key
 from motab.stitching import LAST_WORDS, opens_once, phrase_behind, readable, thinking_tags
 from motab.trajectory import STATISTICS, Author, Step, Trajectory
 
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def key(self) -> int:
-        """The random stream of this turn, see `motab.sampling.stream_key`."""
+        """The random stream of this turn, see `motab.drawing.stream_key`."""
         return stream_key(self.seed, self.index, self.turn)
 
     @property

@@ -10,9 +10,9 @@ import torch
 from test_engine import POLICY, SAMPLING, run
 
 import motab
+from motab.drawing import Sampling
 from motab.engine import Engine
 from motab.row import TEACHER
-from motab.sampling import Sampling
 from motab.speculation import Plan, Speculation, relative_cost
 from motab.writer import Writer
 

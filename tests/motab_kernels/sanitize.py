@@ -24,7 +24,7 @@ SANITIZERS = {
 # A fork's child has one thread and no sanitizer; another starts processes that load the library as it was installed;
 # a preloaded AddressSanitizer does not know the exceptions that torch itself throws.
 TESTS = [
-    *(str(HERE / f"test_{name}.py") for name in ("cpu", "attention", "kv_cache", "sample_from_logits")),
+    *(str(HERE / f"test_{name}.py") for name in ("cpu", "attention", "kv_cache", "sampling")),
     "-k",
     "not forked and not missing and not gpu and not autograd_has_saved and not triton and not compiled",
 ]

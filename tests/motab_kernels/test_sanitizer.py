@@ -19,7 +19,7 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-from motab_kernels.gpu import attention, boundary, divergence, kv_cache
+from motab_kernels.gpu import attention, boundary, divergence, kv_cache, sampling
 
 pytestmark = [
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs Triton's interpreter"),
@@ -64,6 +64,12 @@ def run_attention():
         mk.ragged_attention(query, keys, values, lengths, rows=rows, sinks=sinks, backend="triton")
 
 
+def run_sampling():
+    """The rows end in the middle of a tile."""
+    numbers = torch.tensor([[0.0, 0.5, 0.9]] * 2, dtype=torch.float64)
+    mk.sample_from_logits(padded(2, 3, 77), numbers, top_k=9, top_p=0.9, backend="triton")
+
+
 # Each kernel with the masks that are taken from it.
 KERNELS = [
     (boundary, "partial_kernel", run_boundary, *TAIL),
@@ -76,6 +82,7 @@ KERNELS = [
     (kv_cache, "_realign_kernel", run_cache, "(word < head_size)", "(word >= 0)"),
     (attention, "split_kernel", run_attention, "(slot[:, None] < end) & ", ""),
     (attention, "combine_kernel", run_attention, "there = split < end", "there = split >= 0"),
+    (sampling, "sample_kernel", run_sampling, "mask=start + columns < V", "mask=start + columns >= 0"),
 ]
 
 
@@ -86,9 +93,10 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(divergence, "settings_for", lambda device: divergence.Settings(lanes=2, tiles=1, rows=4))
     small = attention.Settings(split=32, slots_per_query=1, queries=16, slots=16, split_tokens=16, splits=4)
     monkeypatch.setattr(attention, "settings_for", lambda device: small)
+    monkeypatch.setattr(sampling, "settings_for", lambda device: sampling.Settings(lanes=8))
 
 
-@pytest.mark.parametrize("run", [run_boundary, run_losses, run_cache, run_attention])
+@pytest.mark.parametrize("run", [run_boundary, run_losses, run_cache, run_attention, run_sampling])
 def test_kernels_stay_within_their_tensors(run):
     run()
 
@@ -114,7 +122,7 @@ def test_all_kernels_are_tested():
     """Each that a launcher starts: `launch(name, ...)`."""
     started = {
         (module, match)
-        for module in (attention, boundary, divergence, kv_cache)
+        for module in (attention, boundary, divergence, kv_cache, sampling)
         for match in re.findall(r"launch\((\w+),", inspect.getsource(module))
     }
     assert started == {(launcher, name) for launcher, name, *_ in KERNELS}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from motab.sampling import Sampling, stream_key, uniform
+from motab.drawing import Sampling, stream_key, uniform
 
 
 def draws(logits, count, *settings):
