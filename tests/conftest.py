@@ -114,6 +114,15 @@ def kernels_stay_within_their_tensors(monkeypatch):
 
 
 @pytest.fixture
+def fresh_memory_is_filled():
+    """With NaN or the largest integer, so that what is read without being written, or not written, shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
 def seed():
     """A fresh one, printed where a test fails."""
     value = torch.seed() % 2**31
