@@ -21,7 +21,7 @@ from motab import memory
 from motab.admission import Admission
 from motab.compiled_writer import CompiledWriter
 from motab.drawing import Sampling, uniform
-from motab.policies import Rules
+from motab.policies import UNJUDGED, Rules
 from motab.prompts import end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.speculation import Plan, Speculation, relative_cost
@@ -84,14 +84,15 @@ class Engine:
         torch_compile: bool = False,
         max_cached_tokens: int | None = None,
     ):
-        self.tokenizer, self.rules = tokenizer, rules
+        self.tokenizer, self.rules = tokenizer, UNJUDGED if rules is None else rules
         self.indices, self.block_size, self.sampling = indices, block_size, sampling
         batch_size = min(batch_size, len(prompts))
         self.waits = 0
         models = [model for model in (student, teacher) if model is not None]
         self.device = models[0].device
         self.vocab_size = vocabulary_size(tokenizer)  # columns beyond it are padding, neither written nor scored
-        self.end_ids = end_tokens(models, tokenizer)
+        # A student that only drafts has no say in the text.
+        self.end_ids = end_tokens(models if rules is not None else models[-1:], tokenizer)
         self.is_end = self._table(self.end_ids)
         # A block may run past the budget by its own length before it is cut.
         max_length = max(map(len, prompts)) + max_new_tokens + block_size
@@ -105,17 +106,13 @@ class Engine:
 
         self.student, self.teacher = writer(student), writer(teacher)
         self.speculation = Speculation(block_size, relative_cost(student, teacher, torch_compile))
-        judged: tuple[Tensor, ...] = ()
         self.automaton = None
-        if rules is not None:
-            if rules.delimiter is not None:
-                self.automaton = delimiter_automaton(tokenizer, rules.delimiter, self.vocab_size, self.device)
-            self.automaton_state = torch.zeros(batch_size, dtype=torch.long, device=self.device)
-            self.state = rules.boundary.new_state(batch_size, self.device)
-            judged = (self.automaton_state, *self.state.tensors)
-            if rules.reflection:
-                ids = tokens_of_words(tokenizer, rules.reflection, self.vocab_size)
-                self.is_reflection = self._table(ids)
+        if self.rules.delimiter is not None:
+            self.automaton = delimiter_automaton(tokenizer, self.rules.delimiter, self.vocab_size, self.device)
+        self.automaton_state = torch.zeros(batch_size, dtype=torch.long, device=self.device)
+        self.state = self.rules.boundary.new_state(batch_size, self.device)
+        if self.rules.reflection:
+            self.is_reflection = self._table(tokens_of_words(tokenizer, self.rules.reflection, self.vocab_size))
         end_ids, by_index = self.end_ids, dict(zip(indices, prompts, strict=True))
         turn = TEACHER if rules is None else STUDENT
 
@@ -127,7 +124,7 @@ class Engine:
             indices,
             new_row,
             [writer for writer in (self.student, self.teacher) if writer is not None],
-            judged,
+            (self.automaton_state, *self.state.tensors),
             batch_size=batch_size,
             block_size=block_size,
             max_length=max_length,
@@ -154,7 +151,7 @@ class Engine:
 
     def _begin_turns(self, rows: list[Row]) -> None:
         """Reset the judgement of rows whose next turn begins."""
-        if self.rules is not None and rows:
+        if rows:
             index = on_device(_cache_rows(rows), self.device)
             self.state.reset_(index)
             self.automaton_state.index_fill_(0, index, 0)  # which, unlike an assignment, does not make the host wait
@@ -255,7 +252,6 @@ class Engine:
         self._begin_turns(turned)
 
     def _judged(self, rows: list[Row], draft: Draft, teacher_logits: Tensor) -> Judged:
-        assert self.rules is not None
         block = self._block(self._corrected(draft, rows, teacher_logits), draft.tokens)
         state = mk.BoundaryState.of(*(x[draft.cache_rows] for x in self.state.tensors))
         out = mk.fused_kl_boundary(
@@ -282,7 +278,6 @@ class Engine:
     def _instead(self, rows: list[Row], draft: Draft, teacher_logits: Tensor, strays: Tensor) -> Tensor:
         """(b, 1, 4): the teacher's token instead of a row's first that strays, if each token is a step and the teacher
         starts at the one that breaches: the pass that judged it gave the logits. Else (b, 0, 4)."""
-        assert self.rules is not None
         if self.rules.delimiter is not None or self.rules.backtrack != "breach":
             return teacher_logits.new_empty(len(rows), 0, 4)
         place = strays.long().argmax(1)
@@ -296,7 +291,6 @@ class Engine:
 
     def _reflects(self, rows: list[Row], logits: Tensor, teacher_logits: Tensor, argmax: Tensor) -> Tensor:
         """(b, T) bool: the teacher's likeliest token is a reflection word, and not among the student's likeliest."""
-        assert self.rules is not None
         # The op ranks by its second logits: with the sides swapped, by the student's.
         rank = mk.fused_kl_boundary(teacher_logits, logits, argmax).teacher_rank
         watched = on_device([row.author == STUDENT and row.watched for row in rows], self.device)[:, None] != 0

@@ -15,6 +15,7 @@ from motab.drawing import Sampling
 from motab.engine import Engine
 from motab.policies import MotabPolicy, Policy, check_number, check_policy, needs_student, needs_teacher, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts
+from motab.speculation import drafts_for
 from motab.trajectory import Trajectory
 
 
@@ -45,8 +46,8 @@ def synthesize(
 
     Args:
         student, teacher: causal language models on one device that share a tokenizer; their vocabulary sizes may
-            differ by padding, which gets no probability. `TeacherOnly` needs no student; `OnPolicy` and
-            `Truncated` need no teacher (None: nothing is scored).
+            differ by padding, which gets no probability. `TeacherOnly` needs no student, and one changes the pace
+            alone; `OnPolicy` and `Truncated` need no teacher (None: nothing is scored).
         tokenizer: a fast tokenizer.
         prompts: strings, message lists (rendered with the tokenizer's chat template), or token ids: lists, or tensors
             and arrays of integers with one dimension.
@@ -96,12 +97,14 @@ def synthesize(
         raise ValueError(f"{type(policy).__name__} needs a teacher, got None; only OnPolicy and Truncated need none")
     if student is not None and not needs_student(policy):
         check_vocabulary(student, tokenizer)  # it is to be trained on what the teacher writes
-        student = None
+        if not drafts_for(student, teacher, block_size, torch_compile):
+            student = None  # its cache would take memory, and its reading of prompts time
     max_new_tokens = token_budget(policy, max_new_tokens)
     if student is not None and teacher is not None and student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     models = [model for model in (student, teacher) if model is not None]
-    encoded = encode_prompts(prompts, tokenizer, models, max_new_tokens)
+    authors = models if needs_student(policy) else models[-1:]
+    encoded = encode_prompts(prompts, tokenizer, authors, max_new_tokens)
     indices = range(len(encoded)) if indices is None else indices
     if len(indices) != len(encoded) or any(a >= b for a, b in pairwise(indices)):
         raise ValueError(f"indices must be {len(encoded)} ascending places, one for each prompt, got {list(indices)}")

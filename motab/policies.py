@@ -45,6 +45,8 @@ class Rules:
 
 #: A boundary that only NaN fails: steps are scored, and none strays; NaN is an error.
 SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
+#: Rules where the student writes no step: nothing is judged, and the teacher takes over from nobody.
+UNJUDGED = Rules(SCORES_ALONE, None, "none", max_interventions=0)
 
 
 def check_number(name: str, value: float, least: float, kind: str = "an integer") -> None:
@@ -136,7 +138,8 @@ class Truncated:
 
 @dataclass(frozen=True)
 class TeacherOnly:
-    """The teacher writes everything: off-policy distillation."""
+    """The teacher writes everything: off-policy distillation. A student changes nothing of the text; where that is
+    faster, it drafts it, see `motab.speculation`."""
 
     rules: ClassVar[None] = None  # the student writes no step
 

@@ -35,7 +35,7 @@ class Row:
     """One trajectory in progress.
 
     Attributes:
-        rules: rules of the policy; None if the teacher writes alone.
+        rules: rules of the policy; None if the teacher writes everything.
         turn: number of the turn in progress.
         seen: what the models see after the prompt; a rollback shortens it.
         target: the training target so far; a rollback drops its end, or makes it flawed and adds the phrase.

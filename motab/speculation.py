@@ -30,7 +30,8 @@ class Speculation:
         (n T + m (1 - a^T) / (1 - a)) / (cost T + 1)
 
     tokens per unit. If the teacher writes its rows alone, it is (n + m) T / (cost T + 1 + T) with T the block size,
-    without the passes for the student's rows, cost T + 1, if n = 0.
+    without the passes for the student's rows, cost T + 1, if n = 0. That a pass over more tokens takes longer, as it
+    does for many rows, is not counted.
 
     Args:
         block_size: the longest draft.
@@ -60,6 +61,14 @@ class Speculation:
             if tokens > most:
                 best, most = Plan(length, speculates=True), tokens
         return best
+
+
+def drafts_for(
+    student: PreTrainedModel | None, teacher: PreTrainedModel | None, block_size: int, is_compiled: bool
+) -> bool:
+    """Whether the student drafts anything where the teacher writes every row. If not at first, it never does: how often
+    they agree is then not observed."""
+    return Speculation(block_size, relative_cost(student, teacher, is_compiled)).plan(0, 1).speculates
 
 
 def relative_cost(student: PreTrainedModel | None, teacher: PreTrainedModel | None, is_compiled: bool) -> float:

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from test_speculation import deeper
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -81,6 +82,16 @@ def test_three_programs_on_pages_too(student, teacher, tokenizer, prompts):
         sizes = {"batch_size": batch_size, "block_size": block_size, "max_new_tokens": 160}
         expected = run(pair, tokenizer, prompts, POLICY, **sizes)
         check_same(run(pair, tokenizer, prompts, POLICY, **sizes, torch_compile=True, max_cached_tokens=768), expected)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+@needs_kernels
+def test_three_programs_where_a_student_drafts_all_that_a_teacher_writes(student, teacher, tokenizer, prompts):
+    """Its token, and the teacher's block and token."""
+    pair = pair_of(student, deeper(teacher, 8), "eager")
+    settings = {"policy": motab.TeacherOnly(), "batch_size": 5, "block_size": 8}
+    expected = run((None, pair[1]), tokenizer, prompts, **settings)
+    check_same(run(pair, tokenizer, prompts, **settings, torch_compile=True), expected)
     assert counters["stats"]["unique_graphs"] == 3
 
 

@@ -1,6 +1,7 @@
 """Where the caches do not hold every row at its longest, the same is written, with what room there is."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_synthesis import assert_same
 import motab
 from motab import memory
 from motab.admission import Admission
+from motab.speculation import Plan, Speculation
 from motab_kernels import RaggedKVCache
 from motab_kernels.backend import HAS_LIBRARY
 
@@ -72,6 +74,17 @@ def test_the_same_trajectories(student, teacher, tokenizer, prompts, policy, wai
     assert max(waited) > 30
     assert max(most) == 7
     assert max(len(t.token_ids) for t in found) >= 150
+    assert_same(found, expected)
+
+
+def test_the_same_with_a_student_that_drafts(student, teacher, tokenizer, prompts, waited, monkeypatch):
+    """All that a teacher writes; it reads again, with the teacher, what had to wait."""
+    settings = {**SETTINGS, "policy": motab.TeacherOnly()}
+    expected = list(motab.synthesize(None, teacher, tokenizer, prompts, **settings))
+    plans = itertools.cycle([Plan(9, speculates=True), Plan(24, speculates=False), Plan(24, speculates=True)])
+    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: next(plans))
+    found = list(motab.synthesize(student, teacher, tokenizer, prompts, **settings, max_cached_tokens=7 * 64 + 63))
+    assert max(waited) > 30
     assert_same(found, expected)
 
 

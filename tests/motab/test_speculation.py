@@ -13,7 +13,7 @@ import motab
 from motab.drawing import Sampling
 from motab.engine import Engine
 from motab.row import TEACHER
-from motab.speculation import Plan, Speculation, relative_cost
+from motab.speculation import Plan, Speculation, drafts_for, relative_cost
 from motab.writer import Writer
 
 ALONE = Plan(4, speculates=False)
@@ -30,6 +30,18 @@ POLICIES = [
 def fixed(monkeypatch, plan):
     """Let every round that may hold text of the teacher's be written so."""
     monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: plan)
+
+
+def deeper(model, layers):
+    """The same model with layers that add nothing, up to this many."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = layers
+    found = type(model)(config).to(model.dtype).eval()
+    for layer in found.model.layers:
+        for last in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            last.weight.data.zero_()
+    found.load_state_dict(model.state_dict(), strict=False)
+    return found
 
 
 @pytest.fixture
@@ -60,10 +72,76 @@ def test_the_teacher_writes_the_same(student, teacher, tokenizer, prompts, monke
         for a, b in zip(alone, drafted, strict=True):
             assert replace(a, steps=[], statistics={}) == replace(b, steps=[], statistics={})
             assert [(s.start, s.end, s.accepted) for s in a.steps] == [(s.start, s.end, s.accepted) for s in b.steps]
-            for name, column in a.statistics.items():
-                pairs = list(zip(column, b.statistics[name], strict=True))
-                assert all((x is None) == (y is None) for x, y in pairs)
-                assert all(x == pytest.approx(y, rel=1e-5, abs=2e-6) for x, y in pairs if x is not None)
+            assert_same_statistics(a, b)
+
+
+def assert_same_statistics(a, b):
+    """But for rounding."""
+    assert list(a.statistics) == list(b.statistics)
+    for name, column in a.statistics.items():
+        pairs = list(zip(column, b.statistics[name], strict=True))
+        assert all((x is None) == (y is None) for x, y in pairs)
+        assert all(x == pytest.approx(y, rel=1e-5, abs=2e-6) for x, y in pairs if x is not None)
+
+
+@pytest.mark.parametrize("sampling", [*SAMPLING, {"temperature": 1.0, "top_p": 0.8}])
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 12])
+def test_a_student_changes_nothing_of_what_the_teacher_alone_writes(
+    student, teacher, tokenizer, prompts, monkeypatch, passes, sampling, max_new_tokens
+):
+    """Whatever the sizes. A budget's last token is drafted by nobody."""
+    settings = {**sampling, "policy": motab.TeacherOnly(), "max_new_tokens": max_new_tokens}
+    alone = run(None, teacher, tokenizer, prompts, **settings)
+    assert {t.finish_reason for t in alone} == {"eos", "length"}
+    for length, block_size, batch_size in ((1, 1, 4), (2, 5, 1), (5, 5, 16), (16, 16, 5)):
+        passes.clear()
+        fixed(monkeypatch, Plan(length, speculates=True))
+        found = run(student, teacher, tokenizer, prompts, **settings, block_size=block_size, batch_size=batch_size)
+        assert any(model is student for model, _ in passes) == (max_new_tokens > 1)
+        for a, b in zip(alone, found, strict=True):
+            assert replace(a, statistics={}) == replace(b, statistics={})
+            assert_same_statistics(a, b)
+
+
+def test_a_student_that_only_drafts_has_no_say(student, teacher, tokenizer, prompts, monkeypatch, passes):
+    """Its end tokens end nothing, its context may be shorter than the text, and its weights may be broken."""
+    alone = run(None, teacher, tokenizer, prompts, motab.TeacherOnly())
+    assert any(7 in t.token_ids[:-1] for t in alone)
+    other = copy.deepcopy(student)
+    other.generation_config.eos_token_id = [0, 7]
+    other.config.max_position_embeddings = 16
+    other.model.embed_tokens.weight.data[8] = torch.nan
+    fixed(monkeypatch, Plan(4, speculates=True))
+    found = run(other, teacher, tokenizer, prompts, motab.TeacherOnly())
+    assert any(model is other for model, _ in passes)
+    assert [t.token_ids for t in found] == [t.token_ids for t in alone]
+
+
+def test_a_small_student_spares_the_teacher_passes(student, tokenizer, prompts, passes):
+    """One that costs a quarter of the teacher and always agrees drafts what it can of a text."""
+    teacher = deeper(student, 8)
+    lengths = {}
+    for drafter in (None, student):
+        passes.clear()
+        found = run(drafter, teacher, tokenizer, prompts, motab.TeacherOnly(), block_size=16, temperature=1.0)
+        lengths[drafter] = [length for model, length in passes if model is teacher]
+        assert {author for t in found for author in t.author} == {"teacher"}
+    assert set(lengths[None]) == {1}
+    assert max(lengths[student]) > 3
+    assert 3 * len(lengths[student]) < len(lengths[None])
+
+
+@pytest.mark.parametrize("layers", [2, 4])
+def test_a_student_that_is_too_slow_does_not_even_read(student, tokenizer, prompts, monkeypatch, layers):
+    """One as large as the teacher, and one half as large."""
+    made = []
+    monkeypatch.setattr("motab.engine.Writer", lambda model, *sizes: made.append(model) or Writer(model, *sizes))
+    teacher = deeper(student, layers)
+    run(student, teacher, tokenizer, prompts, motab.TeacherOnly(), block_size=16)
+    assert made == [teacher]
+    assert not drafts_for(student, teacher, 16, is_compiled=False)
+    assert drafts_for(student, deeper(student, 8), 16, is_compiled=False)
+    assert not drafts_for(student, deeper(student, 8), 1, is_compiled=False)  # a block of one saves no pass
 
 
 def test_the_teacher_needs_fewer_passes(student, tokenizer, prompts, monkeypatch, passes):
