@@ -17,7 +17,7 @@ from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.generation import PACE, SETTINGS, synthesize
 from motab.lock import Lock
 from motab.models import processes_sharing
-from motab.policies import MotabPolicy, Policy
+from motab.policies import MotabPolicy, Policy, needs_student
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
 from motab.trajectory import Grade, Trajectory
@@ -61,7 +61,7 @@ def synthesize_to_file(
     Raises:
         ValueError: whatever `synthesize` refuses, a file that another run is writing, and one that was begun with other
             prompts, models or settings; ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may
-            change. Nothing is written then.
+            change, and so may the student under `TeacherOnly`. Nothing is written then.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
@@ -70,7 +70,8 @@ def synthesize_to_file(
     options: dict[str, Any] = {"policy": policy, **settings, "in_order": False}  # what is finished is to be kept
     encoded = encode_prompts(prompts, tokenizer)
     synthesize(student, teacher, tokenizer, encoded, **options)  # refuses bad input before a file is made
-    models = {"student": student, "teacher": teacher}
+    # A student that writes nothing changes no trajectory: it may come and go.
+    models = {"student": student if needs_student(policy) else None, "teacher": teacher}
     begun = {
         **policy_settings(policy),
         **{name: None if model is None else model.name_or_path for name, model in models.items()},
@@ -80,7 +81,7 @@ def synthesize_to_file(
         **{name: value for name, value in {**SETTINGS, **settings}.items() if name not in PACE},
     }
     processes = Processes()
-    shared = any(processes_sharing(model) > 1 for model in models.values() if model is not None)
+    shared = any(processes_sharing(model) > 1 for model in (student, teacher) if model is not None)
     locks: list[Lock] = []
 
     def begin() -> list[int]:

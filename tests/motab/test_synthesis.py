@@ -205,6 +205,28 @@ def test_prompts_behind_the_others(tmp_path, student, teacher, tokenizer, prompt
     assert path.with_name("grown.settings.json").read_text() == settings
 
 
+@pytest.mark.parametrize("begin_with", [False, True])
+def test_a_student_that_only_drafts_comes_and_goes(tmp_path, student, teacher, tokenizer, prompts, begin_with):
+    """Beside a teacher that writes everything it is no setting of the file."""
+    path, named = tmp_path / "t", copy.deepcopy(student)
+    named.name_or_path = "some/student"
+
+    def write(with_student, policy, count=6):
+        arguments = (path, named if with_student else None, teacher, tokenizer, prompts[:count])
+        return in_order(motab.synthesize_to_file(*arguments, policy=policy, **SETTINGS))
+
+    first = write(begin_with, motab.TeacherOnly())
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    assert [t.index for t in write(not begin_with, motab.TeacherOnly())] == [3, 4, 5]
+    assert_same(motab.read_trajectories(path), first)
+    path.unlink()
+    write(True, POLICY)
+    named.name_or_path = "another/student"
+    with pytest.raises(ValueError, match="student: 'some/student' there, 'another/student' now"):
+        write(True, POLICY)
+
+
 def test_either_top_k_is_one_setting_of_a_file(tmp_path, student, teacher, tokenizer, prompts):
     """That of TokenSKD and that of sampling."""
 
