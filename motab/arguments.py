@@ -21,7 +21,7 @@ from motab.trajectory import AUTHORS, Grade
 class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
     """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to continue."""
 
-    model_name_or_path: str = setting("", "The student.")
+    model_name_or_path: str = setting("", "The student; teacher_only needs none, and a small one makes it faster.")
     teacher_model_name_or_path: str = setting("", "The teacher.")
     dataset_name: str = setting("", DATASET)
     dataset_split: str = setting("train", "Split of the hub dataset.")

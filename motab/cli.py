@@ -53,7 +53,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
     policy, names = args.make_policy(), {}
-    if needs_student(policy):
+    if needs_student(policy) or args.model_name_or_path:
         names["model_name_or_path"] = args.model_name_or_path
     if needs_teacher(policy) or args.teacher_model_name_or_path:
         names["teacher_model_name_or_path"] = args.teacher_model_name_or_path
@@ -62,7 +62,8 @@ def synthesize(arguments: list[str], console: Console) -> None:
     problems = args.load(args.dataset_name, args.dataset_split)
     if args.grade:
         check_answers(problems)
-    tokenizer = load_tokenizer(*names.values())
+    # The first one's template and end token count: the teacher's where the student only drafts.
+    tokenizer = load_tokenizer(*(names.values() if needs_student(policy) else reversed(names.values())))
     problems = args.short_enough(problems, tokenizer)
     student, teacher = (
         load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)

@@ -17,6 +17,7 @@ from motab.data import Problem, load_problems
 from motab.models import load_model
 from motab.progress import watch
 from motab.prompts import PromptFormat, encode_prompts
+from motab.synthesis import synthesize_to_file
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 TASK = "reasoning-gym:chain_sum?size=6&seed=5&min_terms=4&max_terms=6&min_digits=2&max_digits=2"
@@ -312,6 +313,31 @@ def test_a_policy_that_hands_back(config, tmp_path, capsys):
     assert main(["verify", *out]) == 0
     assert main(["report", *out]) == 0
     assert main(["show", *out]) == 0
+
+
+def test_a_student_beside_teacher_only(tmp_path, monkeypatch):
+    """It is loaded, to draft, and the prompts are the teacher's, whose template it need not have."""
+    folder = tmp_path / "student"
+    load_model(str(TINY / "student")).save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "student")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer.save_pretrained(folder)
+    given = []
+
+    def noting(path, student, *arguments, **settings):
+        given.append(student and student.name_or_path)
+        return synthesize_to_file(path, student, *arguments, **settings)
+
+    monkeypatch.setattr("motab.cli.synthesize_to_file", noting)
+    command = ["synthesize", "--policy", "teacher_only", "--teacher_model_name_or_path", str(TINY / "teacher")]
+    command += ["--dataset_name", TASK, "--max_new_tokens", "20"]
+    for name, flags in (("alone", []), ("both", ["--model_name_or_path", str(folder)])):
+        assert main([*command, *flags, "--output_dir", str(tmp_path / name)]) == 0
+    assert given == [None, str(folder)]
+    alone, both = (motab.read_trajectories(tmp_path / name / "trajectories.jsonl") for name in ("alone", "both"))
+    assert both == alone
+    templates = [AutoTokenizer.from_pretrained(path).chat_template for path in (tmp_path / "both", TINY / "teacher")]
+    assert templates[0] == templates[1]
 
 
 @pytest.mark.parametrize(
