@@ -13,7 +13,8 @@ The demo's problems, greedy, at most 160 new tokens, 1 and 32 trajectories at a 
   text. Without interventions their text differs from ours after a breach: a lower bound of the cost of monitoring.
 
 The larger teacher has four times as many layers, of which the added ones change nothing, so that it writes the same
-text: there, ours is raced against itself without speculation, the teacher writing alone after a takeover.
+text: there, ours is raced against itself without speculation, the teacher writing alone after a takeover. Under
+`TeacherOnly`, where it writes everything, ours has a student that drafts, and "ours, no student" has none.
 
 Each provider's text is compared token by token before it is timed. Texts differ in length and number, so the report's
 ratios are of the time per token that a model wrote, which excludes the stitched phrase.
@@ -84,9 +85,10 @@ class Result:
 # ---------------------------------------------------------------- the providers: a result for each prompt
 
 
-def ours(pair, prompts, batch_size, policy=POLICY, teacher=True, **options):
+def ours(pair, prompts, batch_size, policy=POLICY, student=True, teacher=True, **options):
     settings = {"policy": policy, "max_new_tokens": NEW, "batch_size": batch_size, "temperature": 0.0, **options}
-    written = motab.synthesize(pair.student, pair.teacher if teacher else None, pair.tokenizer, prompts, **settings)
+    models = pair.student if student else None, pair.teacher if teacher else None
+    written = motab.synthesize(*models, pair.tokenizer, prompts, **settings)
     return [Result(t.token_ids, t.breach_step, t.rollback_step, t.author.count("stitch")) for t in written]
 
 
@@ -198,6 +200,11 @@ PROVIDERS = {
     "generate": generate,
     "generate, then score": generate_then_score,
 }
+MONITORED = ("ours", "ours, compiled", "sent anew")
+TEACHER_ONLY = {
+    "ours": functools.partial(ours, policy=motab.TeacherOnly()),
+    "ours, no student": functools.partial(ours, policy=motab.TeacherOnly(), student=False),
+}
 
 
 # ---------------------------------------------------------------- the race
@@ -218,18 +225,20 @@ def pair(depth=1):
 
 
 @functools.cache
-def expected(monitored):
-    """For the first prompts: the text that monitored generation must write, and the student's own text with the
-    teacher's log-probabilities."""
-    if monitored:
-        return [sent_anew(pair(), prompt) for prompt in pair().prompts[:FEW]]
-    return generate_then_score(pair(), pair().prompts[:FEW], 1)
+def expected(author):
+    """For the first prompts: the text that "both" write in monitored generation, the "student"'s own with the
+    teacher's log-probabilities, or the "teacher"'s own."""
+    prompts = pair().prompts[:FEW]
+    if author == "both":
+        return [sent_anew(pair(), prompt) for prompt in prompts]
+    if author == "teacher":
+        return [Result(write(pair().teacher, prompt, NEW)) for prompt in prompts]
+    return generate_then_score(pair(), prompts, 1)
 
 
-def check(provider, results):
-    monitored = provider in ("ours", "ours, compiled", "sent anew", "ours, teacher alone")
-    known = expected(monitored=monitored)
-    assert any(result.breach_step is not None for result in known) == monitored
+def check(author, results):
+    known = expected(author)
+    assert any(result.breach_step is not None for result in known) == (author == "both")
     for result, other in zip(results[:FEW], known, strict=True):
         assert result.token_ids == other.token_ids
         assert (result.breach_step, result.rollback_step) == (other.breach_step, other.rollback_step)
@@ -242,18 +251,26 @@ def check(provider, results):
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_synthesis(benchmark, provider, batch_size):
     # Its text is the one that ours must write too, and takes long.
-    known = expected(monitored=True) if provider == "sent anew" else None
-    race(benchmark, "synthesis", PROVIDERS[provider], provider, pair(), batch_size, known)
+    known = expected("both") if provider == "sent anew" else None
+    author = "both" if provider in MONITORED else "student"
+    race(benchmark, "synthesis", PROVIDERS[provider], author, pair(), batch_size, known)
 
 
 @pytest.mark.parametrize("batch_size", [1, 32])
 @pytest.mark.parametrize("provider", ["ours", "ours, teacher alone"])
 def test_larger_teacher(benchmark, provider, batch_size):
     function = ours if provider == "ours" else unspeculative
-    race(benchmark, "synthesis with a teacher of 16 layers", function, provider, pair(depth=4), batch_size)
+    race(benchmark, "synthesis with a teacher of 16 layers", function, "both", pair(depth=4), batch_size)
 
 
-def race(benchmark, name, function, provider, models, batch_size, known=None):
+@pytest.mark.parametrize("batch_size", [1, 32])
+@pytest.mark.parametrize("provider", TEACHER_ONLY)
+def test_teacher_only(benchmark, provider, batch_size):
+    name, function = "TeacherOnly with a teacher of 16 layers", TEACHER_ONLY[provider]
+    race(benchmark, name, function, "teacher", pair(depth=4), batch_size)
+
+
+def race(benchmark, name, function, author, models, batch_size, known=None):
     one_by_one = batch_size == 1 or known is not None
     prompts = models.prompts[: FEW if one_by_one else MANY]
 
@@ -263,7 +280,7 @@ def race(benchmark, name, function, provider, models, batch_size, known=None):
         return results
 
     results = run() if known is None else known
-    check(provider, results)
+    check(author, results)
     benchmark.group = f"{name}, {batch_size} at a time, one thread"
     benchmark.extra_info["tokens"] = sum(len(result.token_ids) - result.phrase for result in results)
     benchmark.pedantic(run, rounds=1 if known is not None else 2 if one_by_one else 3)
