@@ -78,33 +78,43 @@ def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
     return code, found
 
 
-def main_loop(lines: list[str]) -> list[str]:
-    """The longest stretch between a backward branch and its target."""
-    code, places = branches(lines)
-    start, end = max(((target, i + 1) for i, target in places if target < i), key=length, default=(0, 0))
-    return code[start:end]
+def loops(places: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Where they begin and end, in order: at the target of a backward branch, and behind it."""
+    return sorted({(target, i + 1) for i, target in places if target < i})
 
 
 def inner_loops(lines: list[str]) -> list[list[str]]:
     """Loops that hold no other, in order."""
     code, places = branches(lines)
-    loops = {(target, i + 1) for i, target in places if target < i}
-    inner = [x for x in loops if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in loops)]
-    return [code[start:end] for start, end in sorted(inner)]
+    found = loops(places)
+    inner = [x for x in found if not any(x != y and x[0] <= y[0] and y[1] <= x[1] for y in found)]
+    return [code[start:end] for start, end in inner]
+
+
+def main_loop(code: list[str], places: list[tuple[int, int]]) -> tuple[int, int]:
+    """The first of the loops with the most 128-bit loads: others fill with zeros, or sum up again."""
+    return max(loops(places), key=lambda loop: count(WIDE_LOAD, code[slice(*loop)]), default=(0, 0))
+
+
+def body(lines: list[str]) -> list[str]:
+    """The main loop's."""
+    code, places = branches(lines)
+    return code[slice(*main_loop(code, places))]
 
 
 def executed(lines: list[str], tiles: int) -> int:
-    """Instructions of a program of whole tiles: what comes before the main loop, the loop, and what comes after it but
-    for the tail, the longest stretch that a branch behind the loop skips. If none does, all of it is the tail."""
+    """Instructions of a program of whole tiles: what comes before the main loop, the loop, and the shortest way from it
+    to the end, which leaves out the tail and what is seldom needed."""
     code, places = branches(lines)
-    start, end = max(((target, i + 1) for i, target in places if target < i), key=length)
-    tail = max(((i + 1, target) for i, target in places if target > i >= end), key=length, default=(end, len(code)))
-    rest = [line for line in code[end : tail[0]] + code[tail[1] :] if not line.startswith("NOP")]
-    return start + tiles * (end - start) + len(rest)
-
-
-def length(stretch: tuple[int, int]) -> int:
-    return stretch[1] - stretch[0]
+    start, end = main_loop(code, places)
+    targets = dict(places)
+    way = [0] * (len(code) + 1)  # from each place to the end
+    for i in reversed(range(end, len(code))):
+        ways = [] if re.match(r"(BRA\S*|s_branch)\s+(0x|\.?LBB)", code[i]) else [way[i + 1]]
+        if targets.get(i, 0) > i:
+            ways.append(way[targets[i]])
+        way[i] = 1 if re.search("EXIT|s_endpgm", code[i]) else 1 + min(ways, default=len(code))
+    return start + tiles * (end - start) + way[end]
 
 
 def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:

@@ -32,12 +32,12 @@ from benchmarks.machine_code import (
     SPECIAL,
     TARGETS,
     WIDE_LOAD,
+    body,
     compiled,
     count,
     executed,
     inner_loops,
     lines_of,
-    main_loop,
     registers_and_spills,
 )
 from motab_kernels.gpu import attention, boundary, divergence, sampling
@@ -125,6 +125,7 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
     aligned = tuple(n for n in kernel.arg_names if re.match(r"(student|teacher|out)_stride_|V$", n))
     constants = constants | {
         "HAS_TEMPERATURE": True,
+        "FAST": target.startswith("sm"),
         "GROUPS": settings.per_lane // vector,
         "LANES": settings.lanes,
         "VECTOR": vector,
@@ -132,7 +133,7 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
     }
     binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
     lines = lines_of(binary, target)
-    loop = main_loop(lines)
+    loop = body(lines)
     threads = settings.num_warps * TARGETS[target].warp_size
     pairs = settings.lanes * settings.per_lane / threads
     return Report(
@@ -163,10 +164,10 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
         constants = {"HAS_KEEP": True, "FORWARD": name == "forward_kl", "REVERSE": name == "reverse_kl"}
         yield loop_report(divergence.sums_kernel, f"sums {name}", dtype, target, settings, constants)
     for kind in ("jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        constants = {"HAS_KEEP": True, "KIND": kind.split()[0], "EVEN": kind == "jsd", "FAST": target.startswith("sm")}
+        constants = {"HAS_KEEP": True, "KIND": kind.split()[0], "EVEN": kind == "jsd"}
         yield loop_report(divergence.terms_kernel, f"terms {kind}", dtype, target, settings, constants)
     for kind in ("forward_kl", "reverse_kl", "jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd", "FAST": target.startswith("sm")}
+        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd"}
         yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 
@@ -219,7 +220,7 @@ def attention_report(
     if T == 1:
         constants["T"] = 1  # as in a launch
     binary = compiled(kernel, target, types, constants, num_warps, aligned, num_stages=settings.num_stages)
-    loop = main_loop(lines_of(binary, target))
+    loop = body(lines_of(binary, target))
     threads = num_warps * TARGETS[target].warp_size
     options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}{', pages' if PAGE else ''}"
     return AttentionReport(

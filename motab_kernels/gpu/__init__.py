@@ -15,6 +15,8 @@ def _probe():
 
 #: Whether the kernels run in the interpreter, on CPU tensors: TRITON_INTERPRET=1 was set when triton was imported.
 INTERPRETED = not isinstance(_probe, triton.JITFunction)
+#: Whether they are compiled for NVIDIA.
+NVIDIA = not INTERPRETED and torch.version.hip is None
 
 
 def launched_on(device: torch.device) -> AbstractContextManager[None]:

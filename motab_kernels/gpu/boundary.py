@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from motab_kernels.boundaries import Criterion
-from motab_kernels.gpu import launch, launched_on
+from motab_kernels.gpu import NVIDIA, launch, launched_on
 from motab_kernels.gpu.boundary_combine import combine_kernel
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import partial_kernel, rows
@@ -25,7 +25,10 @@ from motab_kernels.gpu.tuned import tuned
 
 
 class Settings(NamedTuple):
-    """How the vocabulary is divided. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles."""
+    """How the vocabulary is divided. A tile is `lanes` x `per_lane` columns and a split `tiles` tiles.
+
+    A tile has at least two columns for each thread, which are made float32 together.
+    """
 
     lanes: int = 32  # one a thread
     per_lane: int = 16  # of a lane, which share one rescaling; 128 bits of them are contiguous
@@ -62,6 +65,7 @@ def division(V: int, itemsize: int, settings: Settings) -> dict[str, int]:
         "S": S,
         "SPLIT": settings.lanes * settings.per_lane * settings.tiles,
         "GROUPS": settings.per_lane // vector,
+        "FAST": NVIDIA,
         "LANES": settings.lanes,
         "VECTOR": vector,
         "TILES": settings.tiles,

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from motab_kernels.gpu.online_softmax import (
+    in_float32,
     inverse_temperature,
     lowest,
     moved,
@@ -31,6 +32,7 @@ from motab_kernels.gpu.online_softmax import (
     tile_columns,
     tile_max,
     tile_sum,
+    weighted,
 )
 
 
@@ -47,7 +49,9 @@ def rows():
 
 
 @triton.jit
-def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best):
+def _add_tile(
+    t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best, GUARDED: tl.constexpr
+):
     """Add a (GROUPS, LANES, VECTOR) tile to the lanes' sums. No value crosses lanes."""
     tile_top = tile_max(t)
     best = tl.where(tile_top > top_t, start, best)  # the first tile with the lane's maximum
@@ -61,15 +65,58 @@ def _add_tile(t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s
     x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
     w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
     gap = x_t - x_s
-    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays NaN.
     z_t += tile_sum(w_t)
-    a_t += tile_sum(w_t * tl.where(w_t != 0, x_t, 0.0))
-    g_t += tile_sum(w_t * tl.where(w_t != 0, gap, 0.0))
+    a_t += tile_sum(weighted(w_t, x_t, GUARDED))
+    g_t += tile_sum(weighted(w_t, gap, GUARDED))
     z_s += tile_sum(w_s)
-    a_s += tile_sum(w_s * tl.where(w_s != 0, x_s, 0.0))
-    g_s += tile_sum(w_s * tl.where(w_s != 0, gap, 0.0))
+    a_s += tile_sum(weighted(w_s, x_s, GUARDED))
+    g_s += tile_sum(weighted(w_s, gap, GUARDED))
     rank += tile_sum((t > token_logit).to(tl.float32))  # whole numbers, exact up to 2^24
     return new_top_t, z_t, a_t, g_t, new_top_s, z_s, a_s, g_s, rank, best
+
+
+@triton.jit
+def _summed_up(
+    student_ptr,
+    teacher_ptr,
+    columns,
+    first,
+    whole,
+    end,
+    token_logit,
+    c,
+    GUARDED: tl.constexpr,
+    FAST: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """The sums over columns `first` to `end`, and of each lane its maximum with the first tile that has it.
+
+    GUARDED: also where a logit is -inf; else one that is makes sums NaN. The tail always is."""
+    top_t, top_s = tl.full([LANES], lowest(), tl.float32), tl.full([LANES], lowest(), tl.float32)
+    zeros = tl.zeros([LANES], tl.float32)
+    z_t, a_t, g_t, z_s, a_s, g_s, rank = zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    best = tl.zeros([LANES], tl.int32) + first
+    for start in range(first, whole, TILE):
+        t = in_float32(tl.load(teacher_ptr + start + columns), FAST)
+        s = in_float32(tl.load(student_ptr + start + columns), FAST)
+        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
+            t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best, GUARDED
+        )
+    if whole < end:  # the tail; columns beyond it have no probability
+        inside = whole + columns < end
+        t = in_float32(tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
+        s = in_float32(tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
+        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
+            t, s, whole, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best, True
+        )
+    row_t, row_s = tl.max(top_t, axis=0), tl.max(top_s, axis=0)
+    d_t, d_s = scaled(top_t, c) - scaled(row_t, c), scaled(top_s, c) - scaled(row_s, c)
+    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
+    a_t, a_s = tl.sum(moved(f_t, a_t, d_t, z_t), axis=0), tl.sum(moved(f_s, a_s, d_s, z_s), axis=0)
+    g_t, g_s = tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0), tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0)
+    z_t, z_s = tl.sum(z_t * f_t, axis=0), tl.sum(z_s * f_s, axis=0)
+    return row_t, z_t, a_t, g_t, row_s, z_s, a_s, g_s, tl.sum(rank, axis=0), top_t, best
 
 
 @triton.jit
@@ -89,6 +136,7 @@ def partial_kernel(
     T,
     V,
     HAS_TEMPERATURE: tl.constexpr,
+    FAST: tl.constexpr,  # see `in_float32`
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -110,51 +158,38 @@ def partial_kernel(
 
     TILE: tl.constexpr = GROUPS * LANES * VECTOR
     columns = tile_columns(GROUPS, LANES, VECTOR)
-    top_t, top_s = tl.full([LANES], lowest(), tl.float32), tl.full([LANES], lowest(), tl.float32)
-    zeros = tl.zeros([LANES], tl.float32)
-    z_t, a_t, g_t, z_s, a_s, g_s, rank = zeros, zeros, zeros, zeros, zeros, zeros, zeros
     first = split * (TILES * TILE)
-    best = tl.zeros([LANES], tl.int32) + first
-
     end = tl.minimum(first + TILES * TILE, V)
     whole = first + (end - first) // TILE * TILE
-    for start in range(first, whole, TILE):
-        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
-        s = tl.load(student_ptr + start + columns).to(tl.float32)
-        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
-            t, s, start, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best
+    row_t, z_t, a_t, g_t, row_s, z_s, a_s, g_s, rank, top_t, best = _summed_up(
+        student_ptr, teacher_ptr, columns, first, whole, end, token_logit, c, False, FAST, LANES, TILE
+    )
+    # Guards would take a fifth of the loop's instructions. Only a split that holds -inf or NaN needs them: it is summed
+    # up again. Where nothing is NaN, both give the same bits.
+    if (a_t != a_t) | (g_t != g_t) | (a_s != a_s) | (g_s != g_s):
+        _, _, a_t, g_t, _, _, a_s, g_s, _, _, _ = _summed_up(
+            student_ptr, teacher_ptr, columns, first, whole, end, token_logit, c, True, FAST, LANES, TILE
         )
-    if whole < end:  # the tail; columns beyond it have no probability
-        inside = whole + columns < end
-        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best = _add_tile(
-            t, s, whole, token_logit, c, top_t, z_t, a_t, g_t, top_s, z_s, a_s, g_s, rank, best
-        )
-
-    row_t, row_s = tl.max(top_t, axis=0), tl.max(top_s, axis=0)
-    d_t, d_s = scaled(top_t, c) - scaled(row_t, c), scaled(top_s, c) - scaled(row_s, c)
-    f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
 
     # The first maximum lies in the earliest tile that has it: search that tile again, in the lanes that saw it.
     tile = tl.min(tl.where(top_t == row_t, best, V), axis=0)
     columns += tile // TILE * TILE  # which says that it is a multiple
     seen = ((top_t == row_t) & (best == tile))[None, :, None]
     if tile < whole:  # its loads are of 128 bits, which a mask by column would cut
-        t = tl.load(teacher_ptr + columns, mask=seen, other=-float("inf")).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + columns, mask=seen, other=-float("inf")), FAST)
     else:
-        t = tl.load(teacher_ptr + columns, mask=seen & (columns < end), other=-float("inf")).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + columns, mask=seen & (columns < end), other=-float("inf")), FAST)
     argmax = tl.min(tl.min(tl.min(tl.where(t == row_t, columns, V), axis=2), axis=0), axis=0)
 
     S = tl.num_programs(1)
     partial_ptr += position.to(tl.int64) * rows() * S + split
     tl.store(partial_ptr + row("top_t") * S, row_t)
-    tl.store(partial_ptr + row("z_t") * S, tl.sum(z_t * f_t, axis=0))
-    tl.store(partial_ptr + row("a_t") * S, tl.sum(moved(f_t, a_t, d_t, z_t), axis=0))
-    tl.store(partial_ptr + row("g_t") * S, tl.sum(moved(f_t, g_t, d_t - d_s, z_t), axis=0))
+    tl.store(partial_ptr + row("z_t") * S, z_t)
+    tl.store(partial_ptr + row("a_t") * S, a_t)
+    tl.store(partial_ptr + row("g_t") * S, g_t)
     tl.store(partial_ptr + row("top_s") * S, row_s)
-    tl.store(partial_ptr + row("z_s") * S, tl.sum(z_s * f_s, axis=0))
-    tl.store(partial_ptr + row("a_s") * S, tl.sum(moved(f_s, a_s, d_s, z_s), axis=0))
-    tl.store(partial_ptr + row("g_s") * S, tl.sum(moved(f_s, g_s, d_t - d_s, z_s), axis=0))
-    tl.store(partial_ptr + row("rank") * S, tl.sum(rank, axis=0))
+    tl.store(partial_ptr + row("z_s") * S, z_s)
+    tl.store(partial_ptr + row("a_s") * S, a_s)
+    tl.store(partial_ptr + row("g_s") * S, g_s)
+    tl.store(partial_ptr + row("rank") * S, rank)
     tl.store(partial_ptr + row("argmax") * S, (argmax - first).to(tl.float32))  # within the split, exact

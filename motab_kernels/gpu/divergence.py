@@ -13,13 +13,10 @@ import torch
 import triton
 from torch import Tensor
 
-from motab_kernels.gpu import launch, launched_on
+from motab_kernels.gpu import NVIDIA, launch, launched_on
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
-
-#: Whether the kernels are compiled for NVIDIA, and not interpreted.
-NVIDIA = isinstance(terms_kernel, triton.JITFunction) and torch.version.hip is None
 
 
 class Settings(NamedTuple):
@@ -64,6 +61,7 @@ def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: S
         "T": student.shape[1],
         "V": student.shape[2],
         "HAS_TEMPERATURE": tau is not None,
+        "FAST": NVIDIA,
         "GROUPS": settings.per_lane // vector,
         "LANES": settings.lanes,
         "VECTOR": vector,
@@ -135,7 +133,6 @@ def divergence_terms(
         "rest": 1 - lam,
         "KIND": kind,
         "EVEN": lam == 0.5,
-        "FAST": NVIDIA,
         "HAS_KEEP": keep is not None,
     }
     with launched_on(student.device):
@@ -167,7 +164,6 @@ def divergence_gradient(
         "rest": 1 - lam,
         "KIND": kind,
         "EVEN": lam == 0.5,
-        "FAST": NVIDIA,
     }
     with launched_on(student.device):
         launch(gradient_kernel, (B * T, splits(V, settings)), arguments, num_warps=settings.num_warps)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from motab_kernels.gpu.online_softmax import (
+    in_float32,
     inverse_temperature,
     ln_2,
     log2_e,
@@ -17,6 +18,7 @@ from motab_kernels.gpu.online_softmax import (
     tile_columns,
     tile_max,
     tile_sum,
+    weighted,
 )
 
 
@@ -41,11 +43,10 @@ def _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD: tl.constexpr, 
     f_t, f_s = tl.exp2(d_t), tl.exp2(d_s)
     x_t, x_s = tl.fma(t, c, -m_t[None, :, None]), tl.fma(s, c, -m_s[None, :, None])
     w_t, w_s = tl.exp2(x_t), tl.exp2(x_s)
-    # 0 * (-inf) would be NaN; a weight that is NaN is != 0, and stays NaN.
     if FORWARD:
-        g_t = moved(f_t, g_t, d_t - d_s, z_t) + tile_sum(w_t * tl.where(w_t != 0, x_t - x_s, 0.0))
+        g_t = moved(f_t, g_t, d_t - d_s, z_t) + tile_sum(weighted(w_t, x_t - x_s, True))
     if REVERSE:
-        g_s = moved(f_s, g_s, d_t - d_s, z_s) + tile_sum(w_s * tl.where(w_s != 0, x_t - x_s, 0.0))
+        g_s = moved(f_s, g_s, d_t - d_s, z_s) + tile_sum(weighted(w_s, x_t - x_s, True))
     z_t, z_s = z_t * f_t + tile_sum(w_t), z_s * f_s + tile_sum(w_s)
     return new_top_t, z_t, g_t, new_top_s, z_s, g_s
 
@@ -66,6 +67,7 @@ def sums_kernel(
     V,
     HAS_KEEP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
+    FAST: tl.constexpr,  # see `in_float32`
     FORWARD: tl.constexpr,
     REVERSE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -92,13 +94,13 @@ def sums_kernel(
     end = tl.minimum(first + TILES * TILE, V)
     whole = first + (end - first) // TILE * TILE
     for start in range(first, whole, TILE):
-        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
-        s = tl.load(student_ptr + start + columns).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + start + columns), FAST)
+        s = in_float32(tl.load(student_ptr + start + columns), FAST)
         top_t, z_t, g_t, top_s, z_s, g_s = _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD, REVERSE)
     if whole < end:  # the tail; columns beyond it have no probability
         inside = whole + columns < end
-        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
+        s = in_float32(tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
         top_t, z_t, g_t, top_s, z_s, g_s = _add_tile(t, s, c, top_t, z_t, g_t, top_s, z_s, g_s, FORWARD, REVERSE)
 
     row_t, row_s = tl.max(top_t, axis=0), tl.max(top_s, axis=0)

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from motab_kernels.gpu.divergence_sums import column
 from motab_kernels.gpu.online_softmax import (
+    in_float32,
     inverse_temperature,
     ln_2,
     log2,
@@ -140,7 +141,7 @@ def terms_kernel(
     rest,  # 1 - lam, from the host: in float32 1 - (1 - 1e-9) would be 0
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
-    FAST: tl.constexpr,  # see `log2`
+    FAST: tl.constexpr,  # see `log2` and `in_float32`
     HAS_KEEP: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -169,16 +170,16 @@ def terms_kernel(
     end = tl.minimum(first + TILES * TILE, V)
     whole = first + (end - first) // TILE * TILE
     for start in range(first, whole, TILE):
-        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
-        s = tl.load(student_ptr + start + columns).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + start + columns), FAST)
+        s = in_float32(tl.load(student_ptr + start + columns), FAST)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
         term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
         centre += tile_sum(weighted)
     if whole < end:  # the tail; columns beyond it have no probability
         inside = whole + columns < end
-        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
+        s = in_float32(tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
         w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
         term, weighted = _terms(w, e, gap, p_leads, lam, rest, KIND, EVEN, FAST)
         divergence += tile_sum(term)
@@ -240,7 +241,7 @@ def gradient_kernel(
     rest,  # 1 - lam, from the host: in float32 1 - (1 - 1e-9) would be 0
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
-    FAST: tl.constexpr,  # see `log2`
+    FAST: tl.constexpr,  # see `log2` and `in_float32`
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -274,16 +275,16 @@ def gradient_kernel(
     m_t, m_s, reciprocal_t, reciprocal_s, offset = _row(saved_ptr, c)
     centre = tl.load(saved_ptr + column("centre"))
     for start in range(first, whole, TILE):
-        t = tl.load(teacher_ptr + start + columns).to(tl.float32)
-        s = tl.load(student_ptr + start + columns).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + start + columns), FAST)
+        s = in_float32(tl.load(student_ptr + start + columns), FAST)
         result = _gradient(
             t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
         )
         tl.store(out_ptr + start + columns, result.to(out_ptr.dtype.element_ty))
     if whole < end:
         inside = whole + columns < end
-        t = tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
-        s = tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")).to(tl.float32)
+        t = in_float32(tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
+        s = in_float32(tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
         result = _gradient(
             t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
         )

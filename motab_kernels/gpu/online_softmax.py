@@ -27,6 +27,23 @@ def ln_2():
 
 
 @triton.jit
+def in_float32(x, FAST: tl.constexpr):
+    """FAST: NVIDIA's own instructions, one for each of two bfloat16 of a register, of which Triton's take three."""
+    if FAST and x.dtype == tl.bfloat16:
+        halves: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(halves, "=f,=f,r", [x], tl.float32, is_pure=True, pack=2)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def weighted(w, x, GUARDED: tl.constexpr):
+    """w * x; GUARDED: 0 and not NaN where w is 0 and x infinite. A weight that is NaN is != 0, and stays NaN."""
+    if GUARDED:
+        x = tl.where(w != 0, x, 0.0)
+    return w * x
+
+
+@triton.jit
 def moved(f, total, shift, z):
     """A sum of terms w * x after x has grown by `shift` and w by the factor f; 0 where f is 0, even if it was inf."""
     return tl.where(f != 0, f * (total + shift * z), 0.0)

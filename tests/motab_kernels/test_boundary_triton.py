@@ -42,7 +42,7 @@ def lanes(monkeypatch):
     """Set the lanes, 16 columns a tile each; a split is two tiles. Afterwards all is as it was."""
 
     def choose(count):
-        settings = gpu.Settings(lanes=count, tiles=2, num_warps=4)
+        settings = gpu.Settings(lanes=count, tiles=2, num_warps=4 if count >= 128 else 1)
         monkeypatch.setattr(gpu, "settings_for", lambda device: settings)
 
     return choose

@@ -35,7 +35,8 @@ def backend(request, monkeypatch):
 def set_lanes(monkeypatch, lanes):
     from motab_kernels.gpu import divergence as gpu
 
-    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=lanes, tiles=2, rows=4))
+    warps = 4 if lanes >= 128 else 1
+    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=lanes, tiles=2, num_warps=warps, rows=4))
 
 
 def run(student, teacher, kind, upstream=None, **keywords):
