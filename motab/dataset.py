@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +27,11 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         trajectories: the trajectories, or the file that `synthesize_to_file` wrote; an incomplete last line is
             left out.
         ignore_authors: whose tokens are not trained on ("student", "flawed", "stitch", "teacher").
-        max_length: leave out, with one warning, trajectories of more tokens, prompt and target together.
+        max_length: leave out trajectories of more tokens, prompt and target together.
         only_correct: leave out trajectories that do not answer their problem; all must have been graded.
+
+    Trajectories without a token to train on are left out too: a step on them would be lost, and PyTorch's mean
+    cross-entropy of a batch of them is NaN. One warning counts all that are left out.
 
     Attributes:
         end_tokens: the end tokens of the trajectories that did not run out of budget.
@@ -45,15 +48,14 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         max_length: int | None = None,
         only_correct: bool = False,
     ):
-        ignored, longer, wrong = frozenset(ignored_authors(ignore_authors)), 0, 0
+        ignored, longer, wrong, idle = frozenset(ignored_authors(ignore_authors)), 0, 0, 0
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, target only
         source = trajectories
         for t in trajectories_in(source, statistics=False) if isinstance(source, str | Path) else source:
-            if len(t.author) != len(t.token_ids):
-                raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
-            if max_length is not None and len(t.prompt_ids) + len(t.token_ids) > max_length:
+            ids, trained = encode(t, ignored)
+            if max_length is not None and len(ids) > max_length:
                 longer += 1
                 continue
             if only_correct and t.correct is None:
@@ -65,18 +67,22 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
             if only_correct and not t.correct:
                 wrong += 1
                 continue
+            if not trained.any():
+                idle += 1
+                continue
             if t.finish_reason == "eos":
                 self.end_tokens.add(t.token_ids[-1])
-            self.ids.append(np.array(t.prompt_ids + t.token_ids, dtype=np.int32))
-            self.trained.append(np.array([author not in ignored for author in t.author], dtype=np.bool_))
-        of = f"of {longer + wrong + len(self.ids)} trajectories"
+            self.ids.append(ids)
+            self.trained.append(trained)
+        of = f"of {longer + wrong + idle + len(self.ids)} trajectories"
         reasons = {
             f"{longer} {of} have more than max_length {max_length} tokens": longer,
             f"{wrong} {of} have a wrong answer": wrong,
+            f"{idle} {of} have no token to train on": idle,
         }
         if left_out := " and ".join(reason for reason, count in reasons.items() if count):
             if not self.ids:
-                ways = {"raise max_length": longer, "leave only_correct out": wrong}
+                ways = {"raise max_length": longer, "leave only_correct out": wrong, "ignore fewer authors": idle}
                 raise ValueError(f"{left_out}: none is left; {' or '.join(way for way in ways if ways[way])}")
             if process_state().is_main_process:
                 warnings.warn(f"{left_out}; they are left out", stacklevel=2)
@@ -85,14 +91,27 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.ids[index].tolist(), "labels": self.labels(index).tolist()}
+        return example(self.ids[index], self.trained[index])
 
-    def labels(self, index: int) -> np.ndarray:
-        """The labels of one example, int32."""
-        ids, trained = self.ids[index], self.trained[index]
-        labels = np.full_like(ids, IGNORED)
-        np.copyto(labels[len(ids) - len(trained) :], ids[len(ids) - len(trained) :], where=trained)
-        return labels
+
+def encode(t: Trajectory, ignored: Collection[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of prompt and target, int32, and which of the target's tokens are trained on, bool."""
+    if len(t.author) != len(t.token_ids):
+        raise ValueError(f"trajectory {t.index} has {len(t.token_ids)} tokens and {len(t.author)} authors")
+    trained = [author not in ignored for author in t.author]
+    return np.array(t.prompt_ids + t.token_ids, dtype=np.int32), np.array(trained, dtype=np.bool_)
+
+
+def labels(ids: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """The labels of what `encode` returns, int32."""
+    found = np.full_like(ids, IGNORED)
+    np.copyto(found[len(ids) - len(trained) :], ids[len(ids) - len(trained) :], where=trained)
+    return found
+
+
+def example(ids: np.ndarray, trained: np.ndarray) -> dict[str, list[int]]:
+    """What `encode` returns as `collate` takes it."""
+    return {"input_ids": ids.tolist(), "labels": labels(ids, trained).tolist()}
 
 
 def collate(examples: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:

@@ -123,7 +123,8 @@ def cross_entropy_from_head(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of (B, T) labels, each predicted by the (B, T, H) hidden states before it: the sum over
-    ``num_items``, or the mean. Logits exist for some positions at a time, and are computed again for the gradient."""
+    ``num_items`` (0 counts as 1), or the mean. Logits exist for some positions at a time, and are computed again for
+    the gradient."""
     head = whole_head(model)
     counted = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)  # the host waits for a GPU: once for both
     hidden, labels = hidden[:, :-1][counted], labels[:, 1:][counted]  # no logits of prompts and padding
@@ -136,7 +137,7 @@ def cross_entropy_from_head(
     size = max(1, BUDGET // (len(head.weight) * (8 + 2 * head.weight.element_size())))
     pairs = zip(hidden.split(size), labels.split(size), strict=True)
     total = torch.stack([checkpoint(part, *pair, use_reentrant=False) for pair in pairs]).sum()
-    return total / (max(1, len(labels)) if num_items is None else num_items)
+    return total / torch.as_tensor(len(labels) if num_items is None else num_items).clamp(min=1)
 
 
 def loss_from_heads(

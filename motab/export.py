@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from motab.dataset import TrajectoryDataset
+from motab.dataset import TrajectoryDataset, labels
 from motab.files import whole_path
 
 _ENDS = (".parquet", ".jsonl")
@@ -31,41 +29,35 @@ def export_dataset(dataset: TrajectoryDataset, output_file: str | Path) -> int:
         output_file: ends in ``.parquet`` or ``.jsonl``.
 
     Returns:
-        The number of rows. Trajectories without a token to train on are left out, with one warning: PyTorch's mean
-        cross-entropy over only such trajectories is NaN.
+        The number of rows.
 
     Raises:
-        ValueError: another file type; no trajectory with a token to train on.
+        ValueError: another file type; no trajectory.
     """
     import datasets
     import pyarrow as pa
 
     check_output_file(output_file)
-    rows = [index for index, trained in enumerate(dataset.trained) if trained.any()]
-    if not rows:
-        raise ValueError(f"none of {len(dataset)} trajectories has a token to train on; ignore fewer authors")
-    if idle := len(dataset) - len(rows):
-        warnings.warn(f"{idle} of {len(dataset)} trajectories have no token to train on and are left out", stacklevel=2)
-    table = datasets.Dataset(
-        pa.concat_tables(_part(dataset, rows[at : at + _ROWS]) for at in range(0, len(rows), _ROWS))
-    )
+    if not len(dataset):
+        raise ValueError("dataset must hold at least one trajectory, got none")
+    table = datasets.Dataset(pa.concat_tables(_part(dataset, at) for at in range(0, len(dataset), _ROWS)))
     with whole_path(output_file) as temporary:
         if Path(output_file).suffix == ".parquet":
             table.to_parquet(temporary)
         else:
             table.to_json(temporary)
-    return len(rows)
+    return len(dataset)
 
 
-def _part(dataset: TrajectoryDataset, rows: Sequence[int]) -> Any:
-    """The table of some rows, built from arrays: from lists, datasets would take 170 bytes per token."""
+def _part(dataset: TrajectoryDataset, at: int) -> Any:
+    """The table of the rows from one on, built from arrays: from lists, datasets would take 170 bytes per token."""
     import pyarrow as pa
 
-    ids = [dataset.ids[row] for row in rows]
+    ids, trained = (rows[at : at + _ROWS] for rows in (dataset.ids, dataset.trained))
     values = {
         "input_ids": np.concatenate(ids),
         "attention_mask": np.ones(sum(map(len, ids)), dtype=np.int8),
-        "labels": np.concatenate([dataset.labels(row) for row in rows]),
+        "labels": np.concatenate(list(map(labels, ids, trained))),
     }
     ends = pa.array(np.cumsum([0, *map(len, ids)]), pa.int32())
     return pa.table({name: pa.ListArray.from_arrays(ends, pa.array(column)) for name, column in values.items()})

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from motab.config import MotabConfig
-from motab.dataset import IGNORED, TrajectoryDataset, collate
+from motab.dataset import IGNORED, TrajectoryDataset, collate, encode, example
 from motab.distillation import (
     Divergence,
     cross_entropy_from_head,
@@ -250,7 +250,8 @@ class MotabTrainer(Trainer):
             epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
         else:
             epoch_iterator = map(self._without_repeats, epoch_iterator)
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, count if count is None else count.clamp(min=1)  # none counts of what ignored authors wrote
 
     def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Ignore the rows that accelerate repeats in an epoch's last batch to give every process equally many."""
@@ -277,7 +278,7 @@ class MotabTrainer(Trainer):
         self.written += trajectories
         if self.args.save_rollouts and self.is_world_process_zero():
             self._save_rollouts(trajectories, place)
-        examples = iter(TrajectoryDataset(trajectories, self.args.ignore_authors))
+        examples = (example(*encode(t, self.args.ignore_authors)) for t in trajectories)
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
 
     def _save_rollouts(self, trajectories: Sequence[Trajectory], first_index: int) -> None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from motab.config import MotabConfig
 from motab.dataset import TrajectoryDataset
-from motab.policies import needs_student
+from motab.policies import needs_student, needs_teacher
 from motab.rollouts import Rollouts
 from motab.trajectory import Trajectory
 
@@ -63,6 +63,9 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
             f"Rollouts need a policy under which the student writes, got {name}; write its trajectories once with "
             "synthesize"
         )
+    if "student" in args.ignore_authors and not needs_teacher(train_dataset.policy):
+        name = type(train_dataset.policy).__name__
+        raise ValueError(f"ignore_authors must leave a token to train on, got student, who alone writes under {name}")
     if processing_class is None:
         raise ValueError("Rollouts need the tokenizer; give processing_class")
     if args.only_correct:

@@ -67,6 +67,22 @@ def test_trajectories_that_are_too_long():
         TrajectoryDataset(TRAJECTORIES, max_length=2)
 
 
+def test_trajectories_without_a_token_to_train_on(tmp_path):
+    """The second is the student's alone: a step on it would do nothing, and the first's loss count as half."""
+    message = "1 of 2 trajectories have no token to train on"
+    with pytest.warns(UserWarning, match=f"{message}; they are left out"):
+        kept = TrajectoryDataset(TRAJECTORIES, "student")
+    assert list(kept) == [TrajectoryDataset(TRAJECTORIES[:1], "student")[0]]
+    assert kept.end_tokens == {7}
+    with pytest.raises(ValueError, match=r"1 of 1 trajectories have no token .*: none is left; ignore fewer authors$"):
+        TrajectoryDataset(TRAJECTORIES[1:], "student")
+    args = config(tmp_path, ignore_authors=["student"], per_device_train_batch_size=1, num_train_epochs=1)
+    with pytest.warns(UserWarning, match=message):
+        trainer = motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES)
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.filterwarnings("ignore:1 of 2 trajectories")
 def test_the_trainer_leaves_them_out(tmp_path):
     short, both = {"max_length": 6}, {"a": TRAJECTORIES}

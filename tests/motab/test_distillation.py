@@ -74,10 +74,11 @@ def test_heads_with_biases():
 
 
 def test_a_batch_without_a_token_to_train_on():
-    """As of held-out trajectories by ignored authors: nothing, not NaN."""
+    """As of what ignored authors write during training: nothing, not NaN."""
     model = make_model(3)
     hidden = last_hidden_states(model, input_ids=torch.tensor([[1, 2, 3]]))
-    assert cross_entropy_from_head(model, hidden, torch.full((1, 3), -100), None) == 0
+    for count in (None, 0, torch.tensor(0)):
+        assert cross_entropy_from_head(model, hidden, torch.full((1, 3), -100), count) == 0
 
 
 def test_logits_are_computed_again_for_the_gradient(monkeypatch):

@@ -83,11 +83,11 @@ def test_a_step_of_trl(tmp_path, tokenizer, size):
 def test_examples_without_a_token_to_train_on(tmp_path):
     """The second trajectory is the student's alone."""
     path = tmp_path / "data.parquet"
-    with pytest.warns(UserWarning, match="1 of 2 trajectories have no token to train on and are left out"):
+    with pytest.warns(UserWarning, match="1 of 2 trajectories have no token to train on; they are left out"):
         assert motab.export_dataset(motab.TrajectoryDataset(TRAJECTORIES, "student"), path) == 1
     assert load(path)["input_ids"] == [[1, 2, 3, 4, 5, 6, 7]]
-    with pytest.raises(ValueError, match="none of 1 trajectories has a token to train on; ignore fewer authors"):
-        motab.export_dataset(motab.TrajectoryDataset(TRAJECTORIES[1:], "student"), tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match="dataset must hold at least one trajectory, got none"):
+        motab.export_dataset(motab.TrajectoryDataset([]), tmp_path / "none.parquet")
     assert not (tmp_path / "none.parquet").exists()
 
 

@@ -164,6 +164,19 @@ def test_kept_rollouts_are_shown(tmp_path, student, teacher, tokenizer, prompts,
     assert [t.index for t in read_trajectories(rollouts_of(tmp_path))] == [0, 1]
 
 
+@pytest.mark.parametrize("fuses_head", [True, False])
+def test_a_step_of_which_no_token_counts(tmp_path, student, teacher, tokenizer, prompts, monkeypatch, fuses_head):
+    """A teacher that never steps in leaves the student's alone, which are ignored: a loss of 0, and no NaN."""
+    monkeypatch.setattr("motab.trainer.has_plain_head", lambda model: fuses_head)
+    policy = motab.TokenSKD(16)  # the whole vocabulary
+    settings = {"ignore_authors": ["student"], "max_steps": 2, "logging_nan_inf_filter": False}
+    trainer = train(tmp_path, student, teacher, tokenizer, prompts, policy, **settings)
+    assert [set(t.author) for _, written, *_ in trainer.steps for t in written] == [{"student"}] * 4
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [(entry["loss"], entry["grad_norm"]) for entry in entries] == [(0, 0)] * 2
+    assert all(map(torch.equal, trainer.model.parameters(), student.parameters()))
+
+
 def test_brings_the_student_to_the_teacher(tmp_path, student, teacher, tokenizer, prompts):
     settings = {"learning_rate": 1e-2, "num_train_epochs": 40, "per_device_train_batch_size": 12}
     trainer = train(
@@ -207,16 +220,22 @@ def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
             {"train_dataset": motab.Rollouts([[1]], motab.TeacherOnly())},
             "Rollouts need a policy under which the student writes, got TeacherOnly",
         ),
+        (
+            {"ignore_authors": ["student"]},
+            "ignore_authors must leave a token to train on, got student, who alone writes under OnPolicy",
+        ),
         ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
         ({"max_length": 9}, "max_length applies to finished trajectories, got 9 with Rollouts; give them max_new"),
         ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
     ],
 )
 def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
+    settings = {name: change[name] for name in ("max_length", "ignore_authors") if name in change}
+    change = {name: value for name, value in change.items() if name not in settings}
     arguments = {
         "model": copy.deepcopy(student),
         "teacher_model": teacher,
-        "args": config(tmp_path, loss_type="jsd", max_length=change.pop("max_length", None)),
+        "args": config(tmp_path, loss_type="jsd", **settings),
         "train_dataset": motab.Rollouts([[1]], motab.OnPolicy()),
         "processing_class": tokenizer,
     }
