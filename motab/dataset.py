@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -89,6 +90,11 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @cached_property
+    def num_trained(self) -> int:
+        """The tokens that are trained on, of all trajectories."""
+        return sum(int(trained.sum()) for trained in self.trained)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return example(self.ids[index], self.trained[index])

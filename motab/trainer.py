@@ -80,9 +80,8 @@ class MotabTrainer(Trainer):
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, a `TrajectoryDataset` of them, or
             `Rollouts`.
-        eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over
-            trajectories of the mean over the tokens of their batch, is logged as ``eval_strategy`` says and returned by
-            `evaluate`.
+        eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over all
+            their tokens, is logged as ``eval_strategy`` says and returned by `evaluate`.
         processing_class: the tokenizer, saved with the model; needed for `Rollouts`.
 
     Raises:
@@ -109,6 +108,7 @@ class MotabTrainer(Trainer):
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written: list[Trajectory] = []  # since the last entry of the log
         self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
+        self.held_out: TrajectoryDataset | None = None  # those of the last evaluation
         self.divergence: Divergence | None = None
         if args.loss_type != "cross_entropy":
             self.divergence = Divergence(args.loss_type, args.beta, args.alpha, args.temperature)
@@ -221,7 +221,9 @@ class MotabTrainer(Trainer):
         """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
         if eval_dataset is not None and not isinstance(eval_dataset, str | TrajectoryDataset):
             eval_dataset = as_examples(eval_dataset, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+        loader = super().get_eval_dataloader(eval_dataset)
+        self.held_out = loader.dataset
+        return loader
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         """Trainer's method; it may come before training, except under FSDP2 and DeepSpeed."""
@@ -249,18 +251,30 @@ class MotabTrainer(Trainer):
         if self.rollouts is not None:  # a prompt that accelerate repeats gets a trajectory of its own
             epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
         else:
-            epoch_iterator = map(self._without_repeats, epoch_iterator)
+            epoch_iterator = map(self._training_batch, epoch_iterator)
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, count if count is None else count.clamp(min=1)  # none counts of what ignored authors wrote
 
-    def _without_repeats(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Ignore the rows that accelerate repeats in an epoch's last batch to give every process equally many."""
-        rows = self._train_batch_size
-        # accelerate's own remainder is not there in an epoch that is resumed.
-        remainder = len(self.train_dataset) % (rows * self.accelerator.num_processes)
-        if self.accelerator.gradient_state.end_of_dataloader and remainder and not self.args.dataloader_drop_last:
-            batch["labels"][max(remainder - self.args.process_index * rows, 0) :] = IGNORED
+    def _training_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        self._ignore_repeats_(batch["labels"], len(self.train_dataset), self._train_batch_size)
         return batch
+
+    def _ignore_repeats_(self, labels: Tensor, count: int, rows: int) -> None:
+        """Ignore the rows that accelerate repeats in an epoch's last batch to give every process equally many."""
+        # accelerate's own remainder is not there in an epoch that is resumed.
+        remainder = count % (rows * self.accelerator.num_processes)
+        if self.accelerator.gradient_state.end_of_dataloader and remainder and not self.args.dataloader_drop_last:
+            labels[max(remainder - self.args.process_index * rows, 0) :] = IGNORED
+
+    def _items_evaluated(self, labels: Tensor) -> Tensor:
+        """What a batch's sum is divided by: as many tokens as that many trajectories have on average. Trainer takes the
+        mean over trajectories of their batches' losses, which is then the mean over all tokens."""
+        assert self.held_out is not None
+        self._ignore_repeats_(labels, len(self.held_out), self.args.eval_batch_size)
+        count = self.held_out.num_trained / len(self.held_out)
+        if self.args.average_tokens_across_devices:
+            count *= self.accelerator.num_processes  # as the loss will be
+        return (labels != IGNORED).any(1).sum().clamp(min=1) * count
 
     def _write(self, batches: Sequence[list[int]]) -> Iterator[dict[str, Tensor]]:
         assert self.rollouts is not None
@@ -307,10 +321,10 @@ class MotabTrainer(Trainer):
         bare = self.accelerator.unwrap_model(model)
         if self.fuses_head is None:
             self.fuses_head = self._can_fuse_head(bare)
+        if not model.training:
+            num_items_in_batch = self._items_evaluated(inputs["labels"])
         if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not model.training:
-            num_items_in_batch = None  # each batch's own mean
         labels = inputs["labels"]
         mask = labels[:, 1:] != IGNORED
         inputs = {name: x for name, x in inputs.items() if name != "labels"}

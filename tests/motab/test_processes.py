@@ -93,7 +93,7 @@ def train(folder, count, kind, accumulation, models=None, stop=None, resume=None
         optim="sgd",
         learning_rate=0.1,
         label_smoothing_factor=0.1 if loss_type == "cross_entropy" else 0.0,
-        per_device_eval_batch_size=1,
+        per_device_eval_batch_size=4 // count,
         eval_on_start=True,
         save_strategy="steps" if stop else "no",
         save_steps=2,

@@ -240,15 +240,17 @@ def test_no_logits_of_prompts_and_padding(tmp_path, monkeypatch, ignored):
 @pytest.mark.parametrize("loss_type", ["cross_entropy", "jsd"])
 @pytest.mark.parametrize("make", [make_model, softcapped_model])
 def test_held_out_loss(tmp_path, loss_type, make):
-    """That of a step on the same trajectories, before it is taken; of several sets by name, and as it trains."""
+    """That of a step on the same trajectories, of 4 and 2 tokens that count, before it is taken, however many are in a
+    batch; of several sets by name, and as it trains."""
     student, teacher = make(3), make_model(4) if loss_type == "jsd" else None
     expected, *_ = step(tmp_path, student, teacher, 2, loss_type=loss_type, ignore_authors=["flawed"])
     path = tmp_path / "trajectories.jsonl"
     path.write_text("".join(t.to_json() + "\n" for t in TRAJECTORIES))
     settings = {"loss_type": loss_type, "ignore_authors": ["flawed"], "eval_strategy": "steps", "num_train_epochs": 10}
-    for held_out, names in ((TRAJECTORIES, [""]), (path, [""]), ({"a": path, "b": TRAJECTORIES}, ["a_", "b_"])):
-        model = copy.deepcopy(student)
-        args = config(tmp_path, per_device_train_batch_size=2, learning_rate=1e-2, **settings)
+    sets = ((TRAJECTORIES, [""], 8), (path, [""], 1), ({"a": path, "b": TRAJECTORIES}, ["a_", "b_"], 1))
+    for held_out, names, size in sets:
+        model, sizes = copy.deepcopy(student), {"per_device_train_batch_size": 2, "per_device_eval_batch_size": size}
+        args = config(tmp_path, **sizes, learning_rate=1e-2, **settings)
         trainer = motab.MotabTrainer(model, teacher, args, train_dataset=TRAJECTORIES, eval_dataset=held_out)
         before = {name: value for name, value in trainer.evaluate().items() if name.endswith("_loss")}
         assert before == {f"eval_{name}loss": pytest.approx(expected, rel=1e-3) for name in names}
