@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.distributed import DistributedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -55,6 +62,8 @@ def load_model(
             f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
             f"folder with config.json and weights): {_short(error)}"
         ) from error
+    if getattr(model, "_hf_peft_config_loaded", False):
+        _take_generation_config(model, name_or_path)
     on_its_devices = on_cpu or processes_sharing(model) > 1
     return model.eval() if on_its_devices else model.to(device).eval()
 
@@ -79,8 +88,15 @@ def load_with_adapters(folder: str, dtype: str = "auto", *, train_them: bool, **
     """
     peft = _peft()
     base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, **options)
+    _take_generation_config(base, folder)
     model = peft.PeftModel.from_pretrained(base, folder, is_trainable=train_them)
     return model if train_them else model.merge_and_unload().requires_grad_(True)  # peft has frozen them
+
+
+def _take_generation_config(model: PreTrainedModel, folder: str) -> None:
+    """That of adapters, which names other end tokens than the model below, if it was saved beside them."""
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def holds_adapters(name_or_path: str) -> bool:

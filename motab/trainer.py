@@ -239,6 +239,12 @@ class MotabTrainer(Trainer):
             self.accelerator._models.clear()
         return metrics
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's method; the generation config, which names the end tokens, is saved beside adapters too."""
+        if self.args.should_save and self.model.generation_config is not None:
+            self.model.generation_config.save_pretrained(output_dir or self.args.output_dir)
+        super().save_model(output_dir, _internal_call)
+
     def predict(self, *arguments: Any, **settings: Any) -> Any:
         """Refused: Trainer's method returns the logits of every token, which are never held."""
         raise ValueError(

@@ -13,6 +13,7 @@ import motab
 import motab_kernels as mk
 from motab import distillation
 from motab.config import LOSS_TYPES
+from motab.models import load_model, load_with_adapters, with_lora
 
 
 def trajectory(index, prompt_ids, token_ids, author):
@@ -115,6 +116,26 @@ def test_the_saved_model_ends_where_its_trajectories_do(tmp_path, own, finish_re
     trainer.train()
     trainer.save_model()
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == expected
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
+def test_adapters_end_where_their_trajectories_do(tmp_path):
+    """However they are loaded; those without a generation config of their own end where the model below does."""
+    base, out = str(tmp_path / "base"), tmp_path / "adapters"
+    make_model(3).save_pretrained(base)
+    model = with_lora(load_model(base), 4, 8, 0.0, "all-linear")
+    args = config(out, max_steps=1, save_strategy="steps", save_steps=1)
+    trainer = motab.MotabTrainer(model, args=args, train_dataset=TRAJECTORIES)
+    trainer.train()
+    trainer.save_model()
+
+    def ends(folder):
+        found = [load_model(folder), *(load_with_adapters(folder, train_them=them) for them in (True, False))]
+        return [model.generation_config.eos_token_id for model in found]
+
+    assert ends(str(out)) == ends(str(out / "checkpoint-1")) == [[0, 7]] * 3
+    (out / "generation_config.json").unlink()
+    assert ends(str(out)) == [0] * 3
 
 
 def test_several_gpus_in_one_process(tmp_path):
