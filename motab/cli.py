@@ -123,6 +123,7 @@ def train(arguments: list[str], console: Console) -> None:
     else:
         model = load_model(args.model_name_or_path, args.dtype, **loading)
         if lora := args.lora():
+            transformers.set_seed(config.seed)  # which the trainer does after the adapters are drawn
             model = with_lora(model, **lora)
     teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
     held_out = args.eval_file or None

@@ -112,6 +112,19 @@ def test_low_rank_adapters(training, tmp_path, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_seed_is_that_of_the_adapters_too(training, tmp_path):
+    """Of two trainings by the same settings the weights are the same, whatever was drawn before."""
+    weights = []
+    for place, seed in enumerate(("7", "7", "8")):
+        torch.manual_seed(place)
+        folder = tmp_path / str(place)
+        flags = ["--use_peft", "--lora_r", "4", "--save_strategy", "no", "--seed", seed, "--output_dir", str(folder)]
+        assert main([*training[0], *flags, "--max_steps", "1"]) == 0
+        weights.append((folder / "adapter_model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_adapters_are_trained_on(training, tmp_path):
     """A second training begins where the first ended, whether the adapters go on or are merged; nothing is lost."""
     command, path = training
