@@ -10,7 +10,7 @@ from typing import Any
 
 from motab.argument_groups import ATTENTION, DATASET, GenerationArguments, PolicyArguments, PromptArguments, unset
 from motab.generation import SETTINGS
-from motab.models import DTYPES, dtype_name
+from motab.models import DTYPES, dtype_name, holds_adapters
 from motab.parsing import require_file, setting
 from motab.prompts import Prompt
 from motab.rollouts import Rollouts
@@ -63,6 +63,10 @@ _ROLLOUT_FLAGS = {
 }
 
 
+#: Of new adapters, by the names of `motab.models.with_lora`, and with the prefix lora_ flags of `motab train`.
+_LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["all-linear"]}
+
+
 @dataclass
 class TrainArguments(PolicyArguments, PromptArguments):
     """motab train: train on the trajectories of a synthesis, or on those that the student writes during training."""
@@ -96,9 +100,9 @@ class TrainArguments(PolicyArguments, PromptArguments):
     dtype: str = setting("float32", f"Weight dtype of the student: {', '.join(DTYPES)}.")
     teacher_dtype: str = setting("auto", "Weight dtype of the teacher; auto: as saved.")
     use_peft: bool = setting(False, "Train low-rank adapters (LoRA) instead of the weights; needs the package peft.")
-    lora_r: int = setting(16, "LoRA: rank.")
-    lora_alpha: int = setting(32, "LoRA: scale of the adapters, over the rank.")
-    lora_dropout: float = setting(0.05, "LoRA: dropout.")
+    lora_r: int | None = unset("LoRA: rank.", _LORA["r"])
+    lora_alpha: int | None = unset("LoRA: scale of the adapters, over the rank.", _LORA["alpha"])
+    lora_dropout: float | None = unset("LoRA: dropout.", _LORA["dropout"])
     lora_target_modules: list[str] | None = setting(
         None, "LoRA: names of the modules to adapt. (default: all linear layers but the head)"
     )
@@ -108,7 +112,8 @@ class TrainArguments(PolicyArguments, PromptArguments):
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
-        """Refuse no source or two, a missing file, and settings of generation with --train_file.
+        """Refuse no source or two, a missing file, settings of generation with --train_file, and those of adapters
+        where none are made.
 
         Raises:
             ValueError: names the settings, and what to give instead.
@@ -116,11 +121,14 @@ class TrainArguments(PolicyArguments, PromptArguments):
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
             raise ValueError(f"give either --train_file or --dataset_name (to write during training), got {got}")
-        defaults = {entry.name: entry.default for entry in dataclasses.fields(self) if entry.name.startswith("lora_")}
-        if not self.use_peft and (
-            of_lora := [f"--{name}" for name in defaults if getattr(self, name) != defaults[name]]
-        ):
-            raise ValueError(f"{', '.join(of_lora)} set adapters, which --use_peft trains; give it, or leave them out")
+        of_lora = ", ".join(f"--lora_{name}" for name in _LORA if getattr(self, f"lora_{name}") is not None)
+        if of_lora and not self.use_peft:
+            raise ValueError(f"{of_lora} set adapters, which --use_peft trains; give it, or leave them out")
+        if of_lora and holds_adapters(self.model_name_or_path):
+            raise ValueError(
+                f"{of_lora} set new adapters, got those of {self.model_name_or_path!r}, which are trained as they "
+                "are; leave them out"
+            )
         kinds = (PolicyArguments, PromptArguments)
         writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
         writing += ["dataset_split", "grade", *_ROLLOUT_FLAGS]
@@ -135,16 +143,14 @@ class TrainArguments(PolicyArguments, PromptArguments):
                 require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
 
     def lora(self) -> dict[str, Any] | None:
-        """The settings of `motab.models.with_lora`, None without."""
-        if not self.use_peft:
+        """The settings of `motab.models.with_lora`, None where no new adapters are made."""
+        if not self.use_peft or holds_adapters(self.model_name_or_path):
             return None
-        modules = self.lora_target_modules or ["all-linear"]
-        return {
-            "r": self.lora_r,
-            "alpha": self.lora_alpha,
-            "dropout": self.lora_dropout,
-            "target_modules": "all-linear" if modules == ["all-linear"] else modules,  # a name that peft knows
-        }
+        given = {name: getattr(self, f"lora_{name}") for name in _LORA}
+        found = _LORA | {name: value for name, value in given.items() if value is not None}
+        if found["target_modules"] == ["all-linear"]:
+            found["target_modules"] = "all-linear"  # a name that peft knows
+        return found
 
     def rollouts(self, prompts: Sequence[Prompt], grade: Grade | None = None) -> Rollouts:
         """The `Rollouts` of these settings."""

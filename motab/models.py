@@ -64,6 +64,7 @@ def load_model(
         ) from error
     if getattr(model, "_hf_peft_config_loaded", False):
         _take_generation_config(model, name_or_path)
+        model.name_or_path = name_or_path  # not that of the model below
     on_its_devices = on_cpu or processes_sharing(model) > 1
     return model.eval() if on_its_devices else model.to(device).eval()
 
@@ -90,7 +91,9 @@ def load_with_adapters(folder: str, dtype: str = "auto", *, train_them: bool, **
     base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, **options)
     _take_generation_config(base, folder)
     model = peft.PeftModel.from_pretrained(base, folder, is_trainable=train_them)
-    return model if train_them else model.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    model = model if train_them else model.merge_and_unload().requires_grad_(True)  # peft has frozen them
+    model.name_or_path = folder
+    return model
 
 
 def _take_generation_config(model: PreTrainedModel, folder: str) -> None:

@@ -40,7 +40,7 @@ def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rol
     if args.teacher_model_name_or_path:
         found["teacher_dtype"] = args.teacher_dtype
     if args.use_peft:
-        found["lora"] = args.lora()
+        found["lora"] = args.lora() or "that of model_name_or_path"
     if isinstance(data, Rollouts):
         found |= {"prompts": hash_of_prompts(data.prompts), **policy_settings(data.policy)}
         found |= {f"rollout {name}": getattr(data, name) for name in SETTINGS if name not in (*PACE, "seed")}

@@ -125,8 +125,9 @@ def test_a_seed_is_that_of_the_adapters_too(training, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_adapters_are_trained_on(training, tmp_path):
-    """A second training begins where the first ended, whether the adapters go on or are merged; nothing is lost."""
+def test_adapters_are_trained_on(training, tmp_path, capsys):
+    """A second training begins where the first ended, whether the adapters go on or are merged; nothing is lost,
+    overwritten or set otherwise."""
     command, path = training
     tokens = torch.tensor([motab.read_trajectories(path)[0].token_ids])
 
@@ -134,7 +135,7 @@ def test_adapters_are_trained_on(training, tmp_path):
         with torch.no_grad():
             return float(load_model(str(folder))(tokens, labels=tokens).loss)
 
-    assert main([*command, "--use_peft", "--learning_rate", "0.01"]) == 0
+    assert main([*command, "--use_peft", "--lora_r", "4", "--learning_rate", "0.01", "--save_strategy", "no"]) == 0
     first = tmp_path / "model"
     again = command.copy()
     again[again.index(str(TINY / "student"))] = str(first)
@@ -145,6 +146,15 @@ def test_adapters_are_trained_on(training, tmp_path):
         assert loss(folder) == pytest.approx(loss(first), rel=1e-4)
         assert (folder / "adapter_config.json").exists() == (name == "adapters")
         assert (folder / "model.safetensors").exists() == (name == "merged")
+        settings = json.loads((folder / "motab_training.json").read_text())["settings"]
+        assert settings.get("lora") == ("that of model_name_or_path" if flags else None)
+        before = {path: path.read_bytes() for path in first.iterdir()}
+        capsys.readouterr()
+        assert main([*again, *flags]) == 2
+        assert "output_dir must be another folder than those of the models" in capsys.readouterr().err
+        assert before == {path: path.read_bytes() for path in first.iterdir()}
+    assert main([*again, "--use_peft", "--lora_r", "16", "--output_dir", str(tmp_path / "other")]) == 2
+    assert f"--lora_r set new adapters, got those of {str(first)!r}, which are trained" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has adapters already, which would be lost"):
         with_lora(load_model(str(first)), 4, 8, 0.0, "all-linear")
 
