@@ -38,7 +38,7 @@ from motab.sharding import (
     whole_copy,
 )
 from motab.summary import figures
-from motab.trainer_input import Trajectories, as_examples, check, refuse_to_overwrite
+from motab.trainer_input import Trajectories, as_examples, check, refuse_frozen, refuse_to_overwrite
 from motab.trajectory import Trajectory
 from motab.trajectory_file import cut_from
 
@@ -85,11 +85,12 @@ class MotabTrainer(Trainer):
         processing_class: the tokenizer, saved with the model; needed for `Rollouts`.
 
     Raises:
-        ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; no
-            trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
-            policy under which the student writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a
-            teacher under version 1 of FSDP; several GPUs in one process (DataParallel); a prompt that `synthesize`
-            refuses; during training, anything else it refuses.
+        ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; a student of
+            which nothing is trained, as one with adapters that is given by name; no trajectories or prompts; a missing
+            teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
+            writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a teacher under version 1 of FSDP;
+            several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; during training, anything
+            else it refuses.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class MotabTrainer(Trainer):
         on_cpu = uses_fsdp(args)
         model = load_model(model, "float32", on_cpu=on_cpu) if isinstance(model, str) else model
         teacher_model = load_model(teacher_model, on_cpu=on_cpu) if isinstance(teacher_model, str) else teacher_model
+        refuse_frozen(model)
         for each in (model, teacher_model):
             refuse_to_overwrite(args.output_dir, each)
         super().__init__(

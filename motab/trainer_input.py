@@ -77,6 +77,15 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
         )
 
 
+def refuse_frozen(model: PreTrainedModel) -> None:
+    """A model of which nothing is trained, as transformers loads adapters."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"model must have a parameter to train, got {type(model).__name__} with none; set requires_grad, or load "
+            "adapters by motab.models.load_with_adapters(folder, train_them=True)"
+        )
+
+
 def refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
     name = getattr(model, "name_or_path", "")
     if name and Path(name).is_dir() and Path(name).resolve() == Path(output_dir).resolve():

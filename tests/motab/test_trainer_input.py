@@ -8,6 +8,7 @@ from test_trainer import TRAJECTORIES, config
 from transformers import TrainingArguments
 
 import motab
+from motab.models import load_model, load_with_adapters, with_lora
 
 
 def test_bad_input(tmp_path):
@@ -92,6 +93,20 @@ def test_models_by_name(tmp_path):
     for name in (names[0], names[1] + "/../teacher"):
         with pytest.raises(ValueError, match=r"another folder than those of .*, got .* LlamaForCausalLM was loaded"):
             motab.MotabTrainer(*names, config(name, loss_type="jsd"), train_dataset=TRAJECTORIES)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks it
+def test_adapters_by_name(tmp_path):
+    """A student with frozen weights; a teacher's folder is not overwritten."""
+    base, adapters = str(tmp_path / "base"), str(tmp_path / "adapters")
+    make_model(3).save_pretrained(base)
+    with_lora(load_model(base), 4, 8, 0.0, "all-linear").save_pretrained(adapters)
+    with pytest.raises(ValueError, match=r"a parameter to train, got LlamaForCausalLM with none; .*load_with_adapters"):
+        motab.MotabTrainer(adapters, args=config(tmp_path / "out"), train_dataset=TRAJECTORIES)
+    with pytest.raises(ValueError, match="output_dir must be another folder"):
+        motab.MotabTrainer(base, adapters, config(adapters, loss_type="jsd"), train_dataset=TRAJECTORIES)
+    model = load_with_adapters(adapters, train_them=True)
+    motab.MotabTrainer(model, args=config(tmp_path / "out", max_steps=1), train_dataset=TRAJECTORIES).train()
 
 
 def test_a_dataset_that_is_made_already(tmp_path):
