@@ -14,6 +14,13 @@ from motab.trajectory import AUTHORS, ignored_authors
 
 LossType = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]
 LOSS_TYPES = get_args(LossType)
+#: Settings of the loss, and the losses that use them.
+_USED_BY = {
+    "label_smoothing_factor": ("cross_entropy",),
+    "beta": ("jsd",),
+    "alpha": ("skew_forward_kl", "skew_reverse_kl"),
+    "temperature": LOSS_TYPES[1:],
+}
 
 
 @dataclass
@@ -31,7 +38,8 @@ class MotabConfig(TrainingArguments):
         loss_type: "cross_entropy" on the tokens of the trajectories, or a divergence of the student from the teacher at
             each of them: "forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl" or "tvd". `OnPolicy`
             `Rollouts` and "reverse_kl" are the paper's on-policy distillation (it takes a learning rate of 2e-6).
-        beta, alpha, temperature: settings of the divergence, see `motab_kernels.divergence_loss`.
+        beta, alpha, temperature: settings of the divergence, see `motab_kernels.divergence_loss`. A loss refuses those
+            that it does not use, and a divergence ``label_smoothing_factor``.
         ignore_authors: leave the tokens of these authors out of the loss ("student", "flawed", "stitch", "teacher");
             they stay in the context. The paper trains on all.
         max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
@@ -109,6 +117,13 @@ class MotabConfig(TrainingArguments):
                 f"temperature must be finite and above 0, got {self.temperature}: it divides the logits of a "
                 "divergence; generation during training has a temperature of its own"
             )
+        for name, losses in _USED_BY.items():
+            value = getattr(self, name)
+            if self.loss_type not in losses and value != self.__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"{name} is a setting of loss_type {', '.join(losses)}, got {value} with {self.loss_type}; "
+                    "leave it out"
+                )
         self.ignore_authors = ignored_authors(self.ignore_authors)
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(

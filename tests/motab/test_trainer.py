@@ -290,7 +290,8 @@ def test_held_out_loss(tmp_path, loss_type, make):
 def test_divergence_by_definition(tmp_path, loss_type, make, make_teacher):
     """The mean over the targets' tokens but the ignored ones, whatever the micro-batch, and its gradient."""
     student, teacher = make(3), make_teacher(4)
-    settings = {"loss_type": loss_type, "beta": 0.3, "alpha": 0.2, "temperature": 1.5, "ignore_authors": ["flawed"]}
+    own = {"jsd": {"beta": 0.3}, "skew_forward_kl": {"alpha": 0.2}, "skew_reverse_kl": {"alpha": 0.2}}
+    settings = {"loss_type": loss_type, "temperature": 1.5, "ignore_authors": ["flawed"], **own.get(loss_type, {})}
     losses = []
     for t in TRAJECTORIES:
         ids = torch.tensor([t.prompt_ids + t.token_ids])

@@ -8,6 +8,7 @@ from test_trainer import TRAJECTORIES, config
 from transformers import TrainingArguments
 
 import motab
+from motab.config import LOSS_TYPES
 from motab.models import load_model, load_with_adapters, with_lora
 
 
@@ -45,8 +46,26 @@ def test_settings_of_a_divergence(tmp_path, settings, message):
     """Known before models are loaded, not at the first batch."""
     with pytest.raises(ValueError, match=message):
         config(tmp_path, **settings)
-    config(tmp_path, beta=1.0, alpha=0.0)
-    config(tmp_path, beta=0.0)
+    config(tmp_path, loss_type="jsd", beta=1.0)
+    config(tmp_path, loss_type="jsd", beta=0.0)
+    config(tmp_path, loss_type="skew_forward_kl", alpha=0.0)
+
+
+def test_settings_that_a_loss_does_not_use(tmp_path):
+    """One that is given is used, or refused."""
+    used = {
+        "label_smoothing_factor": {"cross_entropy"},
+        "beta": {"jsd"},
+        "alpha": {"skew_forward_kl", "skew_reverse_kl"},
+        "temperature": {*LOSS_TYPES} - {"cross_entropy"},
+    }
+    for name, losses in used.items():
+        for loss_type in LOSS_TYPES:
+            if loss_type in losses:
+                config(tmp_path, loss_type=loss_type, **{name: 0.3})
+            else:
+                with pytest.raises(ValueError, match=f"^{name} is a setting of loss_type .* got 0.3 with {loss_type};"):
+                    config(tmp_path, loss_type=loss_type, **{name: 0.3})
 
 
 @pytest.mark.parametrize(
