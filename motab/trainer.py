@@ -37,7 +37,7 @@ from motab.sharding import (
     uses_zero3,
     whole_copy,
 )
-from motab.summary import figures
+from motab.summary import Summary
 from motab.trainer_input import Trajectories, as_examples, check, refuse_frozen, refuse_to_overwrite
 from motab.trajectory import Trajectory
 from motab.trajectory_file import cut_from
@@ -107,7 +107,7 @@ class MotabTrainer(Trainer):
         args = MotabConfig() if args is None else args
         check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
-        self.written: list[Trajectory] = []  # since the last entry of the log
+        self.written = Summary()  # since the last entry of the log
         self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
         self.held_out: TrajectoryDataset | None = None  # those of the last evaluation
         self.divergence: Divergence | None = None
@@ -297,7 +297,8 @@ class MotabTrainer(Trainer):
         writers = (student, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
             trajectories = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
-        self.written += trajectories
+        for trajectory in trajectories:
+            self.written.add(trajectory)
         if self.args.save_rollouts and self.is_world_process_zero():
             self._save_rollouts(trajectories, place)
         examples = (example(*encode(t, self.args.ignore_authors)) for t in trajectories)
@@ -314,9 +315,9 @@ class MotabTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's method, with the figures of the trajectories written since the last entry."""
-        if self.written and "loss" in logs:
-            logs |= {name: value for name, value in figures(self.written).items() if value is not None}
-            self.written = []
+        if self.written.counts and "loss" in logs:
+            logs |= {name: value for name, value in self.written.figures().items() if value is not None}
+            self.written = Summary()
         super().log(logs, start_time)
 
     def compute_loss(

@@ -23,6 +23,7 @@ from test_processes import (
     train_few,
     train_in_halves,
 )
+from test_rollouts import Kept
 from test_trainer import TRAJECTORIES, config
 
 import motab
@@ -87,7 +88,7 @@ def train_by_deepspeed(rank, count, folder):
         found[stage, "resumed"] = train_in_halves(folder / f"resumed {stage}", count, pairs[stage], **zero(stage))
         found[stage, "heads in backward passes"] = {*heads}
         found[stage, "evaluation"] = message(evaluate_first, folder, **zero(stage))
-    rollouts = motab.Rollouts(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
+    rollouts = Kept(PROMPTS, motab.OnPolicy(), max_new_tokens=9, temperature=1.0)
     found["afresh"] = train_few(folder / "afresh", rollouts, count, **zero(2))
     found["refused"] = message(train_few, folder / "afresh", rollouts, count, **zero(3))
     in_parts = zero(3)

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import make_model, teacher, tokenizer
 from test_cli import TASK, TINY
+from test_rollouts import Kept
 from test_synthesis import assert_same
 from test_trainer import StopAt, config, softcapped_model, trajectory
 from torch.distributed.tensor import DTensor
@@ -144,16 +145,20 @@ def train_sharded(folder, count, rank):
         models = [make(seed + 9 * rank).float() for make, seed in zip(TRAININGS["heads"][1:], (3, 4), strict=True)]
         sharding["fsdp_config"]["cpu_ram_efficient_loading"] = True
         found["read once"] = train(folder / "read once", count, "heads", 2, models, **sharding)
-        found["rollouts"] = train_few(folder / "rollouts", ROLLOUTS, count, steps=2, seed=1 + 9 * rank, **sharding)
+        found["rollouts"] = train_few(folder / "rollouts", rollouts(), count, steps=2, seed=1 + 9 * rank, **sharding)
     return found
 
 
 PROMPTS = [[1, 2], [3], [4, 5, 6], [7]]
-ROLLOUTS = motab.Rollouts(PROMPTS, motab.MotabPolicy(epsilon0=0.5, delimiter="."), max_new_tokens=9, temperature=1.0)
+
+
+def rollouts():
+    policy = motab.MotabPolicy(epsilon0=0.5, delimiter=".")
+    return Kept(PROMPTS, policy, max_new_tokens=9, temperature=1.0)
 
 
 def train_few(folder, data, count=1, steps=1, seed=1, **settings):
-    """Steps of four trajectories, given or written by both processes: those of this one, and the weights."""
+    """Steps of four trajectories, given or written by both processes: what this one wrote, and the weights."""
     args = config(
         folder,
         loss_type="reverse_kl",
@@ -168,7 +173,7 @@ def train_few(folder, data, count=1, steps=1, seed=1, **settings):
     trainer = motab.MotabTrainer(student, other, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
     trainer.train()
     weights = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in trainer.model.named_parameters()}
-    return trainer.written, {name: x.detach() for name, x in weights.items()}
+    return getattr(data, "kept", []), {name: x.detach() for name, x in weights.items()}
 
 
 def write(path, prompts=test_synthesis.PROMPTS, **changes):
@@ -273,8 +278,8 @@ def process_main(rank, count, folder):
             (folder / "together again" / "t.jsonl").write_bytes(b"".join(lines[:20] + lines[64:]))
         torch.distributed.barrier()
         found["together again"] = [t.index for t in write_together(folder / "together again" / "t.jsonl")]
-        found["afresh"] = train_few(folder / "afresh", ROLLOUTS, count)
-        found["afresh, twice"] = train_few(folder / "twice", ROLLOUTS, count, steps=2)
+        found["afresh"] = train_few(folder / "afresh", rollouts(), count)
+        found["afresh, twice"] = train_few(folder / "twice", rollouts(), count, steps=2)
         found["printed"] = commands(folder, rank)
         found["sharded"] = train_sharded(folder / "sharded", count, rank)
     else:

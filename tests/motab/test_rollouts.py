@@ -1,7 +1,10 @@
 """Training on what the student writes as it trains."""
 
 import copy
+import dataclasses
 import functools
+import gc
+import weakref
 
 import pytest
 import torch
@@ -22,6 +25,18 @@ POLICIES = {
 SETTINGS = {"max_new_tokens": 12, "batch_size": 3, "block_size": 4, "temperature": 1.0, "top_k": 9, "min_p": 0.01}
 
 
+@dataclasses.dataclass(frozen=True)
+class Kept(motab.Rollouts):
+    """Keeps all that is written."""
+
+    kept: list[motab.Trajectory] = dataclasses.field(default_factory=list)
+
+    def write(self, *arguments, **settings):
+        written = super().write(*arguments, **settings)
+        self.kept.extend(written)
+        return written
+
+
 class Recording(motab.MotabTrainer):
     """Keeps the student that wrote, what it wrote, and the batches that were made of it."""
 
@@ -30,15 +45,15 @@ class Recording(motab.MotabTrainer):
         super().__init__(*arguments, **settings)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        student = copy.deepcopy(self.model)
+        student, before = copy.deepcopy(self.model), len(self.rollouts.kept)
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self.steps.append((student.eval(), self.written[:], batches, count))
+        self.steps.append((student.eval(), self.rollouts.kept[before:], batches, count))
         return batches, count
 
 
 def train(folder, student, teacher, tokenizer, prompts, policy, trainer=Recording, resume=None, stop=None, **settings):
     settings = {"learning_rate": 3e-2, "per_device_train_batch_size": 2, "logging_steps": 1, **settings}
-    rollouts = motab.Rollouts(prompts, policy, **SETTINGS)
+    rollouts = Kept(prompts, policy, **SETTINGS)
     args = config(folder, lr_scheduler_type="constant", **settings)
     trainer = trainer(copy.deepcopy(student), teacher, args, train_dataset=rollouts, processing_class=tokenizer)
     if stop:
@@ -115,6 +130,22 @@ def test_an_entry_of_the_log_holds_all_since_the_last(tmp_path, student, teacher
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 4
     assert not any("trajectories" in entry for entry in evaluations)
+
+
+def test_nothing_written_is_kept_where_nothing_is_logged(tmp_path, student, teacher, tokenizer, prompts):
+    """But its figures, of a training that may take days."""
+    trainer = train(
+        *(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"]),
+        trainer=motab.MotabTrainer,
+        max_steps=4,
+        logging_strategy="no",
+    )
+    kept, found = trainer.rollouts.kept, trainer.written.figures()
+    assert (found["trajectories"], found["tokens"]) == (8, sum(len(t.token_ids) for t in kept))
+    references = [weakref.ref(t) for t in kept]
+    kept.clear()
+    gc.collect()
+    assert [reference() for reference in references] == [None] * 8
 
 
 @pytest.mark.parametrize("training", [False, True])
