@@ -51,7 +51,7 @@ class Rollouts(Dataset[int]):
         return len(self.prompts)
 
     def __getitem__(self, index: int) -> int:
-        return index  # a trajectory is graded by the place of its prompt
+        return range(len(self))[index]  # a trajectory is graded by the place of its prompt
 
     def check_prompts(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:
         """Check all prompts before generation begins.

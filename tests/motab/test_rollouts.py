@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import gc
+import itertools
 import weakref
 
 import pytest
@@ -157,6 +158,13 @@ def test_the_student_is_left_in_its_mode(student, tokenizer, training):
     with pytest.raises(ValueError, match="is empty"):
         rollouts.write(student, None, tokenizer, [1], seed=0, first_index=1)
     assert student.training == training
+
+
+def test_places_of_prompts():
+    """As many as there are prompts: of a dataset that raises nothing a list never ends."""
+    rollouts = motab.Rollouts(["a", "b"])
+    assert list(itertools.islice(rollouts, 3)) == [0, 1]
+    assert rollouts[-1] == 1
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
