@@ -68,6 +68,11 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
         raise ValueError(f"ignore_authors must leave a token to train on, got student, who alone writes under {name}")
     if processing_class is None:
         raise ValueError("Rollouts need the tokenizer; give processing_class")
+    if args.train_sampling_strategy == "group_by_length":
+        raise ValueError(
+            "train_sampling_strategy group_by_length applies to finished trajectories, got Rollouts, whose lengths are "
+            "not known; leave it out"
+        )
     if args.only_correct:
         raise ValueError("only_correct applies to finished trajectories, got Rollouts, which are all trained on")
     if args.max_length is not None:

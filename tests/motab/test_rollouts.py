@@ -265,11 +265,16 @@ def test_held_out_trajectories(tmp_path, student, teacher, tokenizer, prompts):
         ),
         ({"processing_class": None}, "Rollouts need the tokenizer; give processing_class"),
         ({"max_length": 9}, "max_length applies to finished trajectories, got 9 with Rollouts; give them max_new"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            "train_sampling_strategy group_by_length applies to finished trajectories, got Rollouts",
+        ),
         ({"teacher_model": None}, "loss_type jsd compares the student with a teacher"),
     ],
 )
 def test_bad_input(tmp_path, student, teacher, tokenizer, change, message):
-    settings = {name: change[name] for name in ("max_length", "ignore_authors") if name in change}
+    arguments_of_trainer = ("train_dataset", "processing_class", "teacher_model")
+    settings = {name: value for name, value in change.items() if name not in arguments_of_trainer}
     change = {name: value for name, value in change.items() if name not in settings}
     arguments = {
         "model": copy.deepcopy(student),
