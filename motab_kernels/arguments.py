@@ -13,6 +13,9 @@ from torch import Tensor
 
 from motab_kernels.tensors import DTYPES, is_traced
 
+# Python's own first: to look one up among the abstract kinds takes a microsecond.
+INTEGERS = (int, Integral, torch.SymInt)
+NUMBERS = (float, int, Real, torch.SymFloat, torch.SymInt)
 DIVISORS = 1e-30, 1e30  # the range of a number that logits are divided by: far from where float32's reciprocals end
 
 
@@ -48,7 +51,11 @@ def _bounds(least: float, most: float) -> str:
 
 def is_number(value: object) -> bool:
     """NumPy's and a trace's are numbers too, and bool is none."""
-    return isinstance(value, Real | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+    return isinstance(value, NUMBERS) and not isinstance(value, bool)
+
+
+def is_integer(value: object) -> bool:
+    return isinstance(value, INTEGERS) and not isinstance(value, bool)
 
 
 def check_number(name: str, value: float) -> None:
@@ -58,7 +65,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral | torch.SymInt) or value < minimum:
+    if not is_integer(value) or value < minimum:
         raise ValueError(f"{name}: expected an integer >= {minimum}, got {value!r}")
 
 
