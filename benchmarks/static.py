@@ -263,13 +263,16 @@ def attention_reports() -> Iterator[AttentionReport]:
         yield combine_report(target)
 
 
-def sampling_report(dtype: str, target: str, name: str, HAS_TOP_K: bool, HAS_TOP_P: bool) -> SamplingReport:
+def sampling_report(
+    dtype: str, target: str, name: str, HAS_TOP_K: bool, HAS_TOP_P: bool, of_rows: bool = False
+) -> SamplingReport:
     settings = sampling.HIP if target.startswith("gfx") else sampling.DEFAULT
     kernel, vector = sampling.sample_kernel, 16 // BYTES[dtype]
     types = {"logits_ptr": f"*{dtype}", "uniforms_ptr": "*fp64", "tokens_ptr": "*i64", "valid_ptr": "*i1"}
-    types |= dict.fromkeys(("c", "top_p", "min_p"), "fp32")
+    settings_types = {"c": "fp32", "top_k": "i32", "top_p": "fp32", "min_p": "fp32"}
+    types |= {x: f"*{type_}" if of_rows else type_ for x, type_ in settings_types.items()}
     constants = {"HAS_TOP_K": HAS_TOP_K, "HAS_TOP_P": HAS_TOP_P, "GRANULE": 16 if dtype == "bf16" else 0}
-    constants |= {"LANES": settings.lanes, "VECTOR": vector}
+    constants |= {"OF_ROWS": (of_rows,) * 4, "LANES": settings.lanes, "VECTOR": vector}
     constants["TILES_BLOCK"] = triton.next_power_of_2(-(-V // (settings.lanes * vector)))
     aligned = ("V", "logits_stride_b", "logits_stride_t")
     binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
@@ -295,6 +298,7 @@ def sampling_reports() -> Iterator[SamplingReport]:
             yield sampling_report(dtype, target, "top-k", HAS_TOP_K=True, HAS_TOP_P=False)
             yield sampling_report(dtype, target, "top-p", HAS_TOP_K=False, HAS_TOP_P=True)
             yield sampling_report(dtype, target, "top-k, top-p", HAS_TOP_K=True, HAS_TOP_P=True)
+            yield sampling_report(dtype, target, "settings of rows", HAS_TOP_K=True, HAS_TOP_P=True, of_rows=True)
 
 
 def predicted(report: Report, name: str) -> str:

@@ -20,6 +20,19 @@ namespace motab {
 constexpr int64_t PIECE = 1024;  // columns that are converted and summed at a time; they stay in L1
 constexpr int64_t GROUP = 16;    // columns, a vector apart, of which the largest logit is kept
 
+// How a row is drawn from.
+struct Settings {
+    double temperature, top_k, top_p, min_p;
+
+    bool by_k(int64_t V) const { return top_k > 0 && top_k < V; }
+    bool by_p() const { return top_p < 1; }
+    bool is_filtered(int64_t V) const { return by_k(V) || by_p() || min_p > 0; }
+    bool in_range() const {  // the bounds of a temperature are those of DIVISORS, as any dtype rounds them
+        return (temperature == 0 || (temperature >= 0.99e-30 && temperature <= 1.01e30)) && top_k >= 0 && top_p > 0 &&
+               top_p <= 1 && min_p >= 0 && min_p <= 1;
+    }
+};
+
 // The arguments, in the order of `cpu/sampling.py`.
 struct SamplingCall {
     int64_t B, T, V, threads;
@@ -27,8 +40,8 @@ struct SamplingCall {
     const double* uniforms;
     int64_t* tokens;
     bool* valid;
-    int64_t top_k;
-    double temperature, top_p, min_p;
+    const Settings* rows;  // null: all rows are alike
+    Settings all;
 };
 
 struct Row {
@@ -115,45 +128,45 @@ static double total_of(const Row& row, float top, float c, SamplingRoom& room) {
 }
 
 // A lower bound of the logits of this weight or more, beyond what rounding may do.
-static float bound_of_weight(const SamplingCall& call, float top, double weight) {
-    return top + float(call.temperature * (std::log(weight) - 1e-3)) - 1e-6f * std::fabs(top);
+static float bound_of_weight(double temperature, float top, double weight) {
+    return top + float(temperature * (std::log(weight) - 1e-3)) - 1e-6f * std::fabs(top);
 }
 
 // A row whose tokens are filtered. The first filter bounds the logits that are looked at.
-static int64_t draw_filtered(const SamplingCall& call, const Row& row, float top, double uniform, SamplingRoom& room) {
-    const float c = float(1 / call.temperature);
-    const bool by_k = call.top_k > 0, by_p = call.top_p < 1;
+static int64_t draw_filtered(const Settings& by, const Row& row, float top, double uniform, SamplingRoom& room) {
+    const float c = float(1 / by.temperature);
+    const int64_t k = by.by_k(row.V) ? int64_t(by.top_k) : 0;
     std::vector<Candidate>&candidates = room.candidates, &ordered = room.ordered;
     double total = 0;
     float bound;
-    if (by_k) {
-        bound = bound_of_top_k(room.tops, call.top_k);
-    } else if (by_p) {
+    if (k) {
+        bound = bound_of_top_k(room.tops, k);
+    } else if (by.by_p()) {
         total = total_of(row, top, c, room);
-        bound = bound_of_weight(call, top, (1 - call.top_p) * total / row.V);  // all below sum to less than may go
+        bound = bound_of_weight(by.temperature, top, (1 - by.top_p) * total / row.V);  // all below: less than may go
     } else {
-        bound = bound_of_weight(call, top, call.min_p);
+        bound = bound_of_weight(by.temperature, top, by.min_p);
     }
     AT_LEVEL(collect)(row, top, c, bound, candidates);
-    if (by_k && call.top_k < int64_t(candidates.size())) {
+    if (k && k < int64_t(candidates.size())) {
         ordered = candidates;
-        const auto last = ordered.begin() + (call.top_k - 1);
+        const auto last = ordered.begin() + (k - 1);
         std::nth_element(ordered.begin(), last, ordered.end(), likelier);
         remove_below(candidates, last->logit);
     }
-    if (by_p) {
-        if (by_k) total = total_weight(candidates);
+    if (by.by_p()) {
+        if (k) total = total_weight(candidates);
         ordered = candidates;
-        remove_below(candidates, least_of_nucleus(ordered, call.top_p * total));
+        remove_below(candidates, least_of_nucleus(ordered, by.top_p * total));
     }
-    const auto unlikely = [&](const Candidate& x) { return x.weight < call.min_p; };
+    const auto unlikely = [&](const Candidate& x) { return x.weight < by.min_p; };
     candidates.erase(std::remove_if(candidates.begin(), candidates.end(), unlikely), candidates.end());
     return draw(candidates, uniform);
 }
 
 // A row whose tokens all count: the piece in which the sum passes the target, then the column within it.
-static int64_t draw_unfiltered(const SamplingCall& call, const Row& row, float top, double uniform, SamplingRoom& room) {
-    const float c = float(1 / call.temperature);
+static int64_t draw_unfiltered(const Settings& by, const Row& row, float top, double uniform, SamplingRoom& room) {
+    const float c = float(1 / by.temperature);
     const double target = uniform * total_of(row, top, c, room);
     double before = 0;
     size_t piece = 0;
@@ -161,12 +174,18 @@ static int64_t draw_unfiltered(const SamplingCall& call, const Row& row, float t
     return AT_LEVEL(find)(row, top, c, int64_t(piece) * PIECE, target - before);
 }
 
+// The first of the likeliest tokens.
+static int64_t likeliest(const Row& row, float top, SamplingRoom& room) {
+    AT_LEVEL(collect)(row, top, 1, top, room.candidates);
+    return room.candidates.front().column;
+}
+
 }  // namespace motab
 
-// uniforms, tokens and valid are (B, T), contiguous. Returns 0, 1 if memory ran out, 2 if a number is out of range.
+// uniforms, tokens and valid are (B, T), rows is (B,), contiguous. Returns 0, 1 if memory ran out, 2 if a number or a
+// setting is out of range.
 extern "C" int motab_sample_from_logits(const motab::SamplingCall* call) {
     using namespace motab;
-    const bool is_filtered = call->top_k || call->top_p < 1 || call->min_p > 0;
     std::atomic<int> code{0};
     parallel_for(call->B * call->T, call->threads, 1 + (1 << 14) / call->V, [&](int64_t begin, int64_t end) {
         try {
@@ -175,10 +194,12 @@ extern "C" int motab_sample_from_logits(const motab::SamplingCall* call) {
             room.sums.resize(pieces);
             room.tops.resize(pieces * PIECE / GROUP);
             for (int64_t item = begin; item < end; ++item) {
-                const char* data = call->logits.at(item / call->T, item % call->T, 0);
+                const int64_t b = item / call->T;
+                const Settings& by = call->rows ? call->rows[b] : call->all;
+                const char* data = call->logits.at(b, item % call->T, 0);
                 const Row row = {data, call->logits.type, call->V};
                 const double uniform = call->uniforms[item];
-                if (!(uniform >= 0 && uniform < 1)) {
+                if (!(uniform >= 0 && uniform < 1) || !by.in_range()) {
                     code = 2;
                     continue;
                 }
@@ -187,8 +208,9 @@ extern "C" int motab_sample_from_logits(const motab::SamplingCall* call) {
                 call->valid[item] = valid;
                 call->tokens[item] = 0;
                 if (!valid) continue;
-                call->tokens[item] = is_filtered ? draw_filtered(*call, row, top, uniform, room)
-                                                 : draw_unfiltered(*call, row, top, uniform, room);
+                const auto draw_row = by.is_filtered(row.V) ? draw_filtered : draw_unfiltered;
+                call->tokens[item] =
+                    by.temperature == 0 ? likeliest(row, top, room) : draw_row(by, row, top, uniform, room);
             }
         } catch (const std::bad_alloc&) {
             code = 1;

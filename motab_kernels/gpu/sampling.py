@@ -116,7 +116,7 @@ def _search(
     return _number(key)
 
 
-@triton.jit(do_not_specialize=["top_k"])
+@triton.jit(do_not_specialize=["c", "top_k", "top_p", "min_p"])
 def sample_kernel(
     logits_ptr,
     uniforms_ptr,
@@ -132,6 +132,7 @@ def sample_kernel(
     top_k,
     top_p,
     min_p,
+    OF_ROWS: tl.constexpr,
     HAS_TOP_K: tl.constexpr,
     HAS_TOP_P: tl.constexpr,
     GRANULE: tl.constexpr,
@@ -139,12 +140,32 @@ def sample_kernel(
     VECTOR: tl.constexpr,
     TILES_BLOCK: tl.constexpr,
 ):
-    """Draw the token of position `program_id(0)`; c is log2(e) / temperature."""
+    """Draw the token of position `program_id(0)`; c is log2(e) / temperature. Where OF_ROWS says so, there are pointers
+    instead: of rows' temperatures, top_k, top_p and min_p."""
     position = tl.program_id(0).to(tl.int64)
     b, i = position // T, position % T
     row_ptr = logits_ptr + b * logits_stride_b + i * logits_stride_t
     TILE: tl.constexpr = LANES * VECTOR
     columns = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # The host has not seen the values of a tensor. The ranges are those of `SETTINGS`.
+    fits, is_greedy = tl.full([], True, tl.int1), tl.full([], False, tl.int1)
+    if OF_ROWS[0]:
+        temperature_ptr = c
+        temperature = tl.load(temperature_ptr + b).to(tl.float64)
+        is_greedy = temperature == 0
+        fits &= is_greedy | ((temperature >= 1e-30) & (temperature <= 1.01e30))  # float32's 1e30 is a little more
+        c = (log2_e() / tl.where(is_greedy, 1.0, temperature)).to(tl.float32)
+    if OF_ROWS[1]:
+        top_k = tl.load(top_k + b)
+        fits &= top_k >= 0
+    if OF_ROWS[2]:
+        top_p = tl.load(top_p + b)
+        fits &= (top_p > 0) & (top_p <= 1)
+        top_p = top_p.to(tl.float32)
+    if OF_ROWS[3]:
+        min_p = tl.load(min_p + b)
+        fits &= (min_p >= 0) & (min_p <= 1)
+        min_p = min_p.to(tl.float32)
 
     tops, undefined = tl.full([LANES], -float("inf"), tl.float32), tl.zeros([LANES], tl.float32)
     for start in range(0, V, TILE):
@@ -153,22 +174,25 @@ def sample_kernel(
         undefined += tl.sum((x != x).to(tl.float32), axis=1)
     tops += 0.0  # Triton's compiler stops where two reductions use what a loop leaves
     top = tl.max(tops, axis=0)
-    valid = (tl.sum(undefined, axis=0) == 0) & (tl.abs(top) < float("inf"))
+    valid = fits & (tl.sum(undefined, axis=0) == 0) & (tl.abs(top) < float("inf"))
     tl.store(valid_ptr + position, valid)
     if not valid:
         tl.store(tokens_ptr + position, tl.full([], 0, tl.int64))
         return
-    least = tl.full([], lowest(), tl.float32)
+    least = tl.where(is_greedy, top, lowest())
     if HAS_TOP_K:
         # The lanes' largest are logits of different columns: so many are not below the least of them.
-        least = tl.where(top_k <= LANES, tl.maximum(tl.min(tops, axis=0), least), least)
-        least = _search(row_ptr, columns, V, top, c, least, top_k, True, GRANULE, LANES, TILE)
+        least = tl.where((top_k > 0) & (top_k <= LANES), tl.maximum(tl.min(tops, axis=0), least), least)
+        end = tl.where((top_k > 0) & (top_k < V), top, least)  # where all are kept there is nothing to search
+        least = _search(row_ptr, columns, V, end, c, least, top_k, True, GRANULE, LANES, TILE)
     if HAS_TOP_P:
-        total = _total(row_ptr, columns, V, top, c, least, LANES, TILE)
-        # Logits below this have a share of less than 1 - top_p, all together. Rounding must not raise it.
-        bound = top + (tl.log2((1 - top_p) * total / V) - 0.001) / c - 1e-6 * tl.abs(top)
-        least = tl.maximum(least, bound)
-        least = _search(row_ptr, columns, V, top, c, least, top_p * total, False, GRANULE, LANES, TILE)
+        if not OF_ROWS[2] or top_p < 1:
+            total = _total(row_ptr, columns, V, top, c, least, LANES, TILE)
+            # Logits below this have a share of less than 1 - top_p, all together. Rounding must not raise it.
+            bound = top + (tl.log2((1 - top_p) * total / V) - 0.001) / c - 1e-6 * tl.abs(top)
+            least = tl.maximum(least, bound)
+            least = _search(row_ptr, columns, V, top, c, least, top_p * total, False, GRANULE, LANES, TILE)
+            least = tl.minimum(least, top)  # above which the search ends where float32 rounds top_p to 0
 
     tile = tl.arange(0, TILES_BLOCK)
     sums = tl.zeros([TILES_BLOCK], tl.float32)
@@ -180,6 +204,8 @@ def sample_kernel(
     sums = sums.to(tl.float64)
     ends = tl.cumsum(sums, axis=0)
     uniform = tl.load(uniforms_ptr + b * uniforms_stride_b + i * uniforms_stride_t)
+    if OF_ROWS[0]:  # the first of the likeliest; loaded again, because some registers spill where this is kept
+        uniform = tl.where(tl.load(temperature_ptr + b) == 0, 0.0, uniform)
     target = uniform * tl.max(ends, axis=0)
     # Only where there is weight: a scan's sums may differ in their last bit where they should be equal.
     last = tl.max(tl.where(sums > 0, tile, 0), axis=0)
@@ -199,17 +225,22 @@ def sample_kernel(
 def sample_from_logits(
     logits: Tensor,
     uniforms: Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
+    temperature: float | Tensor,
+    top_k: int | Tensor,
+    top_p: float | Tensor,
+    min_p: float | Tensor,
     tokens: Tensor,
     valid: Tensor,
 ) -> None:
-    """Write `tokens` and `valid`, (B,) or (B, T) contiguous, from logits (..., V) contiguous in V."""
+    """Write `tokens` and `valid`, (B,) or (B, T) contiguous, from logits (..., V) contiguous in V.
+
+    A setting is a number or a tensor (B,).
+    """
     settings = settings_for(logits.device)
     V, vector = logits.shape[-1], 16 // logits.element_size()
     has_tokens = logits.dim() == 3
+    c = temperature if isinstance(temperature, Tensor) else log2_e() / temperature
+    given = {"c": c, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     arguments = {
         "logits_ptr": logits,
         "uniforms_ptr": uniforms,
@@ -221,12 +252,10 @@ def sample_from_logits(
         "uniforms_stride_t": uniforms.stride(1) if has_tokens else 0,
         "T": logits.shape[1] if has_tokens else 1,
         "V": V,
-        "c": log2_e() / temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "HAS_TOP_K": 0 < top_k < V,
-        "HAS_TOP_P": top_p < 1,
+        **{name: x.contiguous() if isinstance(x, Tensor) else x for name, x in given.items()},
+        "OF_ROWS": tuple(isinstance(x, Tensor) for x in given.values()),
+        "HAS_TOP_K": isinstance(top_k, Tensor) or 0 < top_k < V,
+        "HAS_TOP_P": isinstance(top_p, Tensor) or top_p < 1,
         "GRANULE": GRANULES[logits.dtype],
         "LANES": settings.lanes,
         "VECTOR": vector,

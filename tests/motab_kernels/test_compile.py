@@ -81,7 +81,10 @@ def test_instructions_of_a_pair(reports, kernel, most, special, dtype, target):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize(("kernel", "least", "most"), [("top-k", 8, 16), ("top-p", 12, 17), ("top-k, top-p", 12, 17)])
+@pytest.mark.parametrize(
+    ("kernel", "least", "most"),
+    [("top-k", 8, 16), ("top-p", 12, 17), ("top-k, top-p", 12, 17), ("settings of rows", 12, 17)],
+)
 def test_sampling(reports, kernel, least, most, dtype, target):
     """128 bits at a time, and in a pass that searches nothing that waits for another lane."""
     report, plain = reports[f"sample {kernel}", dtype, target], reports["sample all", dtype, target]

@@ -16,6 +16,7 @@ from boundary_cases import BOUNDARIES, STATISTICS, assert_matches_definition, po
 from divergence_cases import every_kind, expected, logits, options, relative_error, without_ties
 from sampling_cases import assert_matches_definition as assert_samples
 from sampling_cases import random_case as random_draws
+from sampling_cases import random_settings
 
 import motab_kernels as mk
 
@@ -285,6 +286,14 @@ def test_sampling(V, dtype, settings, seed):
     case = random_draws(2, 3, V, dtype=dtype, seed=seed)
     out = mk.sample_from_logits(*map(on_device, case), **settings, temperature=0.6, backend="triton")
     assert_samples(mk.Samples(*(x.cpu() for x in out)), *case, **settings, temperature=0.6)
+
+
+@pytest.mark.parametrize("V", SIZES)
+def test_sampling_by_settings_of_rows(V, seed):
+    case, settings = random_draws(8, V, dtype=DTYPES[seed % 3], seed=seed), random_settings(8, seed)
+    given = {name: on_device(x) for name, x in settings.items()}
+    out = mk.sample_from_logits(*map(on_device, case), **given, backend="triton")
+    assert_samples(mk.Samples(*(x.cpu() for x in out)), *case, **settings)
 
 
 def test_launches_compare_no_global_values():

@@ -12,7 +12,7 @@ from attention_cases import expected as expected_attention
 from attention_cases import random_case
 from boundary_cases import assert_equal, assert_matches_definition, random_inputs
 from divergence_cases import every_kind, expected, logits, options
-from sampling_cases import SETTINGS
+from sampling_cases import SETTINGS, random_settings
 from sampling_cases import assert_matches_definition as assert_samples
 from sampling_cases import random_case as random_draws
 
@@ -89,6 +89,13 @@ def test_sampling(library, name, seed):
         for dtype in (torch.float32, torch.bfloat16):
             case = random_draws(20, V, dtype=dtype, seed=seed)
             assert_samples(mk.sample_from_logits(*case, **SETTINGS[name], backend="cpu"), *case, **SETTINGS[name])
+
+
+@needs_library
+def test_sampling_by_settings_of_rows(library, seed):
+    for V in (5000, 4096):
+        case, settings = random_draws(20, V, seed=seed), random_settings(20, seed)
+        assert_samples(mk.sample_from_logits(*case, **settings, backend="cpu"), *case, **settings)
 
 
 @needs_library

@@ -19,6 +19,7 @@ from boundary_cases import (
 from divergence_cases import every_kind, expected, logits, options, relative_error
 from sampling_cases import assert_matches_definition as assert_samples
 from sampling_cases import random_case as random_draws
+from sampling_cases import random_settings
 
 import motab_kernels as mk
 
@@ -259,6 +260,32 @@ def test_attention_in_a_graph_follows_what_changes(T, seed, no_wait):
 
 def free_memory():
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+
+
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_settings_of_rows_in_a_graph(backend, seed, no_wait):
+    """They change between replays; one out of range leaves its row invalid."""
+    logits, uniforms = map(on_device, random_draws(8, 2, 32000, seed=seed))
+    settings, held = {name: on_device(x) for name, x in random_settings(8, seed).items()}, {}
+
+    def call():
+        held["out"] = mk.sample_from_logits(logits, uniforms, **settings, backend=backend)
+
+    graph = captured(call)
+    for step in range(3):
+        changed = random_settings(8, seed + 1 + step)
+        for name, x in changed.items():
+            settings[name].copy_(x)
+        settings["top_p"][step] = NAN
+        no_wait()
+        graph.replay()
+        mk.sample_from_logits(logits, uniforms, **settings, backend=backend)
+        torch.cuda.set_sync_debug_mode("default")
+        out = mk.Samples(*(x.cpu() for x in held["out"]))
+        rest = torch.arange(8) != step
+        assert not out.valid[step].any()
+        case = mk.Samples(*(x[rest] for x in out)), logits.cpu()[rest], uniforms.cpu()[rest]
+        assert_samples(*case, **{name: x[rest] for name, x in changed.items()})
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 50, "top_p": 0.9, "min_p": 0.01}, {"temperature": 0}])

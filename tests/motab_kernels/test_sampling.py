@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from sampling_cases import SETTINGS, assert_matches_definition, random_case
+from sampling_cases import NEUTRAL, SETTINGS, assert_matches_definition, of_row, random_case, random_settings
 from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 import motab_kernels as mk
-from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON, implementation
 from motab_kernels.sampling import sample_from_logits_op
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,6 +38,7 @@ def small_tiles(monkeypatch):
 def sample(logits, uniforms, backend, **settings):
     """On the device of the backend; back on the host."""
     device = DEVICE if backend == "triton" else "cpu"
+    settings = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in settings.items()}
     out = mk.sample_from_logits(logits.to(device), uniforms.to(device), **settings, backend=backend)
     return mk.Samples(*(x.cpu() for x in out))
 
@@ -48,6 +49,99 @@ def sample(logits, uniforms, backend, **settings):
 def test_matches_the_definition(backend, dtype, name, seed):
     logits, uniforms = random_case(2, 3, 700, dtype=dtype, seed=seed)
     assert_matches_definition(sample(logits, uniforms, backend, **SETTINGS[name]), logits, uniforms, **SETTINGS[name])
+
+
+@every_backend
+@every_dtype
+def test_settings_of_rows(backend, dtype, seed):
+    """Of a batch whose rows differ in all of them, and of one in which some are numbers or of all rows."""
+    logits, uniforms = random_case(8, 2, 700, dtype=dtype, seed=seed)
+    settings = random_settings(8, seed)
+    out = sample(logits, uniforms, backend, **settings)
+    assert_matches_definition(out, logits, uniforms, **settings)
+    some = {"temperature": settings["temperature"], "top_p": torch.tensor(0.9), "min_p": 0.02}
+    assert_matches_definition(sample(logits, uniforms, backend, **some), logits, uniforms, **some)
+
+
+@every_backend
+@pytest.mark.parametrize("V", [40, 1300])
+def test_a_row_draws_as_by_numbers(backend, V, seed):
+    """To the last bit, whatever the other rows' settings are."""
+    logits, uniforms = random_case(10, V, seed=seed)
+    settings = random_settings(10, seed)
+    drawn = sample(logits, uniforms, backend, **settings).token_ids
+    for b in range(10):
+        numbers = of_row(settings, b)
+        assert drawn[b] == sample(logits[b : b + 1], uniforms[b : b + 1], backend, **numbers).token_ids, numbers
+
+
+@every_backend
+@pytest.mark.parametrize("name", NEUTRAL)
+def test_a_setting_of_rows_that_keeps_all(backend, name, seed):
+    """Whichever is a tensor, and more top-k than there are tokens: to the last bit as without."""
+    logits, uniforms = random_case(12, 1300, seed=seed)
+    logits[:, 0] = logits.amax(-1) - 40  # which is drawn by 0, and whose weight is lost in any sum
+    expected = sample(logits, uniforms, backend).token_ids
+    assert expected[0] == 0
+    neutral = torch.tensor(NEUTRAL[name], requires_grad=name != "top_k").expand(12)
+    assert torch.equal(sample(logits, uniforms, backend, **{name: neutral}).token_ids, expected)
+    if name == "top_k":
+        many = torch.tensor([1300, 1301, 2**40]).repeat(4)
+        assert torch.equal(sample(logits, uniforms, backend, top_k=many).token_ids, expected)
+
+
+@every_backend
+def test_a_top_p_that_rounds_to_0_in_float32(backend, seed):
+    logits, uniforms = random_case(3, 700, seed=seed)
+    for top_p in (1e-60, torch.tensor(1e-60, dtype=torch.float64)):
+        assert torch.equal(sample(logits, uniforms, backend, top_p=top_p).token_ids, logits.argmax(-1))
+
+
+@every_backend
+def test_greedy_rows(backend):
+    """The first of several, whatever their numbers and filters; the others draw on."""
+    logits = torch.full((6, 300), -9.0)
+    logits[:, 10], logits[:, 150], logits[:, 290] = -0.0, 0.0, 0.0
+    numbers = torch.full((6,), 0.99).double()
+    settings = {
+        "temperature": torch.tensor([0.0, 1.0] * 3),
+        "top_k": torch.tensor([0, 0, 2, 2, 0, 0]),
+        "top_p": torch.tensor([1.0, 1.0, 1.0, 1.0, 0.9, 0.9]),
+        "min_p": torch.tensor([0.0, 1.0] * 3),
+    }
+    assert sample(logits, numbers, backend, **settings).token_ids.tolist() == [10, 290] * 3
+    logits[:4, 20], logits[4:, 20] = INF, NAN
+    assert not sample(logits, numbers, backend, **settings).valid.any()
+    assert not sample(torch.full((6, 300), -INF), numbers, backend, **settings).valid.any()
+
+
+OUT_OF_RANGE = [("temperature", x) for x in (-1.0, 1e-38, 1e38, INF, NAN)] + [("top_k", -1), ("top_k", -(2**31))]
+OUT_OF_RANGE += [("top_p", x) for x in (0.0, -0.5, 1.5, INF, NAN)] + [("min_p", x) for x in (-0.5, 1.5, NAN)]
+
+
+@every_backend
+def test_settings_of_rows_that_do_not_fit(backend):
+    """On the CPU they raise. Elsewhere, where the host does not see them, they leave their own rows invalid."""
+    count = len(OUT_OF_RANGE)
+    rows = {name: torch.tensor([x] * 2 * count) for name, x in NEUTRAL.items()}
+    for at, (name, x) in enumerate(OUT_OF_RANGE):
+        rows[name][2 * at] = x
+    logits, uniforms = random_case(2 * count, 300)
+    uniforms += 1e-300  # a token other than the first
+    if DEVICE == "cpu" or backend != "triton":
+        for at, (name, _) in enumerate(OUT_OF_RANGE):
+            own = {key: x[2 * at : 2 * at + 2] for key, x in rows.items()}
+            with pytest.raises(ValueError, match=rf"{name}: expected .* got \[[^,]*, {NEUTRAL[name]}\]"):
+                sample(logits[:2], uniforms[2:4], backend, **own)
+    if backend == "cpu":
+        return
+    tokens, valid = torch.zeros(2, 2 * count, dtype=torch.int64, device=DEVICE), None
+    valid = tokens[1].bool()
+    inputs = [x.to(DEVICE) for x in (logits, uniforms, *rows.values())]
+    implementation("sampling", backend, tokens.device).sample_from_logits(*inputs, tokens[0], valid)
+    assert valid.tolist() == [False, True] * count
+    assert tokens[0, ::2].tolist() == [0] * count
+    assert_matches_definition(mk.Samples(tokens[0, 1::2].cpu(), valid[1::2].cpu()), logits[1::2], uniforms[1::2])
 
 
 @every_backend
@@ -183,6 +277,8 @@ def test_no_rows(backend):
     out = sample(torch.randn(0, 4, 9), torch.rand(0, 4).double(), backend)
     assert out.token_ids.shape == out.valid.shape == (0, 4)
     assert sample(torch.randn(3, 0, 9), torch.rand(3, 0).double(), backend, temperature=0).token_ids.shape == (3, 0)
+    rows = {"temperature": torch.ones(0), "top_k": torch.ones(0, dtype=torch.int32), "top_p": torch.ones(())}
+    assert sample(torch.randn(0, 4, 9), torch.rand(0, 4).double(), backend, **rows).token_ids.shape == (0, 4)
 
 
 @every_backend
@@ -212,7 +308,38 @@ def test_compiled():
     out = drawn(logits.requires_grad_(), uniforms)
     assert torch.equal(out.token_ids, eager.token_ids)
     assert torch.equal(out.valid, eager.valid)
-    torch.library.opcheck(sample_from_logits_op, (logits.detach(), uniforms, 0.7, 20, 0.9, 0.0, "torch"))
+    torch.library.opcheck(sample_from_logits_op, (logits.detach(), uniforms, [], 0.7, 20, 0.9, 0.0, "torch"))
+
+
+def test_compiled_with_numbers_that_vary():
+    logits, uniforms = random_case(4, 300)
+
+    @torch.compile(fullgraph=True, backend="aot_eager", dynamic=True)
+    def drawn(logits, uniforms, **settings):
+        return mk.sample_from_logits(logits, uniforms, **settings).token_ids
+
+    for settings in ({"temperature": 0.6, "top_k": 20, "top_p": 0.9}, {"temperature": 1.5, "top_k": 3, "top_p": 0.5}):
+        eager = mk.sample_from_logits(logits, uniforms, **settings).token_ids
+        assert torch.equal(drawn(logits, uniforms, **settings), eager)
+
+
+def test_compiled_with_settings_of_rows():
+    """Whose values change without another compilation; those of the example do not matter."""
+    logits, uniforms = random_case(4, 2, 300)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def drawn(logits, uniforms, temperature, top_k):
+        return mk.sample_from_logits(logits, uniforms, temperature=temperature, top_k=top_k, top_p=0.9).token_ids
+
+    for seed in range(3):
+        rows = random_settings(4, seed)
+        settings = {"temperature": rows["temperature"].double().contiguous().requires_grad_()}
+        settings["top_k"] = rows["top_k"].long().contiguous()
+        with torch.compiler.set_stance("default" if seed == 0 else "fail_on_recompile"):
+            tokens = drawn(logits, uniforms, **settings)
+        assert torch.equal(tokens, mk.sample_from_logits(logits, uniforms, **settings, top_p=0.9).token_ids)
+    rows = [settings["temperature"].detach(), torch.tensor(0.9).expand(4)]
+    torch.library.opcheck(sample_from_logits_op, (logits, uniforms, rows, None, 20, None, 0.0, "torch"))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +348,20 @@ def test_compiled():
         ({"temperature": -1.0}, r"temperature: expected 0 .* from 1e-30 to 1e\+30, got -1.0"),
         ({"temperature": 1e-38}, "temperature: .* got 1e-38"),
         ({"temperature": NAN}, "temperature: .* got nan"),
-        ({"temperature": torch.ones(2)}, "temperature: .* got tensor"),
+        (
+            {"temperature": torch.ones(3)},
+            r"temperature: expected a number or a tensor, 0-d or \(2,\), on cpu, got shape",
+        ),
+        ({"temperature": torch.ones(2, 1)}, r"temperature: .* got shape \(2, 1\) on cpu"),
+        ({"top_p": torch.ones(2, device="meta")}, r"top_p: .* on cpu, got shape \(2,\) on meta"),
+        (
+            {"top_k": torch.ones(2)},
+            "top_k: expected a number or a tensor of torch.int32 or torch.int64, got torch.float32",
+        ),
+        ({"min_p": torch.ones(2).half()}, "min_p: expected .* torch.float32 or torch.float64, got torch.float16"),
+        ({"min_p": torch.ones(2), "top_k": -1}, "top_k: expected an integer >= 0, got -1"),
+        ({"temperature": torch.tensor([1.0, -1.0])}, r"temperature: expected 0 .* 1e\+30, got \[1.0, -1.0\]"),
+        ({"top_p": torch.tensor([1.0, 0.0]), "backend": "torch"}, r"top_p: expected a number in .* got \[1.0, 0.0\]"),
         ({"top_k": -1}, "top_k: expected an integer >= 0, got -1"),
         ({"top_k": 2.5}, "top_k: .* got 2.5"),
         ({"top_p": 0.0}, r"top_p: expected a number in \(0, 1\].*, got 0.0"),
