@@ -33,6 +33,17 @@ def ours(logits, uniforms, top_k, top_p):
     return mk.sample_from_logits(logits, uniforms, **settings).token_ids
 
 
+@functools.cache
+def settings_of_rows(B, device, top_k, top_p):
+    new = functools.partial(torch.full, (B,), device=device)
+    return {"temperature": new(TEMPERATURE), "top_k": new(top_k, dtype=torch.int32), "top_p": new(top_p)}
+
+
+def ours_of_rows(logits, uniforms, top_k, top_p):
+    settings = settings_of_rows(len(logits), logits.device, top_k, top_p)
+    return mk.sample_from_logits(logits, uniforms, **settings).token_ids
+
+
 def eager(logits, uniforms, top_k, top_p):
     scores = logits.float() / TEMPERATURE
     if top_k:
@@ -61,6 +72,7 @@ def transformers(logits, uniforms, top_k, top_p):
 #: By name, functions that make the call.
 PROVIDERS = {
     "ours": lambda: ours,
+    "ours, settings of rows": lambda: ours_of_rows,
     "eager": lambda: eager,
     "torch.compile": compiled,
     "transformers": lambda: transformers,
@@ -85,7 +97,7 @@ def check(call, name, logits, uniforms, top_k, top_p):
         least = ordered[enough.nonzero()[0, 0]] if top_p < 1 else -torch.inf
         weights = x.where(x >= least - 1e-3, -torch.inf).softmax(0)
         assert weights[token] > 0, f"{name} drew token {token}, which the filters exclude"
-        if name == "ours":
+        if name.startswith("ours"):
             end, u = float(weights[: token + 1].sum()), float(uniforms[at])
             assert end > u - 1e-3, (end, u)
             assert end - float(weights[token]) < u + 1e-3, (end, u)
