@@ -107,7 +107,7 @@ def sample_from_logits(
 
 
 def _of_rows(setting: float | Tensor, logits: Tensor) -> Any:
-    return setting.expand(logits.shape[0]) if isinstance(setting, Tensor) else float(setting)
+    return setting.resolve_neg().expand(logits.shape[0]) if isinstance(setting, Tensor) else float(setting)
 
 
 def _sample(logits: Tensor, uniforms: Tensor, settings: Sequence[Any], backend: str) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def _sample(logits: Tensor, uniforms: Tensor, settings: Sequence[Any], backend: 
     if uniforms.numel() == 0:
         return tokens, valid
     if backend != "torch":  # of a tensor that is negated only when it is read, the memory holds other values
-        logits = logits.resolve_neg()
+        logits, uniforms = logits.resolve_neg(), uniforms.resolve_neg()
         logits = logits if logits.stride(-1) == 1 else logits.contiguous()
     if backend != "cpu" and uniforms.device.type == "cpu":  # C++ checks them itself
         check_values(uniforms, *settings)

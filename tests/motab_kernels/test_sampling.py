@@ -282,10 +282,11 @@ def test_no_rows(backend):
 
 
 @every_backend
-def test_a_negated_view(backend):
+def test_negated_views(backend):
     logits, uniforms = random_case(4, 300)
-    out = sample(torch._neg_view(-logits), uniforms, backend, top_k=9)
-    assert_matches_definition(out, logits, uniforms, top_k=9)
+    negated, top_p = (torch._neg_view(-x) for x in (uniforms, torch.full((4,), 0.7)))
+    out = sample(torch._neg_view(-logits), negated, backend, top_k=9, top_p=top_p)
+    assert_matches_definition(out, logits, uniforms, top_k=9, top_p=0.7)
 
 
 def test_float64():
