@@ -29,6 +29,7 @@ from motab.dataset import TrajectoryDataset
 from motab.demo import DemoArguments, run
 from motab.export import check_output_file, export_dataset
 from motab.files import write_whole
+from motab.fingerprint import hash_of_weights
 from motab.grading import check_answers, grade
 from motab.judgement import is_unbounded, label
 from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
@@ -109,23 +110,25 @@ def train(arguments: list[str], console: Console) -> None:
         prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
         data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
     trainer_input.check(config, teacher_name or None, data, tokenizer)
+    loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
+    adapted = holds_adapters(args.model_name_or_path)
+    if adapted:
+        model = load_with_adapters(args.model_name_or_path, args.dtype, train_them=args.use_peft, **loading)
+    else:
+        model = load_model(args.model_name_or_path, args.dtype, **loading)
+    teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
+    weights = {"student": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
     processes, folder = Processes(), config.output_dir
-    settings = processes.from_main(lambda: decisive_settings(args, config, data))
+    settings = processes.from_main(lambda: decisive_settings(args, config, data, weights))
     last, finished = config.resume_from_checkpoint, False
     if not last:
         last, finished = processes.from_main(lambda: last_checkpoint(folder, settings))
     if finished:
         console.print(f"{folder}: already trained with these settings; remove it to train again")
         return
-    loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
-    if holds_adapters(args.model_name_or_path):
-        model = load_with_adapters(args.model_name_or_path, args.dtype, train_them=args.use_peft, **loading)
-    else:
-        model = load_model(args.model_name_or_path, args.dtype, **loading)
-        if lora := args.lora():
-            transformers.set_seed(config.seed)  # which the trainer does after the adapters are drawn
-            model = with_lora(model, **lora)
-    teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
+    if lora := args.lora():
+        transformers.set_seed(config.seed)  # which the trainer does after the adapters are drawn
+        model = with_lora(model, **lora)
     held_out = args.eval_file or None
     if state.is_main_process:
         _warn_of_unfinished("train", *filter(None, (args.train_file, args.eval_file)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ DECISIVE = (
 )
 
 
-def decisive_settings(args: TrainArguments, config: MotabConfig, data: str | Rollouts) -> dict[str, Any]:
-    """The settings that decide the outcome of ``motab train``, as JSON returns them; a file counts by its content."""
+def decisive_settings(
+    args: TrainArguments, config: MotabConfig, data: str | Rollouts, weights: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """The settings that decide the outcome of ``motab train``, as JSON returns them. A file counts by its content, and
+    the student and the teacher by their weights, of which `weights` has the hashes."""
     found: dict[str, Any] = {
-        "model_name_or_path": args.model_name_or_path,
-        "teacher_model_name_or_path": args.teacher_model_name_or_path,
+        **weights,
         "dtype": args.dtype,
         "trajectories of a step": config.per_device_train_batch_size
         * config.gradient_accumulation_steps

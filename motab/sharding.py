@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,6 +74,18 @@ def copy_weights_(copied: PreTrainedModel, sharded: PreTrainedModel) -> None:
     for target, source in zip(_tensors(copied), _tensors(sharded), strict=True):
         source = source.detach().to(target.dtype)  # before it is sent
         target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+
+
+@torch.no_grad()
+def whole_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """The tensors that a save of the model holds, each whole until the next; all processes that share it take part."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        if hasattr(tensor, "ds_tensor"):
+            tensor.all_gather([tensor])
+            yield tensor
+            tensor.partition([tensor])
+        else:
+            yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:

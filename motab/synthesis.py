@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.files import whole_path, write_whole
-from motab.fingerprint import differences, hash_of_prompts, policy_settings
+from motab.fingerprint import differences, hash_of_prompts, hash_of_weights, policy_settings
 from motab.generation import PACE, SETTINGS, synthesize
 from motab.lock import Lock
 from motab.models import processes_sharing
@@ -60,8 +60,8 @@ def synthesize_to_file(
 
     Raises:
         ValueError: whatever `synthesize` refuses, a file that another run is writing, and one that was begun with other
-            prompts, models or settings; ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens`` may
-            change, and so may the student under `TeacherOnly`. Nothing is written then.
+            prompts, weights or settings; ``batch_size``, ``block_size``, ``torch_compile`` and ``max_cached_tokens``
+            may change, and so may the student under `TeacherOnly`. Nothing is written then.
     """
     path = Path(path)
     policy = MotabPolicy() if policy is None else policy
@@ -74,7 +74,7 @@ def synthesize_to_file(
     models = {"student": student if needs_student(policy) else None, "teacher": teacher}
     begun = {
         **policy_settings(policy),
-        **{name: None if model is None else model.name_or_path for name, model in models.items()},
+        **{name: hash_of_weights(model) for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
         "prompts": len(prompts),
         "prompts' hash": hash_of_prompts(encoded),

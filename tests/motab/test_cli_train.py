@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 import motab
 from motab.arguments import TrainArguments
 from motab.cli import main
+from motab.fingerprint import hash_of_weights
 from motab.models import load_model, with_lora
 from motab.parsing import parse
 from motab.resume import DECISIVE, decisive_settings, last_checkpoint, record
@@ -205,11 +206,18 @@ def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
     assert "model: the trained model" in " ".join(capsys.readouterr().out.split())
     content = (tmp_path / "model" / "model.safetensors").read_bytes()
     monkeypatch.setattr(motab.MotabTrainer, "train", None)
-    assert main([*command, "--logging_steps", "1", "--save_steps", "2"]) == 0
-    out = " ".join(capsys.readouterr().out.split())
-    assert "model: already trained with these settings" in out
-    assert "the trained model" not in out
-    assert (tmp_path / "model" / "model.safetensors").read_bytes() == content
+    moved = tmp_path / "student"
+    shutil.copytree(TINY / "student", moved)
+    moved_command = [str(moved) if part == str(TINY / "student") else part for part in command]
+    for again in (command, moved_command):
+        assert main([*again, "--logging_steps", "1", "--save_steps", "2"]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "model: already trained with these settings" in out
+        assert "the trained model" not in out
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == content
+    (moved / "model.safetensors").write_bytes(content)  # as in the next round of a loop
+    assert main(moved_command) == 2
+    assert "a training with other settings (student: other weights)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -224,9 +232,9 @@ def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
         (["--dtype", "bfloat16"], "dtype: 'float32' there, 'bfloat16' now"),
         (
             ["--loss_type", "jsd", "--teacher_model_name_or_path", str(TINY / "teacher")],
-            "loss_type: 'cross_entropy' there, 'jsd' now, teacher_dtype: not set there, 'auto' now",
+            "loss_type: 'cross_entropy' there, 'jsd' now, teacher: None there, one now, teacher_dtype: not set",
         ),
-        (["--model_name_or_path", str(TINY / "teacher")], "tiny/student' there, "),
+        (["--model_name_or_path", str(TINY / "teacher")], "(student: other weights)"),
         ([], "content of train_file: "),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else None,
@@ -239,7 +247,8 @@ def test_a_training_with_other_settings(training, tmp_path, capsys, flags, named
     (model / "checkpoint-1").mkdir(parents=True)
     (model / "checkpoint-1" / "trainer_state.json").touch()
     args, config = parse((TrainArguments, motab.MotabConfig), command[1:], "train")
-    record(model, decisive_settings(args, config, str(path)), finished=finished)
+    weights = {"student": hash_of_weights(load_model(args.model_name_or_path, args.dtype)), "teacher": None}
+    record(model, decisive_settings(args, config, str(path), weights), finished=finished)
     if not flags:
         path.write_text(path.read_text() * 2)
     assert main([*command, *flags]) == 2

@@ -25,8 +25,12 @@ from test_processes import (
 )
 from test_rollouts import Kept
 from test_trainer import TRAJECTORIES, config
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 import motab
+from motab.fingerprint import hash_of_weights
+from motab.models import load_model
+from motab.sharding import is_sharded
 
 STAGES = (1, 2, 3)
 CASES = [(1, "heads"), *((stage, kind) for stage in (2, 3) for kind in (*TRAININGS, "by name"))]
@@ -94,6 +98,12 @@ def train_by_deepspeed(rank, count, folder):
     in_parts = zero(3)
     del in_parts["deepspeed"]["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
     found["saved in parts"] = message(train_few, folder / "parts", TRAJECTORIES, count, **in_parts)
+    read = [load_model(names(folder)[0])]  # in parts, as the last training was
+    unset_hf_deepspeed_config()
+    read.append(load_model(names(folder)[0]))
+    found["hashes of weights"] = [hash_of_weights(model) for model in read]
+    assert list(map(is_sharded, read)) == [True, False]
+    assert all(not len(weight) for weight in read[0].parameters())
     torch.save(found, folder / f"deepspeed-{rank}.pt")
 
 
@@ -147,6 +157,10 @@ def test_training_on_what_both_write(ranks, tmp_path):
     torch.testing.assert_close(weights, same, rtol=0, atol=0)
     _, expected = train_few(tmp_path, first + second)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_model_in_parts_is_known_by_its_weights(ranks):
+    assert len({each for found in ranks for each in found["hashes of weights"]}) == 1
 
 
 def test_what_is_refused(ranks):

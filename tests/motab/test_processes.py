@@ -191,7 +191,6 @@ def write_together(path):
     torch.distributed.barrier()
     other = load_model(str(name), shared=True)
     assert isinstance(other.model.layers[0].mlp.up_proj.weight, DTensor)
-    other.name_or_path = ""  # as that of a model that was not loaded
     settings = test_synthesis.SETTINGS
     prompts, policy = test_synthesis.PROMPTS, test_synthesis.POLICY
     return motab.synthesize_to_file(path, student, other, tokenizer.__wrapped__(), prompts, policy=policy, **settings)
@@ -399,6 +398,8 @@ def test_a_teacher_that_all_share(ranks, folder):
     """What one process writes, but for the rounding of sums over parts; interrupted and gone on with too."""
     alone, together = (read_trajectories(folder / name / "t.jsonl") for name in ("by 1", "together"))
     assert_same(together, alone)
+    settings = [(folder / name / "t.jsonl.settings.json").read_text() for name in ("by 1", "together")]
+    assert settings[0] == settings[1]  # so that either can go on with the other's file
     assert [sorted(found["together"]) for found in ranks] == [list(range(90)), []]
     assert [sorted(found["together again"]) for found in ranks] == [list(range(20, 64)), []]
     assert_same(read_trajectories(folder / "together again" / "t.jsonl"), together)

@@ -241,6 +241,26 @@ def test_either_top_k_is_one_setting_of_a_file(tmp_path, student, teacher, token
         write(motab.TokenSKD(2), top_k=4)
 
 
+def test_models_are_told_by_their_weights(tmp_path, student, teacher, tokenizer, prompts):
+    """Whatever they are called: one that was trained on is another, one read from another place is the same."""
+    path = tmp_path / "t"
+
+    def write(student, teacher):
+        return list(motab.synthesize_to_file(path, student, teacher, tokenizer, prompts, policy=POLICY, **SETTINGS))
+
+    write(student, teacher)
+    moved, trained = copy.deepcopy(student), copy.deepcopy(teacher)
+    moved.name_or_path = "elsewhere"
+    assert write(moved, teacher) == []
+    trained.model.layers[1].mlp.up_proj.weight.data *= 1 + 1e-6
+    with pytest.raises(ValueError, match=r"begun with other settings \(teacher: other weights\); give another path"):
+        write(student, trained)
+    with pytest.raises(ValueError, match=r"\(student: other weights\)"):
+        write(trained, teacher)
+    with pytest.raises(ValueError, match="teacher: one there, None now"):
+        motab.synthesize_to_file(path, student, None, tokenizer, prompts, policy=motab.OnPolicy(), **SETTINGS)
+
+
 def test_a_line_ends_at_a_newline_alone(tmp_path):
     path = tmp_path / "t.jsonl"
     text = "\u2028 \x85 \r\n"  # at all of which str.splitlines splits, and JSON leaves the first two as they are
