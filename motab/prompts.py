@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from numbers import Integral
 from typing import Any
 
 import numpy as np
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
 from motab.processes import process_state
 
-# Arguments of apply_chat_template that this module sets: a prompt is a list of token ids that an answer follows.
-_OURS = ("conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors")
+# What apply_chat_template itself gives to a template.
+_GIVEN = ("messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now")
 
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray
 
@@ -52,7 +55,8 @@ class PromptFormat:
     Attributes:
         system_prompt: the system's message, in place of the problem's own if it has one.
         prompt_suffix: text after the user's last message, such as how to state the answer.
-        chat_template_kwargs: further arguments of the chat template, such as ``{"enable_thinking": False}``.
+        chat_template_kwargs: variables of the chat template, such as ``{"enable_thinking": False}``, ``tools`` and
+            ``documents``.
     """
 
     system_prompt: str | None = None
@@ -63,8 +67,8 @@ class PromptFormat:
         """The prompt as `synthesize` takes it.
 
         Raises:
-            ValueError: a system prompt or settings of a template for a tokenizer without one; settings that the
-                template refuses or that are not its own; a suffix without a message of the user.
+            ValueError: a system prompt or settings of a template for a tokenizer without one; settings or messages that
+                the template refuses; settings that are not its own; a suffix without a message of the user.
         """
         messages = list(problem.messages())
         if self.prompt_suffix:
@@ -84,12 +88,7 @@ class PromptFormat:
             others = [message for message in messages if message["role"] != "system"]
             messages = [{"role": "system", "content": self.system_prompt}, *others]
         if self.chat_template_kwargs:
-            if given := [name for name in self.chat_template_kwargs if name in _OURS]:
-                raise ValueError(
-                    "chat_template_kwargs must be variables of the template, such as enable_thinking, got "
-                    + ", ".join(given)
-                )
-            return _from_template(tokenizer, messages, **self.chat_template_kwargs)
+            return _from_template(tokenizer, messages, self.chat_template_kwargs)
         return messages
 
 
@@ -165,14 +164,31 @@ def _short(value: object) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:60] + '...'}"
 
 
-def _from_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], **settings: Any) -> list[int]:
+def _from_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], settings: Mapping[str, Any] = {}
+) -> list[int]:
     """The token ids of messages, up to where the answer begins."""
     try:
+        known = _variables(tokenizer.get_chat_template(tools=settings.get("tools"))) if settings else ()
+        if unknown := [name for name in settings if name not in known]:
+            raise ValueError(
+                f"chat_template_kwargs must be variables of the template, here {', '.join(known)}, got "
+                + ", ".join(unknown)
+            )
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False, **settings)
-    except TemplateError as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise ValueError(f"the tokenizer's chat template refuses messages of {roles}: {error}") from error
+    except (TemplateError, TypeError) as error:  # TypeError: as of a content that is no text
+        roles = ", ".join(str(message.get("role")) for message in messages)
+        given = f" with {dict(settings)}" if settings else ""
+        raise ValueError(f"the tokenizer's chat template refuses messages of {roles}{given}: {error}") from error
     return list(ids)
+
+
+@cache
+def _variables(template: str) -> list[str]:
+    """The variables that a chat template reads, but for those that it is always given, and what every one may read."""
+    source = re.sub(r"{%-?\s*(end)?generation\s*-?%}", "", template)  # transformers' own tag
+    found = find_undeclared_variables(Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source))
+    return sorted({*found, "tools", "documents"}.difference(_GIVEN))
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -50,20 +50,38 @@ def test_settings_of_the_template(chat_tokenizer):
 
 @pytest.mark.parametrize(
     "name",
-    ["conversation", "add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "return_tensors"],
+    ["messages", "add_generation_prompt", "tokenize", "truncation", "strftime_now", "range", "later", "m", "qiuet"],
 )
 def test_settings_that_are_not_of_the_template(chat_tokenizer, name):
-    with pytest.raises(ValueError, match=f"chat_template_kwargs must be variables of the template, .* got {name}"):
-        PromptFormat(chat_template_kwargs={name: False}).render(chat_tokenizer, Problem("b", None, {}))
+    """Among them those of transformers, such as one that would shorten the prompt, and mistyped ones."""
+    chat_tokenizer.chat_template = TEMPLATE + (
+        "{% if not date is defined %}{% set date = strftime_now('%d') %}{% endif %}{% set later = range(3) %}"
+        "{% if add_generation_prompt %}{% for m in later %}{% break %}{% endfor %}{% endif %}"
+        "{%- generation -%}{{ date }}{% endgeneration %}"
+    )
+    render = lambda **given: PromptFormat(chat_template_kwargs=given).render(chat_tokenizer, Problem("b", None, {}))  # noqa: E731
+    assert render(date="a", quiet=True, documents=[]) == chat_tokenizer.encode("ub.a")
+    with pytest.raises(ValueError, match=f"of the template, here date, documents, quiet, tools, got {name}$"):
+        render(**{"quiet": True, name: 3})
+
+
+def test_what_a_template_cannot_take(chat_tokenizer):
+    """Of which jinja says only that Python could not do it."""
+    with pytest.raises(ValueError, match=r"refuses messages of user with {'tools': 5}: 'int' object is not iterable"):
+        PromptFormat(chat_template_kwargs={"tools": 5}).render(chat_tokenizer, Problem("b", None, {}))
+    chat_tokenizer.chat_template = "{{ messages[0].content + 'c' }}"
+    parts = [{"role": "user", "content": [{"type": "text", "text": "b"}]}]
+    with pytest.raises(ValueError, match="chat template refuses messages of user: can only concatenate list"):
+        encode_prompts([parts], chat_tokenizer)
 
 
 @pytest.mark.parametrize("settings", [{}, {"chat_template_kwargs": {"quiet": True}}])
 def test_a_template_that_refuses(chat_tokenizer, settings):
     """As Gemma's does a system's message; with and without settings of the template."""
-    chat_tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    chat_tokenizer.chat_template = "{{ quiet }}{{ raise_exception('System role not supported') }}"
     settings = {"system_prompt": "a", **settings}
     render = lambda: [PromptFormat(**settings).render(chat_tokenizer, Problem("b", None, {}))]  # noqa: E731
-    with pytest.raises(ValueError, match="template refuses messages of system, user: System role not supported"):
+    with pytest.raises(ValueError, match=r"template refuses messages of system, user.*: System role not supported"):
         encode_prompts(render(), chat_tokenizer)
 
 
