@@ -285,7 +285,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0 if asked else 2
     transformers.utils.logging.disable_progress_bar()  # weights load in no time; the bars that matter are ours
     try:
-        COMMANDS[arguments[0]](arguments[1:], Console())
+        # What is printed holds paths: no markup, and a pipe has no width at which to break them.
+        COMMANDS[arguments[0]](arguments[1:], Console(markup=False, highlight=False, soft_wrap=True))
     except (ValueError, OSError) as error:  # as of a full disk, or a folder that is a file
         print(f"motab {arguments[0]}: {error}", file=sys.stderr)
         return 2

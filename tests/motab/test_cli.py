@@ -131,6 +131,17 @@ def test_a_log_has_a_line_a_minute(tmp_path, monkeypatch):
     assert [line.partition("  ")[0] for line in lines[:3]] == ["write: 2 of 5", "write: 3 of 5", "write: 4 of 5"]
 
 
+def test_paths_are_printed_as_they_are(tmp_path, capsys):
+    """What rich takes for markup, and paths longer than a line of a terminal."""
+    for name in ("[lr=1e-3]", "x[/b]", "run " * 40):
+        folder = tmp_path / name.strip()
+        AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(folder)
+        trajectory = motab.Trajectory(0, [1], [2], ["student"], "", [], None, None, "eos")
+        (folder / "trajectories.jsonl").write_text(trajectory.to_json() + "\n")
+        assert main(["report", "--output_dir", str(folder)]) == 0
+        assert capsys.readouterr().out == f"{folder / 'report.html'}: open it in a browser\n"
+
+
 def test_show_prints_digits_of_what_is_small(tmp_path, capsys):
     path = tmp_path / "trajectories.jsonl"
     AutoTokenizer.from_pretrained(TINY / "student").save_pretrained(tmp_path)
