@@ -136,7 +136,7 @@ def train(arguments: list[str], console: Console) -> None:
         trainer = MotabTrainer(
             model, teacher, config, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer
         )
-    except (ImportError, RuntimeError) as error:  # as for a --report_to or --optim whose package is missing
+    except RuntimeError as error:  # as for a --report_to whose package is missing
         raise ValueError(str(error)) from error
     processes.from_main(lambda: record(folder, settings, finished=False))
     trainer.train(resume_from_checkpoint=last)
@@ -287,7 +287,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # What is printed holds paths: no markup, and a pipe has no width at which to break them.
         COMMANDS[arguments[0]](arguments[1:], Console(markup=False, highlight=False, soft_wrap=True))
-    except (ValueError, OSError) as error:  # as of a full disk, or a folder that is a file
+    except (ValueError, OSError, ImportError) as error:  # as of a full disk, or an --optim whose package is missing
         print(f"motab {arguments[0]}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -198,6 +199,11 @@ def test_what_rollouts_do_not_take(flags, named, capsys, monkeypatch):
 def test_what_the_trainer_cannot_do_here(training, capsys):
     assert main([*training[0], "--report_to", "comet_ml"]) == 2
     assert "comet" in capsys.readouterr().err
+    if find_spec("bitsandbytes") is None:
+        assert main([*training[0], "--optim", "adamw_bnb_8bit"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("motab train: You need to install `bitsandbytes`")
+        assert error.count("\n") == 1
 
 
 def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
