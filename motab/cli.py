@@ -46,6 +46,12 @@ from motab.trainer import MotabTrainer
 from motab.trajectory_file import check_trajectories, some_trajectories_in, unfinished
 
 _MANY_OVERLONG = 0.1  # share of answers out of budget above which an accuracy says little about the model
+#: What is said of an interrupted command.
+_CONTINUES = {
+    "synthesize": "; the same command continues",
+    "train": "; the same command continues from the last checkpoint",
+    "evaluate": "; with --answers_file the same command continues",
+}
 _STYLES = {"student": "", "flawed": "red", "stitch": "yellow", "teacher": "green"}
 
 
@@ -275,7 +281,7 @@ COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 2 and one line on standard error for bad input."""
+    """Run one command; 2 and one line on standard error for bad input, 130 if it is interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] not in COMMANDS:
         lines = [f"  {name:<11}{command.__doc__}" for name, command in COMMANDS.items()]
@@ -290,6 +296,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:  # as of a full disk, or an --optim whose package is missing
         print(f"motab {arguments[0]}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"motab {arguments[0]}: interrupted{_CONTINUES.get(arguments[0], '')}", file=sys.stderr)
+        return 130
     return 0
 
 

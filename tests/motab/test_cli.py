@@ -131,6 +131,26 @@ def test_a_log_has_a_line_a_minute(tmp_path, monkeypatch):
     assert [line.partition("  ")[0] for line in lines[:3]] == ["write: 2 of 5", "write: 3 of 5", "write: 4 of 5"]
 
 
+def test_an_interrupted_command(config, tmp_path, capsys, monkeypatch):
+    """By Ctrl-C, as a trajectory is written; and one that starts again."""
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["synthesize", "--config", config, "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("motab.progress.Summary.add", interrupt)
+        assert main(command) == 130
+    assert capsys.readouterr().err == "motab synthesize: interrupted; the same command continues\n"
+    assert len(motab.read_trajectories(tmp_path / "run" / "trajectories.jsonl")) == 1
+    assert main(command) == 0
+    assert "6 trajectories" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr("motab.cli.write_report", interrupt)
+        assert main(["report", "--output_dir", str(tmp_path / "run")]) == 130
+    assert capsys.readouterr().err == "motab report: interrupted\n"
+
+
 def test_paths_are_printed_as_they_are(tmp_path, capsys):
     """What rich takes for markup, and paths longer than a line of a terminal."""
     for name in ("[lr=1e-3]", "x[/b]", "run " * 40):
