@@ -50,6 +50,14 @@ def after_thinking(text: str) -> str | None:
     return None if "<think>" in rest else rest
 
 
+def _letters(answer: str) -> str | None:
+    """A text of at least two letters and nothing else but spaces and markup, casefolded; None if it is another."""
+    boxed = _last_boxed(answer)
+    bare = re.sub(r"\\(?:text|math)[a-z]*\s*{([^{}]*)}", r"\1", answer if boxed is None else boxed)
+    letters = "".join(bare.strip("$*. ").split()).casefold()
+    return letters if len(letters) > 1 and letters.isalpha() else None
+
+
 def check_answers(problems: Sequence[Problem]) -> None:
     """Refuse problems without an answer to compare with.
 
@@ -69,7 +77,9 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
 
     Only text after the thinking counts; if the thinking was not closed, nothing does. A text is right if its stated
     answer is (`stated_answer`) or, unless it was cut off, what math-verify finds in the whole of it: the set of all
-    boxes, or the last number.
+    boxes, or the last number. Where the right answer and the stated one are letters alone, two or more, as "ACB" and
+    "Yes" are, they are compared as text, in any case: math-verify takes letters for a product, which equals that of any
+    anagram. So "ba" does not answer "ab"; "b \\cdot a" does.
 
     Args:
         finish_reason: for ``"length"``, a text that ran out of budget, only the stated answer counts: the last number
@@ -89,6 +99,9 @@ def is_correct(text: str, problem: Problem, *, finish_reason: str = "eos", think
     task = metadata.get("source_dataset") if isinstance(metadata, Mapping) else None
     if task is not None:
         return _passes(task, stated, problem.record)
+    words = [_letters(each) for each in (problem.answer, stated or "")]
+    if None not in words:
+        return words[0] == words[1]
     import math_verify
 
     gold = math_verify.parse(problem.answer if "\\boxed" in problem.answer else f"\\boxed{{{problem.answer}}}")

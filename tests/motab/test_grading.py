@@ -94,6 +94,31 @@ def test_a_finished_text_is_graded_no_worse_than_a_cut_one(text, gold, right):
     assert right or not is_correct(text, problem, finish_reason="length")
 
 
+@pytest.mark.parametrize(
+    ("stated", "gold", "right"),
+    [
+        ("BCA", "ACB", False),
+        (r"\text{BCA}", "$ACB$", False),
+        ("BCA", r"so \boxed{\text{ACB}}", False),
+        (r"\mathrm{ACB}", r"\boxed{ACB}", True),
+        ("on", "No", False),
+        ("Yes.", "yes", True),
+        ("**New York**", r"\text{new york}", True),
+        ("ba", "ab", False),
+        (r"b \cdot a", "ab", True),
+        ("a", "ab", False),
+        (r"\pi", r"\pi", True),
+        ("infinity", r"\infty", True),
+        ("mc 5", "5 cm", False),
+        ("5", r"5\text{ cm}", True),
+    ],
+)
+@pytest.mark.parametrize("reason", ["eos", "length"])
+def test_letters_are_compared_as_text(stated, gold, right, reason):
+    """Not as a product of symbols, which their order does not change; anything else is math-verify's matter."""
+    assert is_correct(f"So \\boxed{{{stated}}}", Problem("?", gold, {}), finish_reason=reason) == right
+
+
 def test_no_answer_to_compare_with():
     with pytest.raises(ValueError, match="needs a problem with an answer to compare with, got Problem"):
         is_correct("1", Problem("?", None, {}))
