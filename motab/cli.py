@@ -117,8 +117,7 @@ def train(arguments: list[str], console: Console) -> None:
         data = args.rollouts(prompts, (lambda t, place: grade(t, problems[place], tokenizer)) if args.grade else None)
     trainer_input.check(config, teacher_name or None, data, tokenizer)
     loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
-    adapted = holds_adapters(args.model_name_or_path)
-    if adapted:
+    if holds_adapters(args.model_name_or_path):
         model = load_with_adapters(args.model_name_or_path, args.dtype, train_them=args.use_peft, **loading)
     else:
         model = load_model(args.model_name_or_path, args.dtype, **loading)

@@ -13,7 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab import memory
 from motab.drawing import Sampling
 from motab.engine import Engine
-from motab.policies import MotabPolicy, Policy, check_number, check_policy, needs_student, needs_teacher, token_budget
+from motab.policies import (
+    MotabPolicy,
+    Policy,
+    check_number,
+    check_policy,
+    is_integer,
+    needs_student,
+    needs_teacher,
+    token_budget,
+)
 from motab.prompts import Prompt, check_vocabulary, encode_prompts
 from motab.speculation import drafts_for
 from motab.trajectory import Trajectory
@@ -89,6 +98,8 @@ def synthesize(
     counts = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "block_size": block_size}
     for name, value in counts.items():
         check_number(name, value, 1)
+    if not is_integer(seed):
+        raise ValueError(f"seed must be an integer, got {seed!r}")
     sampling = Sampling(temperature, top_k, top_p, min_p)
     rules = policy.rules
     if student is None and needs_student(policy):
@@ -99,15 +110,16 @@ def synthesize(
         check_vocabulary(student, tokenizer)  # it is to be trained on what the teacher writes
         if not drafts_for(student, teacher, block_size, torch_compile):
             student = None  # its cache would take memory, and its reading of prompts time
-    max_new_tokens = token_budget(policy, max_new_tokens)
+    max_new_tokens = int(token_budget(policy, max_new_tokens))
     if student is not None and teacher is not None and student.device != teacher.device:
         raise ValueError(f"student and teacher must be on one device, got {student.device} and {teacher.device}")
     models = [model for model in (student, teacher) if model is not None]
     authors = models if needs_student(policy) else models[-1:]
     encoded = encode_prompts(prompts, tokenizer, authors, max_new_tokens)
-    indices = range(len(encoded)) if indices is None else indices
-    if len(indices) != len(encoded) or any(a >= b for a, b in pairwise(indices)):
-        raise ValueError(f"indices must be {len(encoded)} ascending places, one for each prompt, got {list(indices)}")
+    places = list(range(len(encoded)) if indices is None else indices)
+    whole = all(is_integer(place) and place >= 0 for place in places)
+    if len(places) != len(encoded) or not whole or any(a >= b for a, b in pairwise(places)):
+        raise ValueError(f"indices must be {len(encoded)} ascending places, one for each prompt, got {places}")
     if not encoded:
         return iter(())
     engine = Engine(
@@ -117,11 +129,11 @@ def synthesize(
         encoded,
         rules,
         max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        block_size=block_size,
+        batch_size=int(batch_size),
+        block_size=int(block_size),
         sampling=sampling,
-        seed=seed,
-        indices=indices,
+        seed=int(seed),
+        indices=list(map(int, places)),
         torch_compile=torch_compile,
         max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
     )

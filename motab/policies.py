@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import ClassVar, Literal
 
 import motab_kernels as mk
@@ -49,9 +50,14 @@ SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
 UNJUDGED = Rules(SCORES_ALONE, None, "none", max_interventions=0)
 
 
+def is_integer(value: object) -> bool:
+    """NumPy's are integers too, and bool is none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def check_number(name: str, value: float, least: float, kind: str = "an integer") -> None:
     """Refuse a setting that is not a finite number (``kind`` "an integer": a whole one) of at least ``least``."""
-    is_number = isinstance(value, int if kind == "an integer" else (int, float)) and not isinstance(value, bool)
+    is_number = is_integer(value) or (kind != "an integer" and isinstance(value, Real) and not isinstance(value, bool))
     if not is_number or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
+from motab.policies import is_integer
 from motab.processes import process_state
 
 # What apply_chat_template itself gives to a template.
@@ -141,7 +141,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, size: int, prompt: Prompt, index
         ids = tokenizer.encode(parts)
     elif is_list and parts and all(isinstance(part, Mapping) for part in parts):
         ids = _from_template(tokenizer, parts)
-    elif is_list and all(isinstance(part, Integral) and not isinstance(part, bool) for part in parts):
+    elif is_list and all(map(is_integer, parts)):
         ids = [int(token) for token in parts]
         if foreign := [token for token in ids if not 0 <= token < size]:
             raise ValueError(

@@ -131,7 +131,7 @@ def _write(
 def _begin(path: Path, begun: dict[str, Any], prompts: list[list[int]], grade: Grade | None) -> list[int]:
     """Begin a file or continue it; return the indices of the missing trajectories."""
     beside = settings_file(path)
-    begun = json.loads(json.dumps(begun))
+    begun = json.loads(json.dumps(begun, default=float))  # NumPy's numbers
     if path.exists():
         before = json.loads(beside.read_text(encoding="utf-8")) if beside.exists() else {}
         there = before.get("prompts", 0)
