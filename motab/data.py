@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from yaml import YAMLError
+
 from motab.yaml_values import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
@@ -40,7 +42,7 @@ class Problem:
 
 
 def load_problems(
-    dataset_name: str,
+    dataset_name: str | Path,
     split: str = "train",
     config: str | None = None,
     *,
@@ -65,6 +67,9 @@ def load_problems(
         ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
             configuration for something that is not on the hub.
     """
+    if not isinstance(dataset_name, str | Path) or not dataset_name:
+        raise ValueError(f"dataset_name must be a task, a file or a dataset of the hub, got {dataset_name!r}")
+    dataset_name = str(dataset_name)
     if config is not None and (dataset_name.startswith("reasoning-gym:") or Path(dataset_name).is_file()):
         raise ValueError(f"only a dataset of the hub has configurations, got {config!r} for {dataset_name}")
     given = {"question_column": question_column, "answer_column": answer_column}
@@ -99,12 +104,15 @@ def _reasoning_gym(name: str) -> list[Problem]:
     import reasoning_gym
 
     parts = urlsplit(name)
-    settings = {key: load_yaml(value) for key, value in parse_qsl(parts.query)}
     try:
+        given = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=True) if parts.query else []
+        if blank := [key for key, value in given if not value.strip()]:
+            raise ValueError(f"no value for {', '.join(blank)}")
+        settings = {key: load_yaml(value) for key, value in given}
         dataset = reasoning_gym.create_dataset(parts.path, **settings)
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, YAMLError) as error:
         raise ValueError(
-            f"reasoning-gym cannot make task {parts.path!r} with {settings}: {error}; "
+            f"reasoning-gym cannot make task {parts.path!r} with {parts.query!r}: {' '.join(str(error).split())}; "
             "expected reasoning-gym:TASK?size=N&seed=S with the task's own settings"
         ) from error
     return [Problem(entry["question"], str(entry["answer"]), entry) for entry in dataset]

@@ -1,6 +1,7 @@
 """Sources of problems: local files, procedural tasks, and what is refused."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -54,7 +55,7 @@ def jsonl(tmp_path, monkeypatch):
     ],
 )
 def test_columns(jsonl, row, prompt, answer):
-    (problem,) = load_problems(jsonl(row))
+    (problem,) = load_problems(pathlib.Path(jsonl(row)))
     assert (problem.prompt, problem.answer) == (prompt, answer)
     assert problem.messages() == [{"role": "user", "content": "1+1?"}]
 
@@ -194,7 +195,23 @@ def test_an_answer_that_is_no_text(jsonl, answer):
     assert problem.answer is None
 
 
-@pytest.mark.parametrize("name", ["reasoning-gym:no_such_task", "reasoning-gym:chain_sum?no_such_setting=1"])
-def test_bad_tasks(name):
-    with pytest.raises(ValueError, match="reasoning-gym cannot make task"):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_task", "'no_such_task' with ''"),
+        ("chain_sum?no_such_setting=1", "'chain_sum' with 'no_such_setting=1'"),
+        ("chain_sum?size=&seed=", "'chain_sum' with 'size=&seed=': no value for size, seed"),
+        ("chain_sum?size", "'chain_sum' with 'size': bad query field"),
+        ("chain_sum?size=[", "'chain_sum' with 'size=.': while parsing"),
+        ("chain_sum?size=none", "'chain_sum' with 'size=none': "),
+    ],
+)
+def test_bad_tasks(name, message):
+    with pytest.raises(ValueError, match=f"reasoning-gym cannot make task {message}"):
+        load_problems(f"reasoning-gym:{name}")
+
+
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_names_that_are_none(name):
+    with pytest.raises(ValueError, match=f"dataset_name must be a task, a file or .*, got {name!r}"):
         load_problems(name)
