@@ -62,6 +62,12 @@ def check_number(name: str, value: float, least: float, kind: str = "an integer"
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
 
 
+def check_text(name: str, value: object) -> None:
+    """Refuse a setting that is no text."""
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a text, got {value!r}")
+
+
 @dataclass(frozen=True)
 class MotabPolicy:
     """The student writes, the teacher watches every step, takes over from the last safe state, and finishes.
@@ -93,7 +99,8 @@ class MotabPolicy:
     def __post_init__(self) -> None:
         if self.backtrack not in ("td", "breach", "none"):
             raise ValueError(f'backtrack must be "td", "breach" or "none", got {self.backtrack!r}')
-        if self.stitch is not None and not self.stitch.strip():
+        check_text("delimiter", self.delimiter)
+        if self.stitch is not None and not (isinstance(self.stitch, str) and self.stitch.strip()):
             raise ValueError(f"stitch must hold text, got {self.stitch!r}; None leaves the flawed steps out")
         check_number("max_interventions", self.max_interventions, 1)
         _ = self.rules  # refuses an epsilon0 or theta out of range
@@ -117,6 +124,9 @@ class OnPolicy:
 
     delimiter: str = DELIMITER
 
+    def __post_init__(self) -> None:
+        check_text("delimiter", self.delimiter)
+
     @property
     def rules(self) -> Rules:
         return Rules(SCORES_ALONE, self.delimiter, max_interventions=0)
@@ -136,6 +146,7 @@ class Truncated:
 
     def __post_init__(self) -> None:
         check_number("n", self.n, 1)
+        check_text("delimiter", self.delimiter)
 
     @property
     def rules(self) -> Rules:
@@ -167,6 +178,7 @@ class StepSKD:
 
     def __post_init__(self) -> None:
         check_number("gamma", self.gamma, 0, "a finite number")
+        check_text("delimiter", self.delimiter)
 
     @property
     def rules(self) -> Rules:
@@ -239,7 +251,9 @@ class RelayOPD:
     delimiter: str = "\n\n"
 
     def __post_init__(self) -> None:
-        if isinstance(self.words, str) or not self.words or not all(word.strip() for word in self.words):
+        check_text("delimiter", self.delimiter)
+        words = self.words if isinstance(self.words, tuple | list) else ()
+        if not words or not all(isinstance(word, str) and word.strip() for word in words):
             raise ValueError(f"words must be a tuple of at least one word, got {self.words!r}")
         for name in ("student_top_k", "paragraphs", "relay_tokens", "max_interventions"):
             check_number(name, getattr(self, name), 1)
