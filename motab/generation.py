@@ -13,19 +13,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab import memory
 from motab.drawing import Sampling
 from motab.engine import Engine
-from motab.policies import (
-    MotabPolicy,
-    Policy,
-    check_number,
-    check_policy,
-    is_integer,
-    needs_student,
-    needs_teacher,
-    token_budget,
-)
+from motab.policies import MotabPolicy, Policy, check_number, check_policy, needs_student, needs_teacher, token_budget
 from motab.prompts import Prompt, check_vocabulary, encode_prompts
 from motab.speculation import drafts_for
 from motab.trajectory import Trajectory
+from motab_kernels.arguments import is_integer
 
 
 def synthesize(

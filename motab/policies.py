@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import ClassVar, Literal
 
 import motab_kernels as mk
+from motab_kernels.arguments import is_integer, is_number
 
 Backtrack = Literal["td", "breach", "none"]
 DELIMITER = ".\n\n"
@@ -50,15 +50,10 @@ SCORES_ALONE = mk.FixedBoundary(0.0, score="teacher_value")
 UNJUDGED = Rules(SCORES_ALONE, None, "none", max_interventions=0)
 
 
-def is_integer(value: object) -> bool:
-    """NumPy's are integers too, and bool is none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
 def check_number(name: str, value: float, least: float, kind: str = "an integer") -> None:
     """Refuse a setting that is not a finite number (``kind`` "an integer": a whole one) of at least ``least``."""
-    is_number = is_integer(value) or (kind != "an integer" and isinstance(value, Real) and not isinstance(value, bool))
-    if not is_number or not math.isfinite(value) or value < least:
+    is_kind = is_integer(value) if kind == "an integer" else is_number(value)
+    if not is_kind or not math.isfinite(value) or value < least:
         raise ValueError(f"{name} must be {kind} of at least {least}, got {value!r}")
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from motab.data import Problem
-from motab.policies import is_integer
 from motab.processes import process_state
+from motab_kernels.arguments import is_integer
 
 # What apply_chat_template itself gives to a template.
 _GIVEN = ("messages", "add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now")

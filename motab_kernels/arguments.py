@@ -55,6 +55,7 @@ def is_number(value: object) -> bool:
 
 
 def is_integer(value: object) -> bool:
+    """As `is_number`, of whole numbers."""
     return isinstance(value, INTEGERS) and not isinstance(value, bool)
 
 
