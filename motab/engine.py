@@ -24,7 +24,7 @@ from motab.drawing import Sampling, uniform
 from motab.policies import UNJUDGED, Rules
 from motab.prompts import end_tokens, vocabulary_size
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
-from motab.speculation import Plan, Speculation, relative_cost
+from motab.speculation import Plan, speculation_of
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
@@ -105,7 +105,7 @@ class Engine:
             return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
-        self.speculation = Speculation(block_size, relative_cost(student, teacher, torch_compile))
+        self.speculation = speculation_of(student, teacher, block_size, torch_compile)
         self.automaton = None
         if self.rules.delimiter is not None:
             self.automaton = delimiter_automaton(tokenizer, self.rules.delimiter, self.vocab_size, self.device)
@@ -158,8 +158,10 @@ class Engine:
 
     def _plan(self) -> Plan:
         """How the rows in progress are best written."""
-        turns = Counter(row.author for row in self.admission.busy() if not row.finished)
-        return self.speculation.plan(turns[STUDENT], turns[TEACHER])
+        rows = [row for row in self.admission.busy() if not row.finished]
+        turns = Counter(row.author for row in rows)
+        cached = sum(row.length for row in rows) / max(1, len(rows))
+        return self.speculation.plan(turns[STUDENT], turns[TEACHER], cached)
 
     def _rows(self, plan: Plan, *, drafted: bool) -> list[Row]:
         """The rows that the student drafts, or those that the teacher writes alone, as it does where only one token is

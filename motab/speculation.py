@@ -6,12 +6,15 @@ that was not drafted, so the text is the one that the teacher writes alone, toke
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 from transformers import PreTrainedModel
 
-from motab.models import processes_sharing
+from motab.pass_time import PassTime
+
+#: Estimated seconds of a forward pass over so many rows, with so many new tokens each, after so many cached ones.
+Seconds = Callable[[int, int, float], float]
 
 
 class Plan(NamedTuple):
@@ -22,26 +25,26 @@ class Plan(NamedTuple):
 
 
 class Speculation:
-    """Plans rounds that yield the most tokens for their cost, from how often the teacher agreed so far.
+    """Plans rounds that yield the most tokens per second, from how often the teacher agreed so far.
 
-    The unit of cost is a forward pass of the teacher. With a the share of drafted tokens that it confirms, a draft of T
-    tokens for n rows that the student writes and m that the teacher writes yields
+    With a the share of drafted tokens that it confirms, s and t the seconds of a pass of the student and the teacher
+    over some rows and tokens of each, a draft of T tokens for n rows that the student writes and m that the teacher
+    writes yields
 
-        (n T + m (1 - a^T) / (1 - a)) / (cost T + 1)
+        (n T + m (1 - a^T) / (1 - a)) / (T s(n + m, 1) + t(n + m, T))
 
-    tokens per unit. If the teacher writes its rows alone, it is (n + m) T / (cost T + 1 + T) with T the block size,
-    without the passes for the student's rows, cost T + 1, if n = 0. That a pass over more tokens takes longer, as it
-    does for many rows, is not counted.
+    tokens per second. If the teacher writes its rows alone, it is (n + m) T / (T s(n, 1) + t(n, T) + T t(m, 1)) with T
+    the block size, without the passes for the student's rows if n = 0.
 
     Args:
         block_size: the longest draft.
-        cost: of a pass of the student, see `relative_cost`; infinity: never speculate.
+        student, teacher: of their passes, see `motab.pass_time.PassTime`; None without the model: never speculate.
 
     Source: Leviathan et al., arXiv 2211.17192, equation 1 and theorem 3.8.
     """
 
-    def __init__(self, block_size: int, cost: float):
-        self.block_size, self.cost = block_size, cost
+    def __init__(self, block_size: int, student: Seconds | None, teacher: Seconds | None):
+        self.block_size, self.student, self.teacher = block_size, student, teacher
         self.confirmed, self.drafted = 8.0, 10.0  # before anything is known
 
     def observe(self, confirmed: float, drafted: float) -> None:
@@ -49,44 +52,41 @@ class Speculation:
         self.confirmed += confirmed
         self.drafted += drafted
 
-    def plan(self, students: int, teachers: int) -> Plan:
-        """The best plan for this many rows of each; without speculation if no other is better."""
+    def plan(self, students: int, teachers: int, cached: float) -> Plan:
+        """The best plan for this many rows of each, of so many tokens on average; without speculation if no other is
+        better."""
         T, agreement = self.block_size, self.confirmed / self.drafted
-        alone = (self.cost * T + 1 if students else 0) + T
-        best, most = Plan(T, speculates=False), (students + teachers) * T / alone
-        kept = 0.0
-        for length in range(1, T + 1) if teachers else ():
+        best = Plan(T, speculates=False)
+        if self.student is None or self.teacher is None or not teachers:
+            return best
+        rows = students + teachers
+        alone = T * self.teacher(teachers, 1, cached)
+        if students:
+            alone += T * self.student(students, 1, cached) + self.teacher(students, T, cached)
+        most, kept, drafting = rows * T / alone, 0.0, self.student(rows, 1, cached)
+        for length in range(1, T + 1):
             kept += agreement ** (length - 1)
-            tokens = (students * length + teachers * kept) / (self.cost * length + 1)
+            seconds = length * drafting + self.teacher(rows, length, cached)
+            tokens = (students * length + teachers * kept) / seconds
             if tokens > most:
                 best, most = Plan(length, speculates=True), tokens
         return best
 
 
+def speculation_of(
+    student: PreTrainedModel | None, teacher: PreTrainedModel | None, block_size: int, is_compiled: bool
+) -> Speculation:
+    """The plans for a pair of models."""
+
+    def seconds(model: PreTrainedModel | None) -> PassTime | None:
+        return None if model is None else PassTime(model, block_size if is_compiled else None)
+
+    return Speculation(block_size, seconds(student), seconds(teacher))
+
+
 def drafts_for(
     student: PreTrainedModel | None, teacher: PreTrainedModel | None, block_size: int, is_compiled: bool
 ) -> bool:
-    """Whether the student drafts anything where the teacher writes every row. If not at first, it never does: how often
-    they agree is then not observed."""
-    return Speculation(block_size, relative_cost(student, teacher, is_compiled)).plan(0, 1).speculates
-
-
-def relative_cost(student: PreTrainedModel | None, teacher: PreTrainedModel | None, is_compiled: bool) -> float:
-    """The time of the student's forward pass of a few tokens over the teacher's; infinity without one of them.
-
-    Estimated and not measured, so that a run can be repeated exactly: as the models' weights in bytes, which a pass
-    reads, or as their layers, whose kernels an uncompiled pass launches one by one, whichever ratio is larger.
-    """
-    if student is None or teacher is None:
-        return math.inf
-    ratio = _weight_bytes(student) / _weight_bytes(teacher)
-    return ratio if is_compiled else max(ratio, _layers(student) / _layers(teacher))
-
-
-def _weight_bytes(model: PreTrainedModel) -> float:
-    """Of this process."""
-    return sum(parameter.nbytes for parameter in model.parameters()) / processes_sharing(model)
-
-
-def _layers(model: PreTrainedModel) -> int:
-    return int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    """Whether the student drafts anything for a row that the teacher writes, without others and at its beginning. If
+    not, it never does: how often they agree is then not observed."""
+    return speculation_of(student, teacher, block_size, is_compiled).plan(0, 1, 0).speculates

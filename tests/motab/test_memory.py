@@ -82,7 +82,7 @@ def test_the_same_with_a_student_that_drafts(student, teacher, tokenizer, prompt
     settings = {**SETTINGS, "policy": motab.TeacherOnly()}
     expected = list(motab.synthesize(None, teacher, tokenizer, prompts, **settings))
     plans = itertools.cycle([Plan(9, speculates=True), Plan(24, speculates=False), Plan(24, speculates=True)])
-    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: next(plans))
+    monkeypatch.setattr(Speculation, "plan", lambda self, *rows: next(plans))
     found = list(motab.synthesize(student, teacher, tokenizer, prompts, **settings, max_cached_tokens=7 * 64 + 63))
     assert max(waited) > 30
     assert_same(found, expected)

@@ -13,7 +13,7 @@ import motab
 from motab.drawing import Sampling
 from motab.engine import Engine
 from motab.row import TEACHER
-from motab.speculation import Plan, Speculation, drafts_for, relative_cost
+from motab.speculation import Plan, Speculation, drafts_for, speculation_of
 from motab.writer import Writer
 
 ALONE = Plan(4, speculates=False)
@@ -29,7 +29,7 @@ POLICIES = [
 
 def fixed(monkeypatch, plan):
     """Let every round that may hold text of the teacher's be written so."""
-    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: plan)
+    monkeypatch.setattr(Speculation, "plan", lambda self, *rows: plan)
 
 
 def deeper(model, layers):
@@ -161,7 +161,7 @@ def test_no_row_waits_for_plans_that_disagree(student, teacher, tokenizer, promp
     fixed(monkeypatch, ALONE)
     alone = run(student, teacher, tokenizer, prompts, policy)
     plans = cycle([ALONE, Plan(4, speculates=True)])
-    monkeypatch.setattr(Speculation, "plan", lambda self, students, teachers: next(plans))
+    monkeypatch.setattr(Speculation, "plan", lambda self, *rows: next(plans))
     rounds, student_round = [], Engine._student_round
 
     def counted(engine, plan):
@@ -253,45 +253,57 @@ def test_agreement_is_counted(student, teacher, tokenizer, prompts, monkeypatch)
 
 
 @pytest.mark.parametrize("cost", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("per_token", [0.0, 0.01, 0.2])
 @pytest.mark.parametrize(("confirmed", "drafted"), [(0, 0), (0, 90), (30, 30), (90, 90)])
-def test_the_plan_yields_most(cost, confirmed, drafted):
+def test_the_plan_yields_most(cost, per_token, confirmed, drafted):
     """By counting a draft's tokens one by one."""
     T = 16
-    speculation = Speculation(T, cost)
+
+    def teacher(rows, width, cached):
+        return 1 + rows * (width * per_token + cached / 1000)
+
+    def student(rows, width, cached):
+        return cost * teacher(rows, width, cached)
+
+    speculation = Speculation(T, student, teacher)
     speculation.observe(confirmed, drafted)
     agreement = (8 + confirmed) / (10 + drafted)
 
-    def tokens_per_cost(students, teachers, plan):
+    def tokens_per_second(students, teachers, cached, plan):
         if not plan.speculates:
-            return (students + teachers) * T / (T + (T * cost + 1 if students else 0))
+            own = sum(student(students, 1, cached) for _ in range(T)) + teacher(students, T, cached)
+            theirs = sum(teacher(teachers, 1, cached) for _ in range(T))
+            return (students + teachers) * T / (theirs + (own if students else 0))
         kept = 1 + sum(math.prod([agreement] * i) for i in range(1, plan.length))
-        return (students * plan.length + teachers * kept) / (cost * plan.length + 1)
+        rows, drafts = students + teachers, range(plan.length)
+        seconds = sum(student(rows, 1, cached) for _ in drafts) + teacher(rows, plan.length, cached)
+        return (students * plan.length + teachers * kept) / seconds
 
-    chosen = set()
+    plans = [Plan(T, speculates=False), *(Plan(length, speculates=True) for length in range(1, T + 1))]
     for students in (0, 1, 5, 20):
         for teachers in (1, 4, 16):
-            plans = [Plan(T, speculates=False), *(Plan(length, speculates=True) for length in range(1, T + 1))]
-            plan = speculation.plan(students, teachers)
-            chosen.add(plan.speculates)
-            assert tokens_per_cost(students, teachers, plan) == pytest.approx(
-                max(tokens_per_cost(students, teachers, other) for other in plans)
-            )
-        assert speculation.plan(students, 0) == Plan(T, speculates=False)
-    assert True in chosen
+            for cached in (0, 300):
+                plan = speculation.plan(students, teachers, cached)
+                assert tokens_per_second(students, teachers, cached, plan) == pytest.approx(
+                    max(tokens_per_second(students, teachers, cached, other) for other in plans)
+                )
+        assert speculation.plan(students, 0, 0) == Plan(T, speculates=False)
+
+
+def test_many_rows_are_not_drafted_and_long_ones_are():
+    """Where arithmetic sets the pace each token that is drafted in vain costs as much as one that is kept; where the
+    cache does, a block is read in one pass."""
+
+    def seconds(rows, width, cached):
+        return max(1, rows * width / 100, rows * cached / 10_000)
+
+    speculation = Speculation(16, lambda *sizes: 0.2 * seconds(*sizes), seconds)
+    assert speculation.plan(0, 4, 0).speculates
+    assert not speculation.plan(0, 200, 0).speculates
+    assert speculation.plan(0, 200, 1000).speculates
 
 
 def test_without_a_pair_nothing_is_drafted_for_the_teacher(student):
     for pair in ((None, student), (student, None)):
-        assert relative_cost(*pair, is_compiled=False) == math.inf
-    speculation = Speculation(16, math.inf)
-    assert speculation.plan(0, 3) == speculation.plan(2, 3) == Plan(16, speculates=False)
-
-
-def test_cost_is_that_of_weights_or_of_layers(student):
-    """The larger ratio, unless the models are compiled; of a teacher split over processes, what this one holds."""
-    teacher = copy.deepcopy(student).float()  # half as many bytes in as many layers
-    assert relative_cost(student, teacher, is_compiled=False) == pytest.approx(2.0)
-    assert relative_cost(teacher, student, is_compiled=False) == pytest.approx(1.0)
-    assert relative_cost(teacher, student, is_compiled=True) == pytest.approx(0.5)
-    teacher._tp_size = 4
-    assert relative_cost(student, teacher, is_compiled=True) == pytest.approx(8.0)
+        speculation = speculation_of(*pair, 16, is_compiled=False)
+        assert speculation.plan(0, 3, 0) == speculation.plan(2, 3, 0) == Plan(16, speculates=False)
