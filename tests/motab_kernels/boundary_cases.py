@@ -1,4 +1,4 @@
-"""The definition that `fused_kl_boundary` is tested against, and the inputs, for every backend."""
+"""The definition that `fused_kl_boundary` is tested against, the inputs, and the backends without a GPU."""
 
 import math
 
@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY
+from motab_kernels.tensors import KERNEL_DTYPES
 
 STATISTICS = mk.BoundaryOutput._fields[:6]
 INF, NAN = math.inf, math.nan
@@ -109,3 +111,20 @@ def with_values(values, V=8):
     p = torch.tensor(values, dtype=torch.float64)[None, :, None]
     teacher = torch.cat((p, ((1 - p) / (V - 1)).expand(-1, -1, V - 1)), -1).log()
     return torch.zeros_like(teacher), teacher, torch.zeros(1, len(values), dtype=torch.int64)
+
+
+needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
+
+
+@pytest.fixture(autouse=True, params=["torch", pytest.param("cpu", marks=needs_library)])
+def backend(request, monkeypatch):
+    """What a call runs on that asks for no backend, in the files that name this; float64 is for "torch" alone."""
+    op = mk.fused_kl_boundary
+
+    def on_backend(*arguments, **options):
+        if all(getattr(x, "dtype", None) in KERNEL_DTYPES for x in arguments[:2]) and arguments:
+            options.setdefault("backend", request.param)
+        return op(*arguments, **options)
+
+    monkeypatch.setattr(mk, "fused_kl_boundary", on_backend)
+    return request.param
