@@ -1,8 +1,13 @@
-"""The definition that the divergence losses are tested against, and the inputs, for every backend."""
+"""The definition that the divergence losses are tested against, the inputs, and the backends."""
 
 import pytest
 import torch
 
+import motab_kernels as mk
+from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
 #: Each kind with its default parameters, and a mixture that leans the other way.
 KINDS = {
     "forward_kl": {},
@@ -67,3 +72,27 @@ def without_ties(student, teacher, tau=1.0):
 def relative_error(x, y):
     """Of a whole gradient, by its norm."""
     return ((x.double() - y).norm() / y.norm()).item()
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request, monkeypatch):
+    """Triton with 4 lanes of 16 columns a tile, two tiles a split."""
+    if request.param == "triton":
+        set_lanes(monkeypatch, 4)
+    return request.param
+
+
+def set_lanes(monkeypatch, lanes):
+    from motab_kernels.gpu import divergence as gpu
+
+    warps = 4 if lanes >= 128 else 1
+    monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=lanes, tiles=2, num_warps=warps, rows=4))
+
+
+def run(student, teacher, kind, **keywords):
+    """Each position's loss and the gradient of their sum."""
+    student = student.to(DEVICE, copy=True).requires_grad_()
+    keywords = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
+    loss = mk.divergence_loss(student, teacher.to(DEVICE), **options(kind), reduction="none", **keywords)
+    loss.backward(torch.ones_like(loss))
+    return loss.detach().cpu(), student.grad.cpu()

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from divergence_cases import logits, relative_error
+from divergence_cases import DEVICE, logits, relative_error
 
 import motab_kernels as mk
 
@@ -16,8 +16,6 @@ import triton.language as tl
 
 from motab_kernels.gpu.divergence import NVIDIA
 from motab_kernels.gpu.divergence_terms import _minus_log2
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 
