@@ -1,74 +1,16 @@
 """`fused_linear_divergence` against `divergence_loss` of materialised logits, and against float64."""
 
-import contextlib
-import functools
-import weakref
-
+import linear_divergence_cases
 import pytest
 import torch
 from divergence_cases import every_kind, options, relative_error
-from torch.utils.checkpoint import checkpoint
+from linear_divergence_cases import DEVICE, assert_same, fused, heads, materialised
 
 import motab_kernels as mk
 from motab_kernels import linear_head
-from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON
-from motab_kernels.linear_divergence import positions_op, total_op
-from motab_kernels.linear_head import Head, HeadDivergence
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-BACKENDS = ["torch", *(["cpu"] if HAS_LIBRARY else []), *(["triton"] if HAS_TRITON else [])]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        from motab_kernels.gpu import divergence as gpu
-
-        monkeypatch.setattr(gpu, "settings_for", lambda device: gpu.Settings(lanes=8, tiles=2, rows=4))
-    return request.param
-
-
-def heads(N=7, H=12, H_teacher=20, V=100, V_teacher=110, dtype=torch.float64, seed=0):
-    """Hidden states, weight and bias of both sides; logits a few nats wide."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    student = random(N, H), random(V, H) * 0.6, random(V) * 0.3
-    teacher = random(N, H_teacher), random(V_teacher, H_teacher) * 0.5, random(V_teacher) * 0.3
-    return [x.to(dtype).to(DEVICE) for x in student], [x.to(dtype).to(DEVICE) for x in teacher]
-
-
-def fused(student, teacher, **keywords):
-    leaves = [x.clone().requires_grad_() for x in student]
-    loss = mk.fused_linear_divergence(
-        *leaves[:2], *teacher[:2], student_bias=leaves[2], teacher_bias=teacher[2], **keywords
-    )
-    return loss, leaves
-
-
-def materialised(student, teacher, scales=(1.0, 1.0), softcaps=(None, None), **keywords):
-    """The equivalent expression, in float64."""
-    leaves = [x.double().requires_grad_() for x in student]
-    logits = []
-    for (hidden, weight, bias), scale, cap in zip(
-        (leaves, [x.double() for x in teacher]), scales, softcaps, strict=True
-    ):
-        x = scale * (hidden @ weight.T + bias)
-        logits.append(x if cap is None else cap * torch.tanh(x / cap))
-    return mk.divergence_loss(*logits, **keywords, backend="torch"), leaves
-
-
-def assert_same(found, expected, upstream=None, rtol=1e-5, atol=1e-6):
-    (loss, leaves), (expected_loss, expected_leaves) = found, expected
-    torch.testing.assert_close(loss.double(), expected_loss, rtol=rtol, atol=atol)
-    loss.backward(None if upstream is None else upstream.to(loss.dtype))
-    expected_loss.backward(upstream)
-    for x, y in zip(leaves, expected_leaves, strict=True):
-        torch.testing.assert_close(x.grad.double(), y.grad, rtol=rtol, atol=atol)
+backend = linear_divergence_cases.backend
 
 
 @every_kind
@@ -138,87 +80,6 @@ def test_positions_that_do_not_count_may_be_nan(backend, kind, softcap, by, redu
         torch.testing.assert_close(x.grad, y.grad, rtol=2e-3 if dtype == torch.float16 else 1e-5, atol=1e-5)
 
 
-def test_upstream_and_accumulation():
-    """A loss that is scaled before the backward pass, and gradients that add to what is there."""
-    student, teacher = heads()
-    loss, leaves = fused(student, teacher, chunk_size=4)
-    (3 * loss).backward()
-    expected_loss, expected_leaves = materialised(student, teacher)
-    expected_loss.backward()
-    for x, y in zip(leaves, expected_leaves, strict=True):
-        torch.testing.assert_close(x.grad, 3 * y.grad)
-
-
-def test_no_second_backward_pass_in_silence():
-    loss, _ = fused(*heads())
-    loss.backward(retain_graph=True)
-    with pytest.raises(ValueError, match="expected one backward pass, which hands out the gradients in place"):
-        loss.backward()
-
-
-def leaves_of(student):
-    return [x.clone().requires_grad_() for x in student]
-
-
-def gradients_of(loss_of, student, around=contextlib.nullcontext):
-    """`around`: what the backward pass runs in."""
-    leaves = leaves_of(student)
-    loss = loss_of(*leaves)
-    with around():
-        loss.backward()
-    return [x.grad for x in leaves]
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_checkpointed(reduction):
-    student, teacher = heads()
-
-    def loss(hidden, weight, bias):
-        return mk.fused_linear_divergence(
-            hidden, weight, *teacher[:2], student_bias=bias, reduction=reduction, chunk_size=3
-        ).sum()
-
-    for use_reentrant in (False, True):
-        found = gradients_of(lambda *x, way=use_reentrant: checkpoint(loss, *x, use_reentrant=way), student)
-        torch.testing.assert_close(found, gradients_of(loss, student), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_backward_pass_under_autocast_is_in_float32_too(reduction):
-    student, teacher = heads(dtype=torch.float32)
-
-    def loss(hidden, weight, bias):
-        return mk.fused_linear_divergence(hidden, weight, *teacher[:2], student_bias=bias, reduction=reduction).sum()
-
-    lower = functools.partial(torch.autocast, DEVICE, torch.bfloat16)
-    torch.testing.assert_close(gradients_of(loss, student, lower), gradients_of(loss, student), rtol=0, atol=0)
-
-
-def test_saved_tensors_that_are_kept_elsewhere_are_handed_out_once():
-    """Under hooks autograd does not see that they have changed."""
-    student, teacher = heads()
-    leaves = leaves_of(student)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
-        loss = mk.fused_linear_divergence(*leaves[:2], *teacher[:2], student_bias=leaves[2])
-    loss.backward(retain_graph=True)
-    with pytest.raises(ValueError, match="expected one backward pass"):
-        loss.backward()
-
-
-def test_a_teacher_in_inference_mode():
-    student, teacher = heads()
-    with torch.inference_mode():
-        made = [x.clone() for x in teacher]
-    for reduction in ("mean", "none"):
-
-        def loss(hidden, weight, bias, teacher, reduction=reduction):
-            options = {"student_bias": bias, "teacher_bias": teacher[2], "reduction": reduction}
-            return mk.fused_linear_divergence(hidden, weight, *teacher[:2], **options).sum()
-
-        found, expected = (gradients_of(functools.partial(loss, teacher=x), student) for x in (made, teacher))
-        torch.testing.assert_close(found, expected, rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_a_mask_and_weights_as_they_may_come(backend, reduction):
     """A mask with gaps, or made in inference mode; weights that are NaN where it is False."""
@@ -237,27 +98,6 @@ def test_a_mask_and_weights_as_they_may_come(backend, reduction):
     for given in (torch.stack((~mask, mask), 1)[:, 1], made):
         found = results(given, weights.masked_fill(~mask, torch.nan))
         torch.testing.assert_close(found, results(mask, weights), rtol=0, atol=0)
-
-
-def test_no_gradient_is_computed_that_nobody_asks_for(monkeypatch):
-    student, teacher = heads()
-    expected, _ = fused(student, teacher)
-    monkeypatch.setattr(HeadDivergence, "write_gradient", None)
-    with torch.no_grad():
-        loss, _ = fused(student, teacher)
-    assert loss == expected
-
-
-@pytest.mark.parametrize("frozen", [0, 1, 2])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_what_asks_for_no_gradient_gets_none(frozen, reduction):
-    student, teacher = heads()
-    leaves = [x.clone().requires_grad_(i != frozen) for i, x in enumerate(student)]
-    teacher[1].requires_grad_()  # a head that nobody froze
-    loss = mk.fused_linear_divergence(*leaves[:2], *teacher[:2], student_bias=leaves[2], reduction=reduction)
-    loss.sum().backward()
-    assert [x.grad is None for x in leaves] == [i == frozen for i in range(3)]
-    assert teacher[1].grad is None
 
 
 def test_tied_weight():
@@ -346,93 +186,12 @@ def test_float16_of_a_sum_that_is_scaled_up():
         assert relative_error(mine.grad, true.grad) < 5e-3
 
 
-def test_a_second_derivative_is_refused():
-    student, teacher = heads(dtype=torch.float32)
-    for reduction in ("mean", "none"):
-        loss, leaves = fused(student, teacher, reduction=reduction)
-        with pytest.raises(ValueError, match=r"fused_linear_divergence: expected .* got create_graph=True"):
-            torch.autograd.grad(loss.sum(), leaves, create_graph=True)
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by jvp itself
-@pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_forward_mode_derivative_is_refused(which):
-    hidden, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9)
-
-    def loss(x):
-        h, w, b = (x if i == which else y for i, y in enumerate((hidden, weight, bias)))
-        return mk.fused_linear_divergence(h, w, hidden, 2 * weight, student_bias=b)
-
-    x = (hidden, weight, bias)[which]
-    with pytest.raises(ValueError, match="fused_linear_divergence: expected no forward-mode"):
-        torch.func.jvp(loss, (x,), (torch.ones_like(x),))
-
-
-def test_autocast_takes_what_a_linear_layer_takes():
-    student, teacher = heads(dtype=torch.float32)
-    low = [[x.bfloat16() for x in side] for side in (student, teacher)]
-    expected_loss, expected = fused(*low)
-    expected_loss.backward()
-    with torch.autocast(DEVICE, torch.bfloat16):
-        loss, leaves = fused(student, [teacher[0].bfloat16(), *teacher[1:]])
-        loss.backward()
-    assert torch.equal(loss, expected_loss)
-    for mine, other in zip(leaves, expected, strict=True):
-        assert mine.grad.dtype == torch.float32
-        assert torch.equal(mine.grad, other.grad.float())
-    exact = heads()
-    with torch.autocast(DEVICE, torch.bfloat16):
-        loss, _ = fused(*exact)
-    torch.testing.assert_close(loss, fused(*exact)[0], rtol=0, atol=0)  # which no linear layer casts
-
-
 def test_gradients_of_several_chunks_go_into_one_product(backend):
     """13 positions by chunks of 2: a block of five chunks, and one of two whose last is short."""
     student, teacher = heads(N=13, dtype=torch.float32, seed=5)
     keep = torch.arange(13, device=DEVICE) % 4 != 0
     found = fused(student, teacher, mask=keep, chunk_size=2, backend=backend)
     assert_same(found, materialised(student, teacher, mask=keep))
-
-
-@every_kind
-def test_gradcheck(kind):
-    """Of "none": a reduced loss spends its gradients in the first of the many backward passes."""
-    student, teacher = heads(N=3, H=4, H_teacher=5, V=6, V_teacher=6)
-
-    def loss(hidden, weight, bias):
-        return mk.fused_linear_divergence(
-            hidden, weight, *teacher[:2], student_bias=bias, **options(kind), reduction="none", chunk_size=2
-        )
-
-    assert torch.autograd.gradcheck(loss, [x.clone().requires_grad_() for x in student])
-
-
-def test_registered():
-    student, teacher = heads(N=4, V=9, V_teacher=9)
-    leaves = [x.requires_grad_() for x in student]
-    shared = ([1.0, 0.0], [1.0, 0.0], "jsd", 0.5, 9, 3, False, "torch")
-    mask, tau = torch.tensor([True, False, True, True]), torch.tensor(1.5)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(positions_op, (*leaves, *teacher, mask, tau, *shared), test_utils=tests)
-    scale = torch.ones(4, dtype=torch.float64)
-    torch.library.opcheck(total_op, (*leaves, *teacher, mask, tau, scale, [True] * 3, *shared), test_utils=tests)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_in_one_graph(reduction):
-    student, teacher = heads()
-
-    def loss(hidden, weight):
-        return mk.fused_linear_divergence(hidden * 2, weight, *teacher[:2], reduction=reduction, chunk_size=3).sum()
-
-    results = []
-    for call in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
-        leaves = [x.clone().requires_grad_() for x in student[:2]]
-        value = call(*leaves)
-        value.backward()
-        results.append([value.detach(), *(x.grad for x in leaves)])
-    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -500,39 +259,3 @@ def test_bad_input(change, message):
     tensors = [given.pop(name) for name in names]
     with pytest.raises(ValueError, match=message):
         mk.fused_linear_divergence(*tensors, **given)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_logits_of_one_chunk_at_a_time(monkeypatch, reduction):
-    """Of both sides: those of a chunk are gone before the next ones are made."""
-    made, alive = [], []
-    logits = Head.logits
-
-    def watched(head, part):
-        alive.append(sum(each() is not None for each in made))
-        x = logits(head, part)
-        made.append(weakref.ref(x))
-        return x
-
-    monkeypatch.setattr(Head, "logits", watched)
-    loss, _ = fused(*heads(N=12), divergence="jsd", chunk_size=4, reduction=reduction, backend="torch")
-    loss.sum().backward()
-    assert len(made) == (6 if reduction == "mean" else 12)
-    assert alive == [0, 1] * (len(made) // 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("N", [0, 7, 23])  # no block, one, and three, of which the first writes the weight's gradient
-def test_gradients_do_not_depend_on_what_memory_held(monkeypatch, N, dtype):
-    def gradients():
-        loss, leaves = fused(*heads(N=N, dtype=dtype), chunk_size=2, backend="torch")
-        loss.backward()
-        return [leaf.grad for leaf in leaves]
-
-    expected = gradients()
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kw: new_empty(*args, **kw).fill_(torch.nan))
-    for found, wanted in zip(gradients(), expected, strict=True):
-        assert torch.equal(found, wanted)
-        assert found.isfinite().all()
-        assert N or not found.any()
