@@ -20,8 +20,9 @@ $(READY): pyproject.toml setup.py $(wildcard motab_kernels/cpu/*.cpp motab_kerne
 # Of demo and test the models are tiny: a second thread gains a sixth on an idle machine, and spins on a busy one, where
 # it made them many times slower.
 # Then the Triton kernels again, as they are compiled for an A100, on the machine of tests/ptx.
-COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py boundary_triton.py divergence.py \
-	divergence_arguments.py divergence_op.py divergence_terms.py attention_triton.py kv_cache.py sampling.py)
+COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py boundary_triton.py \
+	boundary_triton_decisions.py divergence.py divergence_arguments.py divergence_op.py divergence_terms.py \
+	attention_triton.py kv_cache.py sampling.py)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	MOTAB_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -k "not torch and not cpu and not large_voc" $(COMPILED)
