@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_model
-from test_processes import (
+from processes_cases import (
     PROMPTS,
     RANKS,
     TRAININGS,
