@@ -7,7 +7,7 @@ from itertools import cycle, pairwise
 
 import pytest
 import torch
-from test_engine import POLICY, SAMPLING, run
+from engine_cases import POLICY, SAMPLING, run
 
 import motab
 from motab.drawing import Sampling
