@@ -20,6 +20,7 @@ from motab.policies import (
 )
 from motab.prompts import PromptFormat
 from motab.rollouts import Rollouts
+from motab.solutions import as_trajectories
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
 from motab.trajectory import Step, Trajectory
@@ -43,6 +44,7 @@ __all__ = [
     "Trajectory",
     "TrajectoryDataset",
     "Truncated",
+    "as_trajectories",
     "collate",
     "evaluate",
     "export_dataset",

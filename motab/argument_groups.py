@@ -30,7 +30,7 @@ def unset(text: str, default: Any) -> Any:
     return setting(None, f"{text} (default: {default})")
 
 
-def _first(columns: Sequence[str]) -> str:
+def first_of(columns: Sequence[str]) -> str:
     return "first found of " + ", ".join(columns)
 
 
@@ -145,9 +145,9 @@ class PromptArguments:
     dataset_config: str | None = setting(None, "Configuration of the hub dataset.")
     question_column: str | None = unset(
         "Column of the question: a text, or messages (the assistant's at the end are dropped).",
-        _first(QUESTION_COLUMNS),
+        first_of(QUESTION_COLUMNS),
     )
-    answer_column: str | None = unset("Column of the answer, for evaluate and --grade.", _first(ANSWER_COLUMNS))
+    answer_column: str | None = unset("Column of the answer, for evaluate and --grade.", first_of(ANSWER_COLUMNS))
     max_prompt_length: int | None = setting(
         None, "Leave out problems whose prompts have more tokens, before the others are numbered."
     )

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from motab.argument_groups import ATTENTION, DATASET, GenerationArguments, PolicyArguments, PromptArguments, unset
+from motab.argument_groups import (
+    ATTENTION,
+    DATASET,
+    GenerationArguments,
+    PolicyArguments,
+    PromptArguments,
+    first_of,
+    unset,
+)
+from motab.data import SOLUTION_COLUMNS
 from motab.generation import SETTINGS
 from motab.models import DTYPES, dtype_name, holds_adapters
 from motab.parsing import require_file, setting
@@ -41,6 +50,20 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments)
                 f"--num_samples must be at least 1, and 1 at --temperature 0, where all are equal, got "
                 f"{self.num_samples} at {self.temperature}"
             )
+
+
+@dataclass
+class ImportArguments(PromptArguments):
+    """motab import: make trajectories of the solutions that a dataset holds, to train on."""
+
+    model_name_or_path: str = setting("", "The student, whose tokenizer and chat template are used.")
+    dataset_name: str = setting("", "Hub name, JSONL, JSON or parquet file.")
+    dataset_split: str = setting("train", "Split of the hub dataset.")
+    solution_column: str | None = unset(
+        "Column of the solution: a text, or messages of which the last is the assistant's.", first_of(SOLUTION_COLUMNS)
+    )
+    output_dir: str = setting("runs/import", "Folder for trajectories.jsonl.")
+    grade: bool = setting(False, "Grade each solution by the answer to its problem, for motab train --only_correct.")
 
 
 @dataclass

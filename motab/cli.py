@@ -1,4 +1,4 @@
-"""The command line: motab synthesize | train | evaluate | export | verify | report | show | demo."""
+"""The command line: motab synthesize | import | train | evaluate | export | verify | report | show | demo."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ from motab.arguments import (
     EvaluateArguments,
     ExportArguments,
     FileArguments,
+    ImportArguments,
     ShowArguments,
     SynthesizeArguments,
     TrainArguments,
 )
 from motab.config import MotabConfig
+from motab.data import solution_of
 from motab.dataset import TrajectoryDataset
 from motab.demo import DemoArguments, run
 from motab.export import check_output_file, export_dataset
-from motab.files import write_whole
+from motab.files import whole_file, write_whole
 from motab.fingerprint import hash_of_weights
 from motab.grading import check_answers, grade
 from motab.judgement import is_unbounded, label
@@ -41,6 +43,7 @@ from motab.prompts import encode_prompts
 from motab.report import write_report
 from motab.resume import decisive_settings, last_checkpoint, record
 from motab.sharding import uses_fsdp
+from motab.solutions import as_trajectories
 from motab.synthesis import synthesize_to_file
 from motab.trainer import MotabTrainer
 from motab.trajectory_file import check_trajectories, some_trajectories_in, unfinished
@@ -94,6 +97,33 @@ def synthesize(arguments: list[str], console: Console) -> None:
     for _ in watch(found, total, "synthesize", console, before=total - left):
         pass
     console.print(f"{path}: {len(prompts)} trajectories; motab report --output_dir {args.output_dir} draws them")
+
+
+def import_(arguments: list[str], console: Console) -> None:
+    """Make trajectories of existing solutions."""
+    args: ImportArguments = parse(ImportArguments, arguments, "import")
+    if not _state(console).is_main_process:
+        return
+    require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
+    path, prompt_format = Path(args.output_dir) / "trajectories.jsonl", args.prompt_format()
+    if path.exists():
+        raise ValueError(f"{path} exists; remove it, or give another --output_dir")
+    problems = args.load(args.dataset_name, args.dataset_split)
+    if args.grade:
+        check_answers(problems)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    problems = args.short_enough(problems, tokenizer)
+    texts = [solution_of(problem, index, args.solution_column) for index, problem in enumerate(problems)]
+    if args.grade and all(problem.answer == text for problem, text in zip(problems, texts, strict=True)):
+        raise ValueError("--grade compares solutions with answers, got the solutions as answers; give --answer_column")
+    prompts = [prompt_format.render(tokenizer, problem) for problem in problems]
+    found = as_trajectories(prompts, texts, tokenizer)
+    with whole_file(path) as file:
+        for t, problem in zip(watch(found, len(texts), "import", console), problems, strict=True):
+            t.correct = grade(t, problem, tokenizer) if args.grade else None
+            file.write(t.to_json() + "\n")
+    tokenizer.save_pretrained(args.output_dir)
+    console.print(f"{path}: {len(texts)} trajectories; motab train --train_file {path} trains on them")
 
 
 def train(arguments: list[str], console: Console) -> None:
@@ -275,7 +305,8 @@ def demo(arguments: list[str], console: Console) -> None:
 
 
 COMMANDS: dict[str, Callable[[list[str], Console], None]] = {
-    command.__name__: command for command in (synthesize, train, evaluate, export, verify, report, show, demo)
+    command.__name__.strip("_"): command
+    for command in (synthesize, import_, train, evaluate, export, verify, report, show, demo)
 }
 
 

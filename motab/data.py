@@ -15,6 +15,7 @@ from motab.yaml_values import load_yaml
 
 QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "output", "solution", "reward_model")
+SOLUTION_COLUMNS = ("solution", "response", "completion", "messages", "conversations", "output")
 #: Roles in ShareGPT conversations; OpenThoughts-114k uses the role names of messages.
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -98,6 +99,35 @@ def load_problems(
         )
         for index, row in enumerate(rows)
     ]
+
+
+def solution_of(problem: Problem, index: int, column: str | None = None) -> str:
+    """The solution in a problem's record: a text, or the last of its messages, if that is the assistant's.
+
+    Args:
+        index: of the problem, for what is raised.
+        column: where it is; None: the first found of `SOLUTION_COLUMNS`.
+
+    Raises:
+        ValueError: no such column, or no solution in it.
+    """
+    record = problem.record
+    name = column or next((name for name in SOLUTION_COLUMNS if name in record), None)
+    if name is None or name not in record:
+        raise ValueError(
+            f"problem {index} must have a column {name or ' or '.join(SOLUTION_COLUMNS)} with its solution, got "
+            f"{', '.join(record)}; give the one that holds it as solution_column"
+        )
+    found, where = record[name], f"column {name} of problem {index}"
+    if isinstance(found, list) and found:
+        last = _message(_renamed(found[-1], where), where)
+        found = last["content"] if last["role"] == "assistant" else None
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(
+            f"{where} must hold a text, or messages of which the last is the assistant's, got {_shown(record[name])}; "
+            "give another solution_column, or leave the problem out"
+        )
+    return found
 
 
 def _reasoning_gym(name: str) -> list[Problem]:

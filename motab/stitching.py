@@ -14,10 +14,10 @@ def phrase_behind(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], 
     before = tokenizer.decode([*token_ids])
     breaks = len(before) - len(before.rstrip("\n"))
     blank = "\n" * max(2 - breaks, 0) if before else ""
-    return _encode_behind(tokenizer, "" if not before else "a" if blank else "\n", f"{blank}{stitch}\n\n")
+    return encode_behind(tokenizer, "" if not before else "a" if blank else "\n", f"{blank}{stitch}\n\n")
 
 
-def _encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
+def encode_behind(tokenizer: PreTrainedTokenizerBase, before: str, text: str) -> list[int]:
     """The tokens of a text that follows another; some tokenizers begin what stands alone with a space."""
     first, whole = (tokenizer.encode(part, add_special_tokens=False) for part in (before, before + text))
     if before and whole[: len(first)] == first:
