@@ -44,6 +44,9 @@ class MotabConfig(TrainingArguments):
             they stay in the context. The paper trains on all.
         max_length: leave out trajectories of more tokens, prompt and target together; None: keep all. `Rollouts` have
             ``max_new_tokens`` instead.
+        padding_free: compute a batch as one sequence of all its tokens, without padding, which flash attention reads
+            row by row; other attention masks all rows from each other, in memory that is quadratic in the sum of their
+            lengths. The loss is the same; models that read rows otherwise are refused at the start.
         only_correct: leave out trajectories that do not answer their problem (`Trajectory.correct`), held-out ones too;
             all must have been graded. The paper trains on all.
         save_rollouts: keep the trajectories of `Rollouts` in ``output_dir/rollouts/trajectories.jsonl`` as they are
@@ -81,6 +84,9 @@ class MotabConfig(TrainingArguments):
         default_factory=list, metadata={"help": "Authors whose tokens are left out of the loss: " + ", ".join(AUTHORS)}
     )
     max_length: int | None = setting(None, "Leave out trajectories of more tokens than this.")
+    padding_free: bool = setting(
+        False, "Compute batches without padding; for --attn_implementation flash_attention_2 and batches above 1."
+    )
     only_correct: bool = setting(
         False, "Leave out trajectories with a wrong answer; needs those of motab synthesize --grade."
     )

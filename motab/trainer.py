@@ -4,7 +4,7 @@ the teacher at every token; on finished trajectories, or on those that the stude
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from motab.distillation import (
     output_and_loss,
 )
 from motab.models import load_model, processes_sharing
+from motab.padding import reads_rows_apart, without_padding
 from motab.processes import Processes
 from motab.prompts import end_tokens
 from motab.rollouts import Rollouts
@@ -89,8 +90,8 @@ class MotabTrainer(Trainer):
             which nothing is trained, as one with adapters that is given by name; no trajectories or prompts; a missing
             teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
             writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a teacher under version 1 of FSDP;
-            several GPUs in one process (DataParallel); a prompt that `synthesize` refuses; during training, anything
-            else it refuses.
+            models that do not take ``padding_free``; several GPUs in one process (DataParallel); a prompt that
+            `synthesize` refuses; during training, anything else it refuses.
     """
 
     def __init__(
@@ -174,7 +175,9 @@ class MotabTrainer(Trainer):
             if not shards_teacher:
                 teacher_model.to(self.args.device)
         # ZeRO-3 may have sharded the student, which then runs in a training alone: None until the first loss.
-        self.fuses_head = None if by_zero3 else self._can_fuse_head(model)
+        self.fuses_head: bool | None = None
+        if not by_zero3:
+            self._look_at(model)
         if self.label_smoother is not None and self.divergence is None and by_fsdp2 and not self.fuses_head:
             # FSDP2 renames the model's class, by which transformers knows that labels are to be shifted.
             raise ValueError(
@@ -200,24 +203,41 @@ class MotabTrainer(Trainer):
             copy_weights_(whole, teacher)
             self.teacher_model = whole
 
-    def _can_fuse_head(self, model: PreTrainedModel) -> bool:
-        """Whether hidden states and output embeddings alone give the loss, so that no logits need to be held."""
-        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
-            return False
-        if self.is_deepspeed_enabled and self.args.torch_compile:  # it would compile each step's loss again
-            return False
+    def _look_at(self, model: PreTrainedModel) -> None:
+        """Find out whether hidden states and output embeddings alone give the loss, so that no logits need to be held,
+        and whether the models can do without padding.
+
+        Raises:
+            ValueError: they cannot, and must.
+        """
         models = [model]
         if self.divergence is not None:
             assert self.teacher_model is not None
             models.append(self.teacher_model)
-        elif getattr(model.config, "output_router_logits", False):
+
+        def all_of_them(test: Callable[[PreTrainedModel], bool]) -> bool:
+            def are_all() -> bool:
+                with self.accelerator.autocast():  # flash attention takes no float32
+                    return all([test(each) for each in models])
+
+            # Under FSDP only the main process may have read weights; of models that are sharded all have a part.
+            return are_all() if any(map(is_sharded, models)) else Processes().from_main(are_all)
+
+        self.fuses_head = self._may_fuse_head(model) and all_of_them(has_plain_head)
+        if self.args.padding_free and not all_of_them(reads_rows_apart):
+            names = " or ".join(type(each).__name__ for each in models)
+            raise ValueError(
+                f"padding_free needs models that read rows in one sequence apart, by their position_ids, got {names}, "
+                "which read them otherwise; leave it out, or choose another attn_implementation"
+            )
+
+    def _may_fuse_head(self, model: PreTrainedModel) -> bool:
+        """Whether nothing but the models' heads may stand against it."""
+        if self.is_fsdp_enabled and not self.accelerator.is_fsdp2:
             return False
-
-        def are_plain() -> bool:
-            return all([has_plain_head(each) for each in models])
-
-        # Under FSDP only the main process may have read weights; of models that are sharded already all have a part.
-        return are_plain() if any(map(is_sharded, models)) else Processes().from_main(are_plain)
+        if self.is_deepspeed_enabled and self.args.torch_compile:  # it would compile each step's loss again
+            return False
+        return self.divergence is not None or not getattr(model.config, "output_router_logits", False)
 
     def get_eval_dataloader(self, eval_dataset: str | Trajectories | None = None) -> Any:
         """Trainer's method, which also takes trajectories or a `Path`; a string names one of several datasets."""
@@ -329,9 +349,11 @@ class MotabTrainer(Trainer):
     ) -> Any:
         bare = self.accelerator.unwrap_model(model)
         if self.fuses_head is None:
-            self.fuses_head = self._can_fuse_head(bare)
+            self._look_at(bare)
         if not model.training:
             num_items_in_batch = self._items_evaluated(inputs["labels"])
+        if self.args.padding_free:
+            inputs = without_padding(inputs)
         if self.divergence is None and not self.fuses_head:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
