@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
 
 @triton.jit
@@ -22,6 +23,11 @@ NVIDIA = not INTERPRETED and torch.version.hip is None
 def launched_on(device: torch.device) -> AbstractContextManager[None]:
     """A context in which kernels are launched on the device, even if another one is current."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def row_stride(parameter: Tensor | float | None) -> int:
+    """The stride of a parameter by rows; 0 if all rows share it."""
+    return parameter.stride(0) if isinstance(parameter, Tensor) and parameter.dim() else 0
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: Mapping[str, Any], **options: int) -> None:

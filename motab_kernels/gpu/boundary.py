@@ -17,7 +17,7 @@ import triton
 from torch import Tensor
 
 from motab_kernels.boundaries import Criterion
-from motab_kernels.gpu import NVIDIA, launch, launched_on
+from motab_kernels.gpu import NVIDIA, launch, launched_on, row_stride
 from motab_kernels.gpu.boundary_combine import combine_kernel
 from motab_kernels.gpu.boundary_decide import decide_kernel
 from motab_kernels.gpu.boundary_partial import partial_kernel, rows
@@ -141,11 +141,6 @@ def fused_kl_boundary(
         if not combines:
             launch(combine_kernel, (B * -(-T // T_BLOCK),), arguments, num_warps=1)
         launch(decide_kernel, (B,), arguments, num_warps=1)
-
-
-def row_stride(parameter: Tensor | float | None) -> int:
-    """The stride of a parameter by rows; 0 if all rows share it."""
-    return parameter.stride(0) if isinstance(parameter, Tensor) and parameter.dim() else 0
 
 
 OUTPUT_POINTERS = (

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from motab_kernels.gpu import NVIDIA, launch, launched_on
+from motab_kernels.gpu import NVIDIA, launch, launched_on, row_stride
 from motab_kernels.gpu.divergence_sums import finish_kernel, sums_kernel
 from motab_kernels.gpu.divergence_terms import gradient_kernel, terms_kernel
 from motab_kernels.gpu.tuned import tuned
@@ -57,7 +57,7 @@ def _arguments(student: Tensor, teacher: Tensor, tau: Tensor | None, settings: S
         "student_stride_t": student.stride(1),
         "teacher_stride_b": teacher.stride(0),
         "teacher_stride_t": teacher.stride(1),
-        "temperature_stride_b": 0 if tau is None or tau.dim() == 0 else tau.stride(0),
+        "temperature_stride_b": row_stride(tau),
         "T": student.shape[1],
         "V": student.shape[2],
         "HAS_TEMPERATURE": tau is not None,
@@ -102,7 +102,7 @@ def finish(sums: Tensor, tau: Tensor | None, keep: Tensor | None, kind: str, T: 
         "temperature_ptr": sums if tau is None else tau,
         "loss_ptr": loss,
         "saved_ptr": saved,
-        "temperature_stride_b": 0 if tau is None or tau.dim() == 0 else tau.stride(0),
+        "temperature_stride_b": row_stride(tau),
         "T": T,
         "R": R,
         "S": S,
