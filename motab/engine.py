@@ -81,8 +81,8 @@ class Engine:
         sampling: Sampling,
         seed: int,
         indices: Sequence[int],
-        torch_compile: bool = False,
-        max_cached_tokens: int | None = None,
+        torch_compile: bool,
+        max_cached_tokens: int | None,
     ):
         self.tokenizer, self.rules = tokenizer, UNJUDGED if rules is None else rules
         self.indices, self.block_size, self.sampling = indices, block_size, sampling

@@ -238,7 +238,7 @@ def write_gradient(
     kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
     with_tokens(out)[..., vocab_size:] = 0
     if check_finite:
-        check_finite_gradient(out, group=group)
+        check_finite_gradient(out, group)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

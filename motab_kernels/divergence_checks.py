@@ -148,7 +148,7 @@ def check_heads(
     check_position_tensors(mask, weights, leading, device)
 
 
-def check_finite_gradient(gradient: Tensor, first_position: int = 0, group: str = "") -> None:
+def check_finite_gradient(gradient: Tensor, group: str, first_position: int = 0) -> None:
     finite = gradient.flatten(0, -2).isfinite().all(-1)
     if group:  # every rank raises, or none: a rank that went on would wait for the others
         finite = gather(finite.byte(), group).bool().all(-1)

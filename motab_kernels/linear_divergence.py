@@ -269,7 +269,7 @@ def _total(
                 here = out[part.start - block.start : part.stop - block.start]
                 heads.write_gradient(part, s, t, saved, scale[part] / unit, here)
                 if check_finite:
-                    check_finite_gradient(here, part.start, group)
+                    check_finite_gradient(here, group, part.start)
             del s, t, saved  # before the next ones are made
         if of_hidden:
             torch.mm(out, weight, out=grad_hidden[block])

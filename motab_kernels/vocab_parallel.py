@@ -56,8 +56,8 @@ class SlicedVocabulary:
             self.kernels.divergence_gradient(student, *arguments)
 
 
-def kernels_of(backend: str, device: torch.device, group: str = "") -> DivergenceKernels:
-    """A backend's kernels; with a group, those of a rank that holds a slice of the vocabulary."""
+def kernels_of(backend: str, device: torch.device, group: str) -> DivergenceKernels:
+    """A backend's kernels; with the name of a group, those of a rank that holds a slice of the vocabulary."""
     kernels: DivergenceKernels = implementation("divergence", backend, device)
     return SlicedVocabulary(kernels, group) if group else kernels
 
