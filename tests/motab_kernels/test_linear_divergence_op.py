@@ -15,8 +15,8 @@ from motab_kernels.linear_divergence import positions_op, total_op
 from motab_kernels.linear_head import Head, HeadDivergence
 
 
-def test_upstream_and_accumulation():
-    """A loss that is scaled before the backward pass, and gradients that add to what is there."""
+def test_upstream():
+    """A loss that is scaled before the backward pass."""
     student, teacher = heads()
     loss, leaves = fused(student, teacher, chunk_size=4)
     (3 * loss).backward()
