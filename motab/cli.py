@@ -34,6 +34,7 @@ from motab.files import whole_file, write_whole
 from motab.fingerprint import hash_of_weights
 from motab.grading import check_answers, grade
 from motab.judgement import is_unbounded, label
+from motab.lock import Lock
 from motab.models import holds_adapters, load_model, load_tokenizer, load_with_adapters, with_lora
 from motab.parsing import parse, require
 from motab.policies import needs_student, needs_teacher
@@ -41,7 +42,7 @@ from motab.processes import Processes, process_state
 from motab.progress import watch
 from motab.prompts import encode_prompts
 from motab.report import write_report
-from motab.resume import decisive_settings, last_checkpoint, record
+from motab.resume import FILE, decisive_settings, last_checkpoint, record
 from motab.sharding import uses_fsdp
 from motab.solutions import as_trajectories
 from motab.synthesis import synthesize_to_file
@@ -155,9 +156,14 @@ def train(arguments: list[str], console: Console) -> None:
     weights = {"student": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data, weights))
-    last, finished = config.resume_from_checkpoint, False
-    if not last:
-        last, finished = processes.from_main(lambda: last_checkpoint(folder, settings))
+    locks: list[Lock] = []  # the main process's, for all
+
+    def begin() -> tuple[str | None, bool]:
+        locks.append(Lock(Path(folder) / FILE))  # two trainings would remove each other's checkpoints
+        named = config.resume_from_checkpoint
+        return (named, False) if named else last_checkpoint(folder, settings)
+
+    last, finished = processes.from_main(begin)
     if finished:
         console.print(f"{folder}: already trained with these settings; remove it to train again")
         return

@@ -61,7 +61,8 @@ def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str |
     """The last complete checkpoint of a training with these settings, and whether that training has finished.
 
     Raises:
-        ValueError: the folder holds checkpoints of a training with other settings.
+        ValueError: the folder holds checkpoints of a training with other settings, or the last one holds the model
+            alone.
     """
     folder = Path(folder)
     # trainer_state.json is written last: a checkpoint without it is incomplete.
@@ -77,7 +78,16 @@ def last_checkpoint(folder: str | Path, settings: dict[str, Any]) -> tuple[str |
             f"({different if known else f'unknown: there is no {FILE}'}); give another --output_dir, remove it to "
             "start again, or name the checkpoint to continue from with --resume_from_checkpoint"
         )
-    return str(steps[max(steps)]) if steps else None, bool(before.get("finished")) and not different
+    last = steps[max(steps)] if steps else None
+    finished = bool(before.get("finished")) and not different
+    # Without the states of random numbers, optimizer and schedule the latter two would begin anew, in silence.
+    if last is not None and not finished and not any(last.glob("rng_state*.pth")):
+        raise ValueError(
+            f"{last} must hold the state of a training, got the model alone, as save_only_model leaves it; remove "
+            f"{folder} to start again, or name the checkpoint with --resume_from_checkpoint to train on from its "
+            "weights with a new optimizer and schedule"
+        )
+    return None if last is None else str(last), finished
 
 
 def record(folder: str | Path, settings: dict[str, Any], *, finished: bool) -> None:

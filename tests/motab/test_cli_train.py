@@ -13,6 +13,7 @@ import motab
 from motab.arguments import TrainArguments
 from motab.cli import main
 from motab.fingerprint import hash_of_weights
+from motab.lock import Lock
 from motab.models import load_model, with_lora
 from motab.parsing import parse
 from motab.resume import DECISIVE, decisive_settings, last_checkpoint, record
@@ -269,6 +270,7 @@ def test_the_last_checkpoint_is_that_of_most_steps(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-best", "checkpoint-11-copy"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "trainer_state.json").touch()
+    (tmp_path / "checkpoint-10" / "rng_state.pth").touch()
     record(tmp_path, {"seed": 1}, finished=False)
     assert last_checkpoint(tmp_path, {"seed": 1}) == (str(tmp_path / "checkpoint-10"), False)
 
@@ -302,6 +304,32 @@ def test_where_a_training_goes_on(training, tmp_path, capsys):
     capsys.readouterr()
     assert main(command) == 2
     assert "other settings (unknown: there is no motab_training.json)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_the_model_alone(training, tmp_path, capsys):
+    """From it optimizer and schedule would begin anew, and end elsewhere; a finished training needs none of them."""
+    command, _ = training
+    command += ["--save_steps", "1", "--save_total_limit", "4", "--save_only_model"]
+    file = tmp_path / "model" / "motab_training.json"
+    assert main(command) == 0
+    assert main(command) == 0
+    assert "already trained" in capsys.readouterr().out
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"finished": False}))
+    shutil.rmtree(tmp_path / "model" / "checkpoint-4")
+    assert main(command) == 2
+    assert "checkpoint-3 must hold the state of a training, got the model alone" in capsys.readouterr().err
+
+
+def test_a_folder_is_trained_into_by_one_process_at_a_time(training, tmp_path, capsys):
+    """Two would remove each other's checkpoints, and write into one file of rollouts."""
+    command, _ = training
+    lock = Lock(tmp_path / "model" / "motab_training.json")
+    lock.place.write_text("1")  # the number of another process
+    assert main(command) == 2
+    assert "motab_training.json is being written by another process (1)" in capsys.readouterr().err
+    lock.release()
+    assert main(command) == 0
+    assert not lock.place.exists()
 
 
 def test_files_that_are_not_there(tmp_path, capsys):
