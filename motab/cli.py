@@ -206,8 +206,6 @@ def evaluate(arguments: list[str], console: Console) -> None:
     }
     shown = partial(watch, title="evaluate", console=console)
     result = evaluation.evaluate(model, tokenizer, problems, watch=shown, **settings)
-    if args.output_file and state.is_main_process:
-        write_whole(args.output_file, json.dumps({**asdict(result), "settings": asdict(args)}, indent=1))
     passed = f"pass@{result.num_samples} {result.pass_at_k:.3f}, " if result.num_samples > 1 else ""
     console.print(
         f"accuracy {result} (mean over {result.num_samples} samples of {result.num_problems} problems), "
@@ -219,6 +217,8 @@ def evaluate(arguments: list[str], console: Console) -> None:
             "tokens, and count only if the answer was already stated; raise --max_new_tokens",
             file=sys.stderr,
         )
+    if args.output_file and state.is_main_process:
+        write_whole(args.output_file, json.dumps({**asdict(result), "settings": asdict(args)}, indent=1))
 
 
 def _state(console: Console) -> PartialState:

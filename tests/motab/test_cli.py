@@ -87,6 +87,10 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     assert [(json.loads(line)["index"], json.loads(line)["sample"]) for line in lines] == [
         (index, sample) for index in range(6) for sample in range(2)
     ]
+    assert main([*command, *answers, "--output_file", str(model)]) == 2  # a folder
+    printed, error = capsys.readouterr()
+    assert "mean over 2 samples of 6 problems" in printed
+    assert "Is a directory" in error
 
 
 def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
