@@ -43,22 +43,30 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     with torch.no_grad():
         token_ids = torch.tensor([[0, 1]], device=model.device)
         outputs = model.eval()(token_ids, output_hidden_states=True)
-        hidden = last_hidden_states(model, input_ids=token_ids)
+        with catching_hidden_states(model) as found:
+            model(input_ids=token_ids, use_cache=False, logits_to_keep=1)
         model.train(was_training)
+        if not found:
+            return False
         # Exactly: a softcap changes small logits very little.
-        return torch.equal(hidden, outputs.hidden_states[-1]) and torch.equal(
-            head(hidden).float(), outputs.logits.float()
+        return torch.equal(found[0], outputs.hidden_states[-1]) and torch.equal(
+            head(found[0]).float(), outputs.logits.float()
         )
 
 
 @contextmanager
 def catching_hidden_states(model: Any) -> Iterator[list[Tensor]]:
     """The last hidden states of each forward pass of the model, or of what wraps it. ``output_hidden_states`` would
-    keep those of all layers, of which accelerate makes float32 copies in mixed precision."""
+    keep those of all layers, of which accelerate makes float32 copies in mixed precision. Nothing is found of a model
+    that runs a part of its base model alone (OPT), or names another base model than it has (Llama 4)."""
     found: list[Tensor] = []
     inner = model if isinstance(model, PreTrainedModel) else model.get_base_model()  # with adapters
-    base = getattr(inner, inner.base_model_prefix)
-    hook = base.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
+
+    def catch(module: Any, args: Any, output: Any) -> None:
+        if "last_hidden_state" in output:
+            found.append(output.last_hidden_state)
+
+    hook = inner.base_model.register_forward_hook(catch)
     try:
         yield found
     finally:

@@ -1,8 +1,10 @@
 """The losses from hidden states and heads, and the models whose heads give them."""
 
+import pytest
 import torch
 from conftest import make_model
 from test_trainer import TRAJECTORIES
+from transformers import OPTConfig, OPTForCausalLM
 
 from motab import distillation
 from motab.dataset import TrajectoryDataset, collate
@@ -48,6 +50,23 @@ def test_states_that_the_output_names_otherwise(monkeypatch):
 
     monkeypatch.setattr(model, "forward", shifted)
     assert not has_plain_head(model)
+
+
+def opt_model():
+    config = OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4)
+    return OPTForCausalLM(config)
+
+
+def model_of_another_base():
+    model = make_model(3)
+    model.base_model_prefix = "language_model"
+    return model
+
+
+@pytest.mark.parametrize("make", [opt_model, model_of_another_base])
+def test_a_model_whose_states_are_not_found(make):
+    """OPT runs only the decoder of its base model, and Llama 4 has none of the name that it tells."""
+    assert not has_plain_head(make())
 
 
 def biased_model(seed):
