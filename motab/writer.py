@@ -51,6 +51,9 @@ class Writer:
         # Padding behind a row's budget may lie beyond the positions that a model with a table of them has.
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.last_position = None if limit is None or limit >= max_length else limit - 1
+        # A router's loss is of no use here, and cannot be taken from a mask of four dimensions.
+        has_router = getattr(model.config.get_text_config(), "output_router_logits", False)
+        self.options = {"output_router_logits": False} if has_router else {}
         self.lengths = [0] * batch_size
         self.rows = list(range(batch_size))  # of the last forward pass, and their numbers on the device
         self.row_numbers: Tensor | None = None
@@ -71,7 +74,7 @@ class Writer:
         inputs = self.cache.prepare(token_ids.shape[1], rows=self._numbers(rows), max_length=longest)
         if self.last_position is not None:
             inputs["position_ids"] = inputs["position_ids"].clamp(max=self.last_position)
-        logits: Tensor = call(input_ids=token_ids, **options, **inputs).logits
+        logits: Tensor = call(input_ids=token_ids, **self.options, **options, **inputs).logits
         return logits[..., : self.vocab_size]
 
     def _append(self, rows: Sequence[int], token_ids: Tensor, **options: int) -> Tensor:

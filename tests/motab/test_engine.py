@@ -13,7 +13,7 @@ import torch
 from conftest import make_model
 from engine_cases import POLICY, SAMPLING, SETTINGS, run
 from tokenizers import Tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import motab
 from motab.engine import Engine
@@ -247,6 +247,17 @@ def test_short_budgets(student, teacher, tokenizer, prompts, backtrack, budget):
 def test_trajectory_survives_json(student, teacher, tokenizer, prompts):
     for trajectory in run(student, teacher, tokenizer, prompts, replace(POLICY, stitch=None)):
         assert motab.Trajectory.from_json(trajectory.to_json()) == trajectory
+
+
+def test_a_router_that_would_have_a_loss(tokenizer, prompts):
+    """It cannot be taken from the masks of "eager"."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1, "output_router_logits": True}
+    config = MixtralConfig(vocab_size=12, num_key_value_heads=2, max_position_embeddings=256, **sizes, **experts)
+    model = MixtralForCausalLM._from_config(config, attn_implementation="eager").eval()
+    ids = run(model, model, tokenizer, prompts[:2], motab.OnPolicy())[0].token_ids
+    assert ids == run(model, model, tokenizer, prompts[:1], motab.TeacherOnly())[0].token_ids
+    assert model.config.output_router_logits  # training has the loss
 
 
 def test_caller_keeps_gradients(student, teacher, tokenizer, prompts):
