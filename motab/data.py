@@ -156,7 +156,7 @@ def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[d
     if not path.is_file():
         try:
             rows = datasets.load_dataset(name, config, split=split)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"{name!r} is neither a local file nor a dataset of the hub with split {split!r}: {error}"
             ) from error

@@ -188,6 +188,12 @@ def test_files_that_cannot_be_read(tmp_path, content, name, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_folder_of_files_that_are_no_dataset(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{")
+    with pytest.raises(ValueError, match="nor a dataset of the hub with split 'train': An error occurred"):
+        load_problems(tmp_path)
+
+
 @pytest.mark.parametrize("answer", [{"value": "2"}, ["2"], {"ground_truth": ["2", "two"]}])
 def test_an_answer_that_is_no_text(jsonl, answer):
     """`evaluate` refuses the problem: graded as its text, no answer would be right."""
