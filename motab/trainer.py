@@ -39,7 +39,14 @@ from motab.sharding import (
     whole_copy,
 )
 from motab.summary import Summary
-from motab.trainer_input import Trajectories, as_examples, check, refuse_frozen, refuse_to_overwrite
+from motab.trainer_input import (
+    Trajectories,
+    as_examples,
+    check,
+    refuse_frozen,
+    refuse_of_trainer,
+    refuse_to_overwrite,
+)
 from motab.trajectory import Trajectory
 from motab.trajectory_file import cut_from
 
@@ -84,14 +91,15 @@ class MotabTrainer(Trainer):
         eval_dataset: held-out trajectories, their file, or several of these by name. Their loss, the mean over all
             their tokens, is logged as ``eval_strategy`` says and returned by `evaluate`.
         processing_class: the tokenizer, saved with the model; needed for `Rollouts`.
+        kwargs: Trainer's ``callbacks``, ``optimizers`` and ``optimizer_cls_and_kwargs``.
 
     Raises:
-        ValueError: ``args`` or a dataset of another type; an ``output_dir`` that a model was loaded from; a student of
-            which nothing is trained, as one with adapters that is given by name; no trajectories or prompts; a missing
-            teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
-            writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a teacher under version 1 of FSDP;
-            models that do not take ``padding_free``; several GPUs in one process (DataParallel); a prompt that
-            `synthesize` refuses; during training, anything else it refuses.
+        ValueError: another argument of Trainer; ``args`` or a dataset of another type; an ``output_dir`` that a model
+            was loaded from; a student of which nothing is trained, as one with adapters that is given by name; no
+            trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
+            policy under which the student writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a
+            teacher under version 1 of FSDP; models that do not take ``padding_free``; several GPUs in one process
+            (DataParallel); a prompt that `synthesize` refuses; during training, anything else it refuses.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class MotabTrainer(Trainer):
         **kwargs: Any,
     ):
         args = MotabConfig() if args is None else args
+        refuse_of_trainer(kwargs)
         check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written = Summary()  # since the last entry of the log

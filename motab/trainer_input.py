@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,15 @@ from motab.dataset import TrajectoryDataset
 from motab.policies import needs_student, needs_teacher
 from motab.rollouts import Rollouts
 from motab.trajectory import Trajectory
+
+#: What Trainer takes and this one does not, and why: most would be passed over in silence.
+_NOT_TAKEN = {
+    "compute_loss_func": "loss_type says which loss is taken",
+    "compute_metrics": "the logits of an evaluation are not held; a callback may call motab.evaluate",
+    "preprocess_logits_for_metrics": "the logits of an evaluation are not held",
+    "data_collator": "motab.collate makes the batches",
+    "model_init": "give a model, and to each trial of a search a trainer of its own",
+}
 
 Trajectories = Sequence[Trajectory] | TrajectoryDataset | str | Path
 
@@ -80,6 +89,13 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
             f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
             "max_new_tokens"
         )
+
+
+def refuse_of_trainer(settings: Mapping[str, Any]) -> None:
+    """Keyword arguments of Trainer that would change nothing, or would be given what is not there."""
+    for name, reason in _NOT_TAKEN.items():
+        if settings.get(name) is not None:
+            raise ValueError(f"MotabTrainer takes no {name}, got {settings[name]!r}: {reason}")
 
 
 def refuse_frozen(model: PreTrainedModel) -> None:

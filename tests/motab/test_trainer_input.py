@@ -93,6 +93,15 @@ def test_arguments_of_another_trainer(tmp_path):
         motab.MotabTrainer(make_model(3), args=args, train_dataset=TRAJECTORIES)
 
 
+@pytest.mark.parametrize(
+    "name", ["compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics", "data_collator", "model_init"]
+)
+def test_arguments_of_trainer_that_would_change_nothing(tmp_path, name):
+    """Or that would be given logits of one token, as those for metrics."""
+    with pytest.raises(ValueError, match=f"takes no {name}, got 'mine': "):
+        motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES, **{name: "mine"})
+
+
 def test_no_predictions(tmp_path):
     trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"gives no predictions: evaluate\(dataset\) measures the loss"):
