@@ -21,7 +21,16 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 @functools.lru_cache(maxsize=4)
 def token_bytes(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
-    """The bytes each token id writes; empty for special tokens and for ids beyond the tokenizer's vocabulary."""
+    """The bytes each token id writes; empty for special tokens and for ids beyond the tokenizer's vocabulary.
+
+    Raises:
+        ValueError: a tokenizer that is not a fast one.
+    """
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"steps and words need a fast tokenizer, whose decoder tells the bytes of each token, got "
+            f"{type(tokenizer).__name__}; convert it to a PreTrainedTokenizerFast"
+        )
     decoder = json.dumps(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
     byte_level = {char: value for value, char in bytes_to_unicode().items()} if "ByteLevel" in decoder else None
     special, added = set(tokenizer.all_special_ids), tokenizer.added_tokens_decoder

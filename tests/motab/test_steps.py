@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from motab.steps import DelimiterAutomaton, token_bytes, tokens_of_words
 
@@ -69,6 +69,11 @@ def test_sentencepiece_bytes():
     inner.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
     assert token_bytes(tokenizer, 5) == [b"", b" the", b"\n", "\u00e9".encode(), b""]
+
+
+def test_a_tokenizer_that_is_not_fast():
+    with pytest.raises(ValueError, match="of each token, got ByT5Tokenizer; convert it"):
+        token_bytes(ByT5Tokenizer(), 384)
 
 
 def test_a_word_is_a_token_with_or_without_space():
