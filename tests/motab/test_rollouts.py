@@ -114,6 +114,8 @@ def test_the_log_holds_the_figures(tmp_path, student, teacher, tokenizer, prompt
     for entry, (_, trajectories, *_) in zip(entries, trainer.steps, strict=True):
         assert entry["breach_rate"] == sum(t.breach_step is not None for t in trajectories) / len(trajectories)
         assert entry["tokens"] == sum(len(t.token_ids) for t in trajectories)
+        entropies = [x for t in trajectories for x in t.statistics["student_entropy"] if x is not None]
+        assert entry["student_entropy"] == pytest.approx(sum(entropies) / len(entropies))
     assert trainer.model.training
 
 
