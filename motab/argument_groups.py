@@ -16,6 +16,7 @@ from motab.models import DTYPES, dtype_name
 from motab.parsing import require, setting
 from motab.policies import POLICIES, MotabPolicy, Policy, RelayOPD, TokenSKD
 from motab.prompts import PromptFormat, short_enough
+from motab.quantization import BITS
 from motab.yaml_values import load_yaml
 
 #: Settings of policies with another name as a flag: --top_k is a setting of sampling.
@@ -59,6 +60,33 @@ class GenerationArguments:
     def generation(self) -> dict[str, Any]:
         """The keyword arguments of `motab.synthesize`."""
         return {name: getattr(self, name) for name in SETTINGS}
+
+
+@dataclass
+class BitsArguments:
+    """Weights in 4 or 8 bits, by bitsandbytes."""
+
+    load_in_4bit: bool = setting(False, "Load the linear layers of the model, but not its head, in 4 bits (nf4).")
+    load_in_8bit: bool = setting(False, "The same in 8 bits.")
+
+    def bits(self, of: str = "") -> int | None:
+        """Those of the model, or of the ``teacher_``; None for weights as they are saved.
+
+        Raises:
+            ValueError: 4 and 8.
+        """
+        given = [bits for bits in BITS if getattr(self, f"{of}load_in_{bits}bit")]
+        if len(given) > 1:
+            raise ValueError(f"give one of {' and '.join(f'--{of}load_in_{bits}bit' for bits in given)}, got both")
+        return given[0] if given else None
+
+
+@dataclass
+class TeacherBitsArguments(BitsArguments):
+    """Weights of the teacher in 4 or 8 bits, by bitsandbytes."""
+
+    teacher_load_in_4bit: bool = setting(False, "Load the teacher's linear layers, but not its head, in 4 bits (nf4).")
+    teacher_load_in_8bit: bool = setting(False, "The same in 8 bits.")
 
 
 @dataclass

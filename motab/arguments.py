@@ -11,9 +11,11 @@ from typing import Any
 from motab.argument_groups import (
     ATTENTION,
     DATASET,
+    BitsArguments,
     GenerationArguments,
     PolicyArguments,
     PromptArguments,
+    TeacherBitsArguments,
     first_of,
     unset,
 )
@@ -27,7 +29,7 @@ from motab.trajectory import AUTHORS, Grade
 
 
 @dataclass
-class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments):
+class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments, TeacherBitsArguments):
     """motab synthesize: write trajectories to OUTPUT_DIR/trajectories.jsonl; run again to continue."""
 
     model_name_or_path: str = setting("", "The student; teacher_only needs none, and a small one makes it faster.")
@@ -67,7 +69,7 @@ class ImportArguments(PromptArguments):
 
 
 @dataclass
-class EvaluateArguments(PromptArguments, GenerationArguments):
+class EvaluateArguments(PromptArguments, GenerationArguments, BitsArguments):
     """motab evaluate: accuracy of a model on problems with answers."""
 
     model_name_or_path: str = setting("", "The model.")
@@ -91,7 +93,7 @@ _LORA = {"r": 16, "alpha": 32, "dropout": 0.05, "target_modules": ["all-linear"]
 
 
 @dataclass
-class TrainArguments(PolicyArguments, PromptArguments):
+class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
     """motab train: train on the trajectories of a synthesis, or on those that the student writes during training."""
 
     model_name_or_path: str = setting("", "The student.")
@@ -135,8 +137,8 @@ class TrainArguments(PolicyArguments, PromptArguments):
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
-        """Refuse no source or two, a missing file, settings of generation with --train_file, and those of adapters
-        where none are made.
+        """Refuse no source or two, a missing file, settings of generation with --train_file, those of adapters where
+        none are made, and weights in few bits without adapters.
 
         Raises:
             ValueError: names the settings, and what to give instead.
@@ -144,6 +146,11 @@ class TrainArguments(PolicyArguments, PromptArguments):
         if bool(self.train_file) == bool(self.dataset_name):
             got = f"{self.train_file!r} and {self.dataset_name!r}"
             raise ValueError(f"give either --train_file or --dataset_name (to write during training), got {got}")
+        if self.bits() and not self.use_peft:
+            raise ValueError(
+                f"--load_in_{self.bits()}bit loads weights that are too coarse to be trained; give --use_peft, which "
+                "trains adapters beside them, or leave it out"
+            )
         of_lora = ", ".join(f"--lora_{name}" for name in _LORA if getattr(self, f"lora_{name}") is not None)
         if of_lora and not self.use_peft:
             raise ValueError(f"{of_lora} set adapters, which --use_peft trains; give it, or leave them out")

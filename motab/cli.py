@@ -64,6 +64,7 @@ def synthesize(arguments: list[str], console: Console) -> None:
     args: SynthesizeArguments = parse(SynthesizeArguments, arguments, "synthesize")
     state = _state(console)
     policy, names = args.make_policy(), {}
+    student_bits, teacher_bits = args.bits(), args.bits("teacher_")
     if needs_student(policy) or args.model_name_or_path:
         names["model_name_or_path"] = args.model_name_or_path
     if needs_teacher(policy) or args.teacher_model_name_or_path:
@@ -77,10 +78,13 @@ def synthesize(arguments: list[str], console: Console) -> None:
     tokenizer = load_tokenizer(*(names.values() if needs_student(policy) else reversed(names.values())))
     problems = args.short_enough(problems, tokenizer)
     student, teacher = (
-        load_model(names[name], args.dtype, shared=shared, attn_implementation=args.attn_implementation)
+        load_model(names[name], args.dtype, bits=bits, shared=shared, attn_implementation=args.attn_implementation)
         if name in names
         else None
-        for name, shared in (("model_name_or_path", False), ("teacher_model_name_or_path", args.share_teacher))
+        for name, bits, shared in (
+            ("model_name_or_path", student_bits, False),
+            ("teacher_model_name_or_path", teacher_bits, args.share_teacher),
+        )
     )
     rendered = encode_prompts([prompt_format.render(tokenizer, problem) for problem in problems], tokenizer)
     prompts = [prompt for prompt in rendered for _ in range(args.num_samples)]
@@ -133,6 +137,7 @@ def train(arguments: list[str], console: Console) -> None:
     state = _state(console)
     require(model_name_or_path=args.model_name_or_path)
     args.check_source()
+    teacher_bits = args.bits("teacher_")
     teacher_name = args.teacher_model_name_or_path
     if config.loss_type != "cross_entropy" or (args.dataset_name and needs_teacher(args.make_policy())):
         require(teacher_model_name_or_path=teacher_name)
@@ -149,10 +154,14 @@ def train(arguments: list[str], console: Console) -> None:
     trainer_input.check(config, teacher_name or None, data, tokenizer)
     loading: Any = {"attn_implementation": args.attn_implementation, "on_cpu": uses_fsdp(config)}
     if holds_adapters(args.model_name_or_path):
-        model = load_with_adapters(args.model_name_or_path, args.dtype, train_them=args.use_peft, **loading)
+        model = load_with_adapters(
+            args.model_name_or_path, args.dtype, train_them=args.use_peft, bits=args.bits(), **loading
+        )
     else:
-        model = load_model(args.model_name_or_path, args.dtype, **loading)
-    teacher = load_model(teacher_name, args.teacher_dtype, **loading) if teacher_name else None
+        model = load_model(args.model_name_or_path, args.dtype, bits=args.bits(), **loading)
+    if not args.use_peft:
+        trainer_input.refuse_frozen(model)
+    teacher = load_model(teacher_name, args.teacher_dtype, bits=teacher_bits, **loading) if teacher_name else None
     weights = {"student": hash_of_weights(model), "teacher": hash_of_weights(teacher)}
     processes, folder = Processes(), config.output_dir
     settings = processes.from_main(lambda: decisive_settings(args, config, data, weights))
@@ -191,13 +200,14 @@ def evaluate(arguments: list[str], console: Console) -> None:
     """Measure accuracy."""
     args: EvaluateArguments = parse(EvaluateArguments, arguments, "evaluate")
     state = _state(console)
+    bits = args.bits()
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
     problems = args.short_enough(problems, tokenizer)
-    model = load_model(args.model_name_or_path, args.dtype, attn_implementation=args.attn_implementation)
+    model = load_model(args.model_name_or_path, args.dtype, bits=bits, attn_implementation=args.attn_implementation)
     settings = {
         "num_samples": args.num_samples,
         "prompt_format": prompt_format,

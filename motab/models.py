@@ -16,6 +16,7 @@ from transformers import (
 from transformers.distributed import DistributedConfig
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from motab import quantization
 from motab.processes import process_state
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -38,6 +39,7 @@ def load_model(
     name_or_path: str,
     dtype: str = "auto",
     *,
+    bits: int | None = None,
     shared: bool = False,
     on_cpu: bool = False,
     attn_implementation: str | None = None,
@@ -45,23 +47,40 @@ def load_model(
     """A causal language model in evaluation mode, on the accelerator if there is one, or on the CPU; each process has
     its own, or all share one (tensor parallelism).
 
+    Args:
+        dtype: of the weights, and of the computation with those in few bits; "auto": as saved.
+        bits: 4 (nf4) or 8: bitsandbytes quantises the linear layers but the head. A checkpoint that is quantised
+            already, in whatever way, needs nothing but the package that its method takes.
+
     Raises:
-        ValueError: not a model, one that cannot be shared or has no such attention; an unknown dtype.
+        ValueError: not a model, one that cannot be shared or has no such attention; an unknown dtype; bits of a
+            model that is quantised already, or without bitsandbytes.
     """
     dtype = dtype_name(dtype)
     device = process_state().device
     options: dict[str, Any] = {"distributed_config": DistributedConfig(tp_plan="auto")} if shared else {}
+    options |= quantization.loading(name_or_path, bits)
+    if shared and (bits is not None or quantization.saved_method(name_or_path) == "bitsandbytes"):
+        raise ValueError(
+            f"weights that bitsandbytes quantises cannot be split among processes, got {name_or_path!r} to be shared; "
+            "load it whole in each, or share it with the weights that it was made from"
+        )
     with_attention = ""
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation
         with_attention = f" to be loaded with attn_implementation {attn_implementation!r}"
     try:
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype, **options)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: an attention whose package is missing
+    except ImportError as error:  # of an attention or a quantisation
+        raise ValueError(
+            f"a package is missing for {name_or_path!r} as a language model{with_attention}: {_short(error)}"
+        ) from error
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{name_or_path!r} is not a causal language model{with_attention} (expected a hub name or a "
             f"folder with config.json and weights): {_short(error)}"
         ) from error
+    quantization.settle(model, bits)
     if getattr(model, "_hf_peft_config_loaded", False):
         _take_generation_config(model, name_or_path)
         model.name_or_path = name_or_path  # not that of the model below
@@ -85,10 +104,15 @@ def load_with_adapters(folder: str, dtype: str = "auto", *, train_them: bool, **
     go on, else they are merged into the weights, which are trained.
 
     Raises:
-        ValueError: peft is not installed, or what `load_model` refuses.
+        ValueError: peft is not installed, adapters to be merged into weights in few bits, or what `load_model` refuses.
     """
     peft = _peft()
     base = load_model(peft.PeftConfig.from_pretrained(folder).base_model_name_or_path, dtype, **options)
+    if not train_them and quantization.is_trained_by_adapters_alone(base):
+        raise ValueError(
+            f"weights in few bits ({quantization.method(base)}) are too coarse for the adapters of {folder!r} to be "
+            "merged into them and trained; go on with the adapters (--use_peft, train_them=True)"
+        )
     _take_generation_config(base, folder)
     model = peft.PeftModel.from_pretrained(base, folder, is_trainable=train_them)
     model = model if train_them else model.merge_and_unload().requires_grad_(True)  # peft has frozen them

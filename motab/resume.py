@@ -42,6 +42,7 @@ def decisive_settings(
     }
     if args.teacher_model_name_or_path:
         found["teacher_dtype"] = args.teacher_dtype
+    found |= {f"{of}bits": args.bits(of) for of in ("", "teacher_") if args.bits(of)}
     if args.use_peft:
         found["lora"] = args.lora() or "that of model_name_or_path"
     if isinstance(data, Rollouts):

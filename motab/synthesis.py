@@ -20,6 +20,7 @@ from motab.models import processes_sharing
 from motab.policies import MotabPolicy, Policy, needs_student
 from motab.processes import Processes
 from motab.prompts import Prompt, encode_prompts
+from motab.quantization import method
 from motab.trajectory import Grade, Trajectory
 from motab.trajectory_file import grade_rest, settings_file, whole_trajectory
 
@@ -76,6 +77,7 @@ def synthesize_to_file(
         **policy_settings(policy),
         **{name: hash_of_weights(model) for name, model in models.items()},
         **{f"{name} dtype": None if model is None else str(model.dtype) for name, model in models.items()},
+        **{f"{name} quantized by": None if model is None else method(model) for name, model in models.items()},
         "prompts": len(prompts),
         "prompts' hash": hash_of_prompts(encoded),
         **{name: value for name, value in {**SETTINGS, **settings}.items() if name not in PACE},

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from motab.config import MotabConfig
 from motab.dataset import TrajectoryDataset
 from motab.policies import needs_student, needs_teacher
+from motab.quantization import is_trained_by_adapters_alone, method
 from motab.rollouts import Rollouts
 from motab.trajectory import Trajectory
 
@@ -99,7 +100,13 @@ def refuse_of_trainer(settings: Mapping[str, Any]) -> None:
 
 
 def refuse_frozen(model: PreTrainedModel) -> None:
-    """A model of which nothing is trained, as transformers loads adapters."""
+    """A model of which nothing is trained, as transformers loads adapters, or nothing can be."""
+    is_bare = isinstance(model, PreTrainedModel) and not getattr(model, "_hf_peft_config_loaded", False)
+    if is_bare and is_trained_by_adapters_alone(model):
+        raise ValueError(
+            f"weights in few bits ({method(model)}) are too coarse to be trained, got {type(model).__name__} without "
+            "adapters; give it some (--use_peft, motab.models.with_lora), or load it in another dtype"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             f"model must have a parameter to train, got {type(model).__name__} with none; set requires_grad, or load "
