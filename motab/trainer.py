@@ -27,6 +27,7 @@ from motab.models import load_model, processes_sharing
 from motab.padding import reads_rows_apart, without_padding
 from motab.processes import Processes
 from motab.prompts import end_tokens
+from motab.quantization import method
 from motab.rollouts import Rollouts
 from motab.sharding import (
     copy_weights_,
@@ -82,9 +83,9 @@ class MotabTrainer(Trainer):
         model: the student; a name or path is loaded in float32.
         teacher_model: needed for a divergence and for `Rollouts` that it writes or scores; it has the student's
             tokenizer, and is moved to the student's device and put into evaluation mode; under FSDP2 and DeepSpeed's
-            ZeRO-3 it is frozen, and sharded as the student is, but for `Rollouts`. A name or path is loaded in the
-            dtype it was saved in, except under ZeRO-3, which has one for both. Refused for cross-entropy on finished
-            trajectories, which needs no teacher.
+            ZeRO-3 it is frozen, and sharded as the student is, but for `Rollouts` and if it is quantised. A name or
+            path is loaded in the dtype it was saved in, except under ZeRO-3, which has one for both. Refused for
+            cross-entropy on finished trajectories, which needs no teacher.
         args: `MotabConfig`.
         train_dataset: trajectories, the file that `synthesize_to_file` wrote, a `TrajectoryDataset` of them, or
             `Rollouts`.
@@ -95,11 +96,12 @@ class MotabTrainer(Trainer):
 
     Raises:
         ValueError: another argument of Trainer; ``args`` or a dataset of another type; an ``output_dir`` that a model
-            was loaded from; a student of which nothing is trained, as one with adapters that is given by name; no
-            trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a
-            policy under which the student writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a
-            teacher under version 1 of FSDP; models that do not take ``padding_free``; several GPUs in one process
-            (DataParallel); a prompt that `synthesize` refuses; during training, anything else it refuses.
+            was loaded from; a student of which nothing is trained, as one with adapters that is given by name, or one
+            in few bits without adapters (in 8 bits, under FSDP2, with them too); no trajectories or prompts; a missing
+            teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
+            writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a teacher under version 1 of FSDP;
+            models that do not take ``padding_free``; several GPUs in one process (DataParallel); a prompt that
+            `synthesize` refuses; during training, anything else it refuses.
     """
 
     def __init__(
@@ -146,10 +148,11 @@ class MotabTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._check_processes(teacher_model)
+        self._check_processes(model, teacher_model)
         self.teacher_model = teacher_model
         by_fsdp2, by_zero3 = self.accelerator.is_fsdp2, uses_zero3(self.accelerator)
-        shards_teacher = by_fsdp2 or by_zero3
+        # Weights in few bits take little memory, and most kinds cannot be sharded.
+        shards_teacher = (by_fsdp2 or by_zero3) and teacher_model is not None and method(teacher_model) is None
         if isinstance(dataset, Rollouts):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]
@@ -174,12 +177,13 @@ class MotabTrainer(Trainer):
         self.writer: PreTrainedModel | None = None  # a whole copy of a sharded student, which writes
         if by_fsdp2 and self.rollouts is not None:
             self.writer = whole_copy(model, self._computed_dtype(model), self.args.device)
-        if teacher_model is not None and shards_teacher:
+        if shards_teacher:
+            assert teacher_model is not None
             self._shard_teacher(teacher_model)
         if self.divergence is not None or self.fuses_head:
             self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
 
-    def _check_processes(self, teacher_model: PreTrainedModel | None) -> None:
+    def _check_processes(self, model: PreTrainedModel, teacher_model: PreTrainedModel | None) -> None:
         """Refuse models that the processes of this training do not hold as it needs them."""
         by_zero3 = uses_zero3(self.accelerator)
         by_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
@@ -193,6 +197,11 @@ class MotabTrainer(Trainer):
             raise ValueError(
                 "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
                 "shards; use one of these, or write trajectories beforehand"
+            )
+        if self.accelerator.is_fsdp2 and getattr(model, "is_loaded_in_8bit", False):
+            raise ValueError(
+                f"FSDP2 cannot shard weights in 8 bits, got {type(model).__name__} with them; load it in 4 bits, or "
+                "use DDP or ZeRO-3"
             )
         if by_zero3 and not saves_whole(self.accelerator):
             raise ValueError(

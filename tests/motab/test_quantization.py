@@ -1,13 +1,22 @@
 """Models in 4 and 8 bits, and those that were saved so; most tests run where bitsandbytes is installed."""
 
 import json
+import os
+import pathlib
 import shutil
+import sys
+import warnings
 from importlib.util import find_spec
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from conftest import tokenizer
 from test_cli import TASK, TINY
+from test_processes import RANKS, finish, join, message, start
 from test_trainer import StopAt, config, trajectory
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 import motab
@@ -327,3 +336,65 @@ def test_weights_that_are_too_coarse(tmp_path, capsys, monkeypatch):
     with pytest.raises(ValueError, match=r"adapters' is quantised already"):
         load_model(adapters, bits=4)
     assert load_with_adapters(adapters, train_them=True).get_base_model().is_loaded_in_4bit
+
+
+# Two processes.
+
+
+def train_few(folder, bits, teacher_bits, data=TRAJECTORIES * 2, **sharding):
+    """Losses, with student and teacher in so many bits; what is sharded of each."""
+    torch.manual_seed(5)
+    student, teacher = (
+        load_model(str(folder / name), "float32", bits=few, on_cpu=True)
+        for name, few in (("student", bits), ("teacher", teacher_bits))
+    )
+    student = with_lora(student, 4, 8, 0.0, "all-linear") if bits else student
+    settings = {"loss_type": "jsd", "max_steps": 3, "logging_steps": 1, "learning_rate": 0.02, "optim": "sgd"}
+    args = config(folder / "out", **settings, per_device_train_batch_size=1, **sharding)
+    trainer = motab.MotabTrainer(student, teacher, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
+    trainer.train()
+    assert trainer.fuses_head
+    parts = [any(isinstance(x, DTensor) for x in each.parameters()) for each in (trainer.model, trainer.teacher_model)]
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], parts
+
+
+CASES = [(4, None), (4, 4), (None, 4), (None, 8)]
+
+
+def train_by_two(rank, count, folder):
+    warnings.filterwarnings("ignore", "Found 14 non-floating frozen Params4bit")  # whole in each process
+    join(rank, count, folder)
+    found = {("together", case): train_few(folder, *case) for case in CASES}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"  # see test_processes.train_sharded
+    sharding = {"fsdp": True, "fsdp_config": {"version": 2}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+        found |= {("sharded", case): train_few(folder, *case, **sharding) for case in CASES}
+        found["8 bits"] = message(train_few, folder, 8, None, **sharding)
+        prompts = motab.Rollouts([[1, 2], [3], [4, 5, 6], [7]], max_new_tokens=9)
+        found["rollouts"] = train_few(folder, None, 4, prompts, **sharding)
+    torch.save(found, folder / f"{rank}.pt")
+
+
+@needs_bitsandbytes
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed here")
+def test_training_by_two_processes(names, tmp_path):
+    """With FSDP2 as without, which shards what is not in 4 bits of the student, and nothing of such a teacher."""
+    for name in names:
+        shutil.copytree(name, tmp_path / pathlib.Path(name).name)
+    codes, written = finish([start(rank, RANKS, tmp_path, train_by_two) for rank in range(RANKS)])
+    assert codes == [0] * RANKS, written
+    for rank in range(RANKS):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        for case in CASES:
+            (together, _), (sharded, parts) = found["together", case], found["sharded", case]
+            assert sharded == pytest.approx(together, rel=1e-4)
+            assert parts == [True, case[1] is None]
+        assert "FSDP2 cannot shard weights in 8 bits, got PeftModelForCausalLM" in found["8 bits"]
+        losses, parts = found["rollouts"]
+        assert len(losses) == 3
+        assert parts == [True, False]
+
+
+if __name__ == "__main__":
+    train_by_two(int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4]))
