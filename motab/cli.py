@@ -14,6 +14,7 @@ import transformers
 from accelerate import PartialState
 from rich.console import Console
 from rich.text import Text
+from safetensors import SafetensorError
 
 from motab import evaluation, trainer_input
 from motab.arguments import (
@@ -339,7 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # What is printed holds paths: no markup, and a pipe has no width at which to break them.
         COMMANDS[arguments[0]](arguments[1:], Console(markup=False, highlight=False, soft_wrap=True))
-    except (ValueError, OSError, ImportError) as error:  # as of a full disk, or an --optim whose package is missing
+    # As of a full disk, or an --optim whose package is missing; safetensors has an error of its own for the former.
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         print(f"motab {arguments[0]}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

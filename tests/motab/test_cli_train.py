@@ -207,6 +207,15 @@ def test_what_the_trainer_cannot_do_here(training, capsys):
         assert error.count("\n") == 1
 
 
+def test_a_model_that_cannot_be_saved(training, tmp_path, capsys):
+    """As on a full disk: safetensors raises an error of its own."""
+    command, _ = training
+    (tmp_path / "model" / "model.safetensors").mkdir(parents=True)
+    assert main([*command, "--save_strategy", "no"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("motab train: Error while serializing: I/O error: ")
+
+
 def test_a_training_that_is_finished(training, tmp_path, capsys, monkeypatch):
     command, _ = training
     assert main(command) == 0
