@@ -29,6 +29,9 @@ class Rollouts(Dataset[int]):
             more than the prompts of one device and step has no effect.
         grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
             ``correct``, see `motab.grade`, and the share is logged.
+
+    Raises:
+        ValueError: a policy that is none; prompts without a length, such as a generator or a streamed dataset.
     """
 
     prompts: Sequence[Prompt]
@@ -46,6 +49,11 @@ class Rollouts(Dataset[int]):
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
+        if not (hasattr(self.prompts, "__len__") and hasattr(self.prompts, "__getitem__")):
+            raise ValueError(
+                f"prompts must be a sequence, of which an epoch is one pass, got {type(self.prompts).__name__}; make a "
+                "list of it"
+            )
 
     def __len__(self) -> int:
         return len(self.prompts)

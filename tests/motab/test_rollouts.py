@@ -169,6 +169,12 @@ def test_places_of_prompts():
     assert rollouts[-1] == 1
 
 
+@pytest.mark.parametrize("prompts", [iter(["a"]), None])
+def test_prompts_that_cannot_be_counted(prompts):
+    with pytest.raises(ValueError, match=f"prompts must be a sequence, .* got {type(prompts).__name__}; make a list"):
+        motab.Rollouts(prompts)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
     student = copy.deepcopy(student)
