@@ -44,12 +44,12 @@ MODELS = {
 BATCH = 3
 
 
-def tiny_model(name, attention=None):
+def tiny_model(name, attention=None, layers=3):
     torch.manual_seed(0)
     if name == "gemma2" and attention is None:
         attention = "eager"  # the default of transformers 5.17, sdpa, leaves its softcap out
     sizes = SIZES | MODELS[name]
-    sizes["num_hidden_layers"] = len(sizes.get("layer_types", range(3)))
+    sizes["num_hidden_layers"] = len(sizes.get("layer_types", range(layers)))
     config = AutoConfig.for_model(name.split()[0], **sizes)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float64).eval()
 

@@ -116,8 +116,9 @@ def test_a_bound_may_be_loose_and_a_pass_prepared_twice(llama, attention):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 @pytest.mark.parametrize("pages", [{}, {"num_pages": 3, "page_size": 64}])
-def test_a_compiled_model_takes_it_whole(llama, pages):
+def test_a_compiled_model_takes_it_whole(pages):
     """Two graphs for passes of any length, of one token and of more, on all rows and on some; nothing breaks them."""
+    llama = tiny_model("llama", layers=2)  # a first and a last one; each takes seconds to trace
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(llama, fullgraph=True, dynamic=True, backend="eager")
