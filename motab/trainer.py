@@ -23,7 +23,7 @@ from motab.distillation import (
     loss_from_logits,
     output_and_loss,
 )
-from motab.models import load_model, processes_sharing
+from motab.models import load_model
 from motab.padding import reads_rows_apart, without_padding
 from motab.processes import Processes
 from motab.prompts import end_tokens
@@ -33,7 +33,6 @@ from motab.sharding import (
     copy_weights_,
     is_sharded,
     release_head,
-    saves_whole,
     shard_frozen,
     uses_fsdp,
     uses_zero3,
@@ -44,6 +43,7 @@ from motab.trainer_input import (
     Trajectories,
     as_examples,
     check,
+    check_processes,
     refuse_frozen,
     refuse_of_trainer,
     refuse_to_overwrite,
@@ -148,7 +148,7 @@ class MotabTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        self._check_processes(model, teacher_model)
+        check_processes(self.args, self.accelerator, model, teacher_model, writes=self.rollouts is not None)
         self.teacher_model = teacher_model
         by_fsdp2, by_zero3 = self.accelerator.is_fsdp2, uses_zero3(self.accelerator)
         # Weights in few bits take little memory, and most kinds cannot be sharded.
@@ -182,39 +182,6 @@ class MotabTrainer(Trainer):
             self._shard_teacher(teacher_model)
         if self.divergence is not None or self.fuses_head:
             self.model_accepts_loss_kwargs = True  # compute_loss itself divides by the tokens of a whole step
-
-    def _check_processes(self, model: PreTrainedModel, teacher_model: PreTrainedModel | None) -> None:
-        """Refuse models that the processes of this training do not hold as it needs them."""
-        by_zero3 = uses_zero3(self.accelerator)
-        by_fsdp1 = self.is_fsdp_enabled and not self.accelerator.is_fsdp2
-        if self.args.n_gpu > 1:
-            raise ValueError(
-                f"MotabTrainer runs one process a GPU, got {self.args.n_gpu} GPUs in one process: start it "
-                f"by accelerate launch --num_processes {self.args.n_gpu} -m motab.cli train ..., or set "
-                "CUDA_VISIBLE_DEVICES=0"
-            )
-        if self.rollouts is not None and (by_zero3 or by_fsdp1):
-            raise ValueError(
-                "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
-                "shards; use one of these, or write trajectories beforehand"
-            )
-        if self.accelerator.is_fsdp2 and getattr(model, "is_loaded_in_8bit", False):
-            raise ValueError(
-                f"FSDP2 cannot shard weights in 8 bits, got {type(model).__name__} with them; load it in 4 bits, or "
-                "use DDP or ZeRO-3"
-            )
-        if by_zero3 and not saves_whole(self.accelerator):
-            raise ValueError(
-                "ZeRO-3 must save whole models, got a file for DeepSpeed without it; set "
-                "stage3_gather_16bit_weights_on_model_save to true in its zero_optimization"
-            )
-        if teacher_model is not None and processes_sharing(teacher_model) > 1:
-            raise ValueError(
-                "teacher_model must be whole, got one that the processes share; load it without shared=True, and set "
-                "fsdp, which shards it"
-            )
-        if by_fsdp1 and teacher_model is not None:
-            raise ValueError("a teacher needs version 2 of FSDP, got version 1; set version in fsdp_config to 2")
 
     def _computed_dtype(self, model: PreTrainedModel) -> torch.dtype:
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)

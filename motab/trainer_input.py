@@ -6,13 +6,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from accelerate import Accelerator
+from transformers import PreTrainedModel, TrainingArguments
 
 from motab.config import MotabConfig
 from motab.dataset import TrajectoryDataset
+from motab.models import processes_sharing
 from motab.policies import needs_student, needs_teacher
 from motab.quantization import is_trained_by_adapters_alone, method
 from motab.rollouts import Rollouts
+from motab.sharding import saves_whole, uses_zero3
 from motab.trajectory import Trajectory
 
 #: What Trainer takes and this one does not, and why: most would be passed over in silence.
@@ -121,3 +124,43 @@ def refuse_to_overwrite(output_dir: str, model: PreTrainedModel | None) -> None:
             f"output_dir must be another folder than those of the models, got {output_dir!r}, where "
             f"{type(model).__name__} was loaded from: training would overwrite it"
         )
+
+
+def check_processes(
+    args: TrainingArguments,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    teacher_model: PreTrainedModel | None,
+    *,
+    writes: bool,
+) -> None:
+    """Refuse models that the processes of a training do not hold as it needs them; `writes`: on `Rollouts`."""
+    by_zero3, by_fsdp2 = uses_zero3(accelerator), accelerator.is_fsdp2
+    by_fsdp1 = getattr(accelerator.state, "fsdp_plugin", None) is not None and not by_fsdp2
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"MotabTrainer runs one process a GPU, got {args.n_gpu} GPUs in one process: start it by accelerate launch "
+            f"--num_processes {args.n_gpu} -m motab.cli train ..., or set CUDA_VISIBLE_DEVICES=0"
+        )
+    if writes and (by_zero3 or by_fsdp1):
+        raise ValueError(
+            "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
+            "shards; use one of these, or write trajectories beforehand"
+        )
+    if by_fsdp2 and getattr(model, "is_loaded_in_8bit", False):
+        raise ValueError(
+            f"FSDP2 cannot shard weights in 8 bits, got {type(model).__name__} with them; load it in 4 bits, or use "
+            "DDP or ZeRO-3"
+        )
+    if by_zero3 and not saves_whole(accelerator):
+        raise ValueError(
+            "ZeRO-3 must save whole models, got a file for DeepSpeed without it; set "
+            "stage3_gather_16bit_weights_on_model_save to true in its zero_optimization"
+        )
+    if teacher_model is not None and processes_sharing(teacher_model) > 1:
+        raise ValueError(
+            "teacher_model must be whole, got one that the processes share; load it without shared=True, and set fsdp, "
+            "which shards it"
+        )
+    if by_fsdp1 and teacher_model is not None:
+        raise ValueError("a teacher needs version 2 of FSDP, got version 1; set version in fsdp_config to 2")

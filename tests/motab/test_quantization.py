@@ -13,8 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import tokenizer
+from processes_cases import RANKS, finish, join, message, start
 from test_cli import TASK, TINY
-from test_processes import RANKS, finish, join, message, start
 from test_trainer import StopAt, config, trajectory
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
