@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo smollm2 test deepspeed lint sanitize cross benchmark clean
+.PHONY: demo smollm2 test deepspeed bitsandbytes lint sanitize cross benchmark clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -31,6 +31,11 @@ test: $(READY)
 deepspeed: $(READY)
 	$(BIN)/python -m pip install --quiet "deepspeed>=0.19"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_deepspeed.py
+
+# Nor is this: where bitsandbytes is installed, peft imports it in every process, 0.8 s more for each.
+bitsandbytes: $(READY)
+	$(BIN)/python -m pip install --quiet "bitsandbytes>=0.48"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_quantization.py
 
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/motab demo
