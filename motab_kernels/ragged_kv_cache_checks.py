@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -67,15 +68,18 @@ def layer_types(config: Any) -> list[str]:
 
 def _looks_at_a_window(config: Any) -> bool:
     """Whether the model's code uses a sliding window: the config of a Llama has a "sliding_window" too, but the model
-    attends to all tokens. True if the code cannot be found."""
+    attends to all tokens. What cannot be found out is refused."""
     home = type(config).__module__
-    if "configuration_" not in home:
-        return True
-    try:
-        code = inspect.getsource(importlib.import_module(home.replace("configuration_", "modeling_")))
-    except (ImportError, OSError):
-        return True
-    return "sliding_window" in code
+    if "configuration_" in home:
+        with suppress(ImportError, OSError):
+            return "sliding_window" in inspect.getsource(
+                importlib.import_module(home.replace("configuration_", "modeling_"))
+            )
+    raise ValueError(
+        f"config: expected layer_types, or the model's code beside {home}, got {config.model_type!r} with neither and "
+        f"sliding_window {config.sliding_window}; set layer_types to sliding_attention or full_attention for each "
+        "layer, or sliding_window to None where the model attends to all tokens"
+    )
 
 
 def check_rows(rows: Tensor | None, batch_size: int, device: torch.device) -> None:

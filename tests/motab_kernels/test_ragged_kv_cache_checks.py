@@ -189,3 +189,16 @@ def test_layers_that_reuse_keys_are_refused():
     config.kv_sharing_modes = ["own", "reuse"]
     with pytest.raises(ValueError, match="expected layers with their own keys and values, got layer 1 sharing them"):
         layer_types(config)
+
+
+def test_a_window_of_which_nothing_tells_whether_it_is_used():
+    """InternLM 3's code, that of Llama, lies elsewhere, and attends to all tokens; a user's own may lie anywhere."""
+    config = transformers.AutoConfig.for_model("internlm3", num_hidden_layers=2)
+    assert layer_types(config) == ["full_attention"] * 2
+    config.sliding_window = 5
+    own = types.SimpleNamespace(num_hidden_layers=2, num_attention_heads=4, sliding_window=5, model_type="own")
+    for unknown in (config, own):
+        with pytest.raises(ValueError, match=r"expected layer_types, or the model's code beside .* set layer_types"):
+            layer_types(unknown)
+        unknown.layer_types = ["sliding_attention", "full_attention"]
+        assert layer_types(unknown) == unknown.layer_types
