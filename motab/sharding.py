@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,33 +60,55 @@ def whole_copy(model: PreTrainedModel, dtype: torch.dtype, device: torch.device)
     """A model of the same kind with weights of its own, which hold anything until `copy_weights_`."""
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"Rollouts under FSDP copy a transformers model's weights, got {type(model).__name__}; merge adapters into "
-            "their model, or use DDP"
+            f"Rollouts copy the weights of a transformers model that is sharded, got {type(model).__name__}; merge "
+            "adapters into their model, or use DDP"
         )
-    with torch.device(device):
-        copied = type(model)._from_config(model.config, dtype=dtype)
+    # Made by its constructor: by another way transformers would shard it under ZeRO-3.
+    with torch.device(device), _default_dtype(dtype):
+        copied = type(model)(copy.deepcopy(model.config))
     copied.generation_config = model.generation_config
     return copied.requires_grad_(False).eval()
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @torch.no_grad()
 def copy_weights_(copied: PreTrainedModel, sharded: PreTrainedModel) -> None:
     """Gather the weights of a sharded model into its copy, one at a time; all processes take part."""
     for target, source in zip(_tensors(copied), _tensors(sharded), strict=True):
-        source = source.detach().to(target.dtype)  # before it is sent
-        target.copy_(source.full_tensor() if hasattr(source, "full_tensor") else source)
+        if not hasattr(source, "ds_tensor"):
+            source = source.detach().to(target.dtype)  # before it is sent
+        with _whole(source) as whole:
+            target.copy_(whole)
 
 
 @torch.no_grad()
 def whole_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     """The tensors that a save of the model holds, each whole until the next; all processes that share it take part."""
     for tensor in model.state_dict(keep_vars=True).values():
-        if hasattr(tensor, "ds_tensor"):
-            tensor.all_gather([tensor])
-            yield tensor
-            tensor.partition([tensor])
-        else:
-            yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        with _whole(tensor) as whole:
+            yield whole
+
+
+@contextmanager
+def _whole(tensor: Any) -> Iterator[torch.Tensor]:
+    """The whole of a tensor of which this process may have a part."""
+    if not hasattr(tensor, "ds_tensor"):
+        yield tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        return
+    tensor.all_gather([tensor])
+    try:
+        yield tensor
+    finally:
+        tensor.partition([tensor])
 
 
 def _tensors(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -69,7 +69,7 @@ def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes during training (`Rollouts`): each optimizer step
     then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures`. Under
-    FSDP2 each process writes with a whole copy of the student, in the dtype of the computation.
+    FSDP2 and DeepSpeed's ZeRO-3 each process writes with a whole copy of the student, in the dtype of the computation.
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
@@ -99,7 +99,7 @@ class MotabTrainer(Trainer):
             was loaded from; a student of which nothing is trained, as one with adapters that is given by name, or one
             in few bits without adapters (in 8 bits, under FSDP2, with them too); no trajectories or prompts; a missing
             teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
-            writes nothing, or with models that ZeRO-3 or version 1 of FSDP shards; a teacher under version 1 of FSDP;
+            writes nothing, or with models that version 1 of FSDP shards; a teacher under version 1 of FSDP;
             models that do not take ``padding_free``; several GPUs in one process (DataParallel); a prompt that
             `synthesize` refuses; during training, anything else it refuses.
     """
@@ -151,8 +151,9 @@ class MotabTrainer(Trainer):
         check_processes(self.args, self.accelerator, model, teacher_model, writes=self.rollouts is not None)
         self.teacher_model = teacher_model
         by_fsdp2, by_zero3 = self.accelerator.is_fsdp2, uses_zero3(self.accelerator)
-        # Weights in few bits take little memory, and most kinds cannot be sharded.
-        shards_teacher = (by_fsdp2 or by_zero3) and teacher_model is not None and method(teacher_model) is None
+        # Weights in few bits take little memory, and most kinds cannot be sharded; a teacher that writes is whole.
+        shards_teacher = teacher_model is not None and method(teacher_model) is None
+        shards_teacher &= by_fsdp2 or (by_zero3 and (self.rollouts is None or is_sharded(teacher_model)))
         if isinstance(dataset, Rollouts):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]
@@ -175,7 +176,7 @@ class MotabTrainer(Trainer):
                 f"its head's, got {self.args.label_smoothing_factor}"
             )
         self.writer: PreTrainedModel | None = None  # a whole copy of a sharded student, which writes
-        if by_fsdp2 and self.rollouts is not None:
+        if (by_fsdp2 or by_zero3) and self.rollouts is not None:
             self.writer = whole_copy(model, self._computed_dtype(model), self.args.device)
         if shards_teacher:
             assert teacher_model is not None
@@ -187,12 +188,15 @@ class MotabTrainer(Trainer):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision, model.dtype)
 
     def _shard_teacher(self, teacher: PreTrainedModel) -> None:
-        """A teacher that writes, under FSDP2, is whole in each process, with weights that only the first may have."""
-        whole = None if self.writer is None else whole_copy(teacher, teacher.dtype, self.args.device)
-        shard_frozen(teacher, self.accelerator)
-        if whole is not None:
-            copy_weights_(whole, teacher)
-            self.teacher_model = whole
+        """A teacher that writes is then copied whole: under FSDP2 only the first process may have its weights, and one
+        that is given by name is read in parts under ZeRO-3."""
+        if self.writer is None:
+            shard_frozen(teacher, self.accelerator)
+            return
+        self.teacher_model = whole_copy(teacher, teacher.dtype, self.args.device)
+        if not is_sharded(teacher):
+            shard_frozen(teacher, self.accelerator)
+        copy_weights_(self.teacher_model, teacher)
 
     def _look_at(self, model: PreTrainedModel) -> None:
         """Find out whether hidden states and output embeddings alone give the loss, so that no logits need to be held,

@@ -142,10 +142,10 @@ def check_processes(
             f"MotabTrainer runs one process a GPU, got {args.n_gpu} GPUs in one process: start it by accelerate launch "
             f"--num_processes {args.n_gpu} -m motab.cli train ..., or set CUDA_VISIBLE_DEVICES=0"
         )
-    if writes and (by_zero3 or by_fsdp1):
+    if writes and by_fsdp1:
         raise ValueError(
-            "Rollouts need DDP, version 2 of FSDP, or ZeRO-1 or 2, got models that ZeRO-3 or version 1 of FSDP "
-            "shards; use one of these, or write trajectories beforehand"
+            "Rollouts need DDP, version 2 of FSDP, or DeepSpeed, got models that version 1 of FSDP shards; set version "
+            "in fsdp_config to 2, or write trajectories beforehand"
         )
     if by_fsdp2 and getattr(model, "is_loaded_in_8bit", False):
         raise ValueError(

@@ -28,7 +28,7 @@ from motab.data import Problem
 from motab.evaluation import evaluate
 from motab.files import write_whole
 from motab.models import load_model
-from motab.sharding import uses_zero3
+from motab.sharding import uses_zero3, whole_tensors
 
 RANKS = 2
 
@@ -147,7 +147,12 @@ def rollouts():
     return Kept(PROMPTS, policy, max_new_tokens=9, temperature=1.0)
 
 
-def train_few(folder, data, count=1, steps=1, seed=1, **settings):
+def few(seed=1):
+    student = make_model(seed).float()
+    return student, teacher.__wrapped__(student).float()
+
+
+def train_few(folder, data, count=1, steps=1, seed=1, pair=None, **settings):
     """Steps of four trajectories, given or written by both processes: what this one wrote, and the weights."""
     args = config(
         folder,
@@ -158,12 +163,11 @@ def train_few(folder, data, count=1, steps=1, seed=1, **settings):
         per_device_train_batch_size=4 // count,
         **settings,
     )
-    student = make_model(seed).float()
-    other = teacher.__wrapped__(student).float()
-    trainer = motab.MotabTrainer(student, other, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
+    pair = pair or few(seed)
+    trainer = motab.MotabTrainer(*pair, args, train_dataset=data, processing_class=tokenizer.__wrapped__())
     trainer.train()
-    weights = {name: getattr(x, "full_tensor", lambda x=x: x)() for name, x in trainer.model.named_parameters()}
-    return getattr(data, "kept", []), {name: x.detach() for name, x in weights.items()}
+    weights = zip(trainer.model.state_dict(keep_vars=True), whole_tensors(trainer.model), strict=True)
+    return getattr(data, "kept", []), {name: x.detach().clone() for name, x in weights}
 
 
 def write(path, prompts=test_synthesis.PROMPTS, **changes):

@@ -30,6 +30,6 @@ def test_a_copy_follows_its_model():
 
 def test_a_model_with_adapters_is_refused():
     with pytest.raises(
-        ValueError, match=r"copy a transformers model's weights, got Linear; merge adapters .* or use DDP"
+        ValueError, match=r"copy the weights of a transformers model .* got Linear; merge adapters .* or use DDP"
     ):
         whole_copy(torch.nn.Linear(2, 2), torch.float32, torch.device("cpu"))
