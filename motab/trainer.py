@@ -4,6 +4,8 @@ the teacher at every token; on finished trajectories, or on those that the stude
 from __future__ import annotations
 
 import itertools
+import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,8 +70,9 @@ def _end_with(model: PreTrainedModel, tokens: Iterable[int]) -> None:
 
 class MotabTrainer(Trainer):
     """Trains a student on trajectories, or on those that it writes during training (`Rollouts`): each optimizer step
-    then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures`. Under
-    FSDP2 and DeepSpeed's ZeRO-3 each process writes with a whole copy of the student, in the dtype of the computation.
+    then trains on trajectories by the student of that step, and the log also holds their `motab.summary.figures` and
+    the seconds that passed, of which ``writing_seconds`` went into writing. Under FSDP2 and DeepSpeed's ZeRO-3 each
+    process writes with a whole copy of the student, in the dtype of the computation.
 
     No full logits are held: the loss is taken from hidden states and output embeddings, if these alone give the logits,
     which is tested on two tokens at the start. It is taken from logits for other models (a softcap, a scale, an adapter
@@ -119,7 +122,8 @@ class MotabTrainer(Trainer):
         refuse_of_trainer(kwargs)
         check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
-        self.written = Summary()  # since the last entry of the log
+        self.written = Summary()  # since the last entry of the log, as the seconds
+        self.writing_seconds, self.logged_at = 0.0, math.nan
         self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
         self.held_out: TrajectoryDataset | None = None  # those of the last evaluation
         self.divergence: Divergence | None = None
@@ -305,13 +309,16 @@ class MotabTrainer(Trainer):
         # No index is used twice, by any process: each trajectory has its own random numbers.
         step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
         place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
-        student = self.model
+        student, began = self.model, time.perf_counter()
+        if math.isnan(self.logged_at):
+            self.logged_at = began
         if self.writer is not None:
             copy_weights_(self.writer, self.model)
             student = self.writer
         writers = (student, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
             trajectories = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
+        self.writing_seconds += time.perf_counter() - began
         for trajectory in trajectories:
             self.written.add(trajectory)
         if self.args.save_rollouts and self.is_world_process_zero():
@@ -329,10 +336,13 @@ class MotabTrainer(Trainer):
             file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Trainer's method, with the figures of the trajectories written since the last entry."""
+        """Trainer's method, with the figures of the trajectories written since the last entry, how many seconds that
+        took, and how many have passed."""
         if self.written.counts and "loss" in logs:
             logs |= {name: value for name, value in self.written.figures().items() if value is not None}
-            self.written = Summary()
+            now = time.perf_counter()
+            logs |= {"writing_seconds": round(self.writing_seconds, 3), "seconds": round(now - self.logged_at, 3)}
+            self.written, self.writing_seconds, self.logged_at = Summary(), 0.0, now
         super().log(logs, start_time)
 
     def compute_loss(

@@ -116,6 +116,8 @@ def test_the_log_holds_the_figures(tmp_path, student, teacher, tokenizer, prompt
         assert entry["tokens"] == sum(len(t.token_ids) for t in trajectories)
         entropies = [x for t in trajectories for x in t.statistics["student_entropy"] if x is not None]
         assert entry["student_entropy"] == pytest.approx(sum(entropies) / len(entropies))
+        assert 0 < entry["writing_seconds"] < entry["seconds"]
+    assert sum(entry["seconds"] for entry in entries) <= trainer.state.log_history[-1]["train_runtime"]
     assert trainer.model.training
 
 
