@@ -4,7 +4,8 @@
 
 N positions, hidden size H, vocabulary V. JSD with beta 0.5; on a GPU also forward KL, the only divergence of fla, whose
 kernel needs a GPU. Each gradient is compared with one in float32 before it is timed. `products` is the time of the four
-matrix products alone: both sides' logits, and the two gradients. The peak on a GPU is the allocator's, beyond inputs
+matrix products alone: both sides' logits, and the two gradients. On a GPU they also race in chunks, several numbers of
+which share the memory that ours takes. The peak on a GPU is the allocator's, beyond inputs
 and the gradients of the run before.
 `python -m benchmarks.gpu` races the same providers on a GPU.
 """
@@ -12,6 +13,7 @@ and the gradients of the run before.
 import functools
 import importlib.util
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,8 @@ import torch.nn.functional as F  # noqa: N812
 
 import motab_kernels as mk
 from benchmarks.timing import SHORT, peak_mib, rounds, synchronise
+from motab_kernels import linear_head
+from motab_kernels.linear_head import product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 N, H, V, DTYPE = (8192, 4096, 151936, torch.bfloat16) if DEVICE == "cuda" else (1024, 256, 151936, torch.float32)
@@ -86,6 +90,36 @@ def products(hidden, weight, teacher_hidden, teacher_weight):
     F.linear(teacher_hidden, teacher_weight)
     logits @ weight.detach()
     logits.T @ hidden.detach()
+
+
+def products_in_chunks(rows, chunks, hidden, weight, teacher_hidden, teacher_weight):
+    """A call of the products that `fused_linear_divergence` makes: logits in float32 of some rows at a time, and the
+    gradients of several such chunks together."""
+    hidden, weight, N = hidden.detach(), weight.detach(), len(hidden)
+    memory = weight.new_empty(min(N, rows * chunks), len(weight)).normal_()
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+
+    def call():
+        for start in range(0, N, rows * chunks):
+            block = slice(start, start + rows * chunks)
+            out = memory[: len(hidden[block])]
+            for parts in zip(hidden[block].split(rows), teacher_hidden[block].split(rows), strict=True):
+                for part, of_side in zip(parts, (weight, teacher_weight), strict=True):
+                    product(part, of_side)
+            torch.mm(out, weight, out=grad_hidden[block])
+            grad_weight.addmm_(out.T, hidden[block], beta=1 if start else 0)
+
+    return call
+
+
+def products_of(*leaves):
+    """By name, functions that make the call of the products alone, whole or in chunks that take the same memory."""
+    found = {"products": lambda: functools.partial(products, *leaves)}
+    for chunks in (1, 2, 3, linear_head.CHUNKS, 8):
+        with mock.patch.object(linear_head, "CHUNKS", chunks):
+            rows = linear_head.chunk_size_for(leaves[1], leaves[3], has_softcap=False)
+        found[f"products, {chunks} x {rows}"] = functools.partial(products_in_chunks, rows, chunks, *leaves)
+    return found
 
 
 #: By name, functions that make the call for a divergence.

@@ -6,7 +6,8 @@ Runs the tests that need a GPU, then races every op beside eager, torch.compile 
 torch, triton, transformers, accelerate, numpy, pytest, pytest-benchmark and matplotlib; motab itself need not be
 installed. DIR gets results.json (everything), table.md, boundary.png and losses.png, which are complete at any time and
 rewritten after each stage, and the tests' output. Each stage is a process of its own with a share of the time, so that
-its failure does not stop the others.
+its failure does not stop the others, and where a trial of it breaks the process or the GPU's context, the next one runs
+in a process anew.
 """
 
 from __future__ import annotations
@@ -14,14 +15,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import multiprocessing.connection
-import os
 import platform
-import re
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -32,9 +30,10 @@ import torch
 
 from benchmarks import gpu_report
 from benchmarks.files import whole_path
-from benchmarks.gpu_races import STAGES, Plan, Record
+from benchmarks.gpu_races import STAGES, Plan, Record, run_trial
+from benchmarks.gpu_tests import run_tests
+from benchmarks.timing import gpu_is_lost
 
-ROOT = Path(__file__).parents[1]
 #: What only a GPU can show comes first, and last what takes longest: a hundred compiled variants against float64.
 TESTS = (
     "-m",
@@ -45,8 +44,6 @@ TESTS = (
     "tests/motab/test_compiled_writer.py",
     "tests/motab_kernels/test_compiled.py",
 )
-WORKERS = 8  # processes for the tests
-NO_TESTS = 5  # pytest's exit status where a process has no share
 #: Shares of the time that is left after the tests.
 SHARES = {"device": 3, "boundary": 5, "attention": 3, "sampling": 2, "divergence": 5, "linear": 3, "scaling": 2}
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "numpy")
@@ -63,7 +60,10 @@ def run(out: Path, minutes: float, command: str, plan: Plan | None = None, tests
         "records": [],
     }
     write(results, out)
-    results["checks"] = run_tests(tests, out / "tests.txt", 60 * minutes / 2)
+    try:
+        results["checks"] = run_tests(tests, out / "tests.txt", 60 * minutes / 2)
+    except Exception as error:  # the races do not depend on it
+        results["checks"]["error"] = f"{type(error).__name__}: {error}"
     write(results, out)
     left = dict(SHARES)
     for stage in STAGES:
@@ -71,6 +71,7 @@ def run(out: Path, minutes: float, command: str, plan: Plan | None = None, tests
         del left[stage]
         for record in in_a_process(stage, plan or Plan(), seconds):
             results["records"].append(record)
+            write_numbers(results, out)
             print(json.dumps(record), flush=True)
         write(results, out)
     return results
@@ -86,85 +87,79 @@ def installed() -> dict[str, str]:
     return versions
 
 
-def run_tests(arguments: tuple[str, ...], log: Path, seconds: float) -> Record:
-    """pytest's verdicts, by several processes that each take a share of the tests, since compiling keeps a core of the
-    host busy; read line by line, so that a test that hangs does not lose those of others."""
-    deadline = time.monotonic() + seconds
-    # Warnings of other versions are not failures of the kernels.
-    options = ["-v", "-W", "default", "-p", "no:cacheprovider", "-p", "benchmarks.shard"]
-    command = [sys.executable, "-u", "-m", "pytest", *options, "--continue-on-collection-errors", *arguments]
-    count = min(WORKERS, os.cpu_count() or 1)
-    parts = [log.with_name(f"{log.name}.{index}") for index in range(count)]
-    running, checks = [], Record()
-    for index, part in enumerate(parts):
-        with part.open("w") as file:
-            shard = {**os.environ, "MOTAB_SHARD": f"{index}/{count}"}
-            streams: Any = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-            running.append(subprocess.Popen(command, cwd=ROOT, env=shard, **streams))
-    try:
-        codes = {pytest.wait(max(0.0, deadline - time.monotonic())) for pytest in running}
-        wrong = codes if codes == {NO_TESTS} else codes - {0, 1, NO_TESTS}
-        if wrong:
-            checks["error"] = f"pytest ended with {', '.join(map(str, sorted(wrong)))}, see {log.name}"
-    except subprocess.TimeoutExpired:
-        checks["error"] = f"stopped after {seconds:.0f} s, see {log.name}"
-    finally:
-        for pytest in running:
-            if pytest.poll() is None:
-                os.killpg(pytest.pid, signal.SIGKILL)  # its children too
-                pytest.wait()
-    text = "".join(part.read_text() for part in parts)
-    log.write_text(text)
-    for part in parts:
-        part.unlink()
-    verdicts = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED)", text, re.MULTILINE)
-    unread = re.findall(r"^ERROR (\S+\.py)(?: |$)", text, re.MULTILINE)
-    names = {verdict: [name for name, v in verdicts if v == verdict] for _, verdict in verdicts}
-    return {
-        "passed": len(names.get("PASSED", [])),
-        "skipped": len(names.get("SKIPPED", [])),
-        "failed": [*dict.fromkeys(names.get("FAILED", []) + names.get("ERROR", []) + unread)],
-    } | checks
-
-
 def in_a_process(stage: str, plan: Plan, seconds: float) -> Iterator[Record]:
-    """The stage's records, with one more if it was stopped or failed."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=serve, args=(stage, plan, sender))
-    process.start()
-    sender.close()  # our end; otherwise the end of the process would go unnoticed
+    """The stage's records, with one more if it was stopped or failed. If a trial ends the process, takes half the time
+    or leaves a GPU that gives only errors, another process goes on with the next."""
     deadline = time.monotonic() + seconds
-    try:
-        while receiver.poll(max(0.0, deadline - time.monotonic())):
-            yield receiver.recv()
-        yield {"op": "stage", "stage": stage, "error": f"stopped after its share of the time, {seconds:.0f} s"}
-    except EOFError:
-        process.join(10)
-        if process.exitcode:  # None: it has sent everything, and is slow to end
-            yield {"op": "stage", "stage": stage, "error": f"ended with {process.exitcode}"}
-    finally:
-        process.kill()
-        process.join()
+    done = 0
+    while True:
+        receiver, sender = multiprocessing.get_context("spawn").Pipe(duplex=False)
+        process = multiprocessing.get_context("spawn").Process(target=serve, args=(stage, plan, done, sender))
+        process.start()
+        sender.close()  # our end; otherwise the end of the process would go unnoticed
+        first, begun = done, None
+        try:
+            while receiver.poll(max(0.0, min(seconds / 2, deadline - time.monotonic()))):
+                message = receiver.recv()
+                if message is None:
+                    return
+                begun, record = message
+                if record is not None:
+                    done, begun = done + 1, None
+                    yield record
+            why = f"stopped after half of the stage's time, {seconds / 2:.0f} s"
+        except (EOFError, OSError):
+            process.join(10)
+            why = f"its process ended with {process.exitcode}"
+        finally:
+            process.kill()
+            process.join(10)
+        if time.monotonic() >= deadline:
+            yield failed(stage, f"stopped after its share of the time, {seconds:.0f} s")
+            return
+        if begun is not None:
+            done += 1
+            yield begun | {"error": why}
+        elif done == first:
+            yield failed(stage, why)
+            return
 
 
-def serve(stage: str, plan: Plan, sender: multiprocessing.connection.Connection) -> None:
+def serve(stage: str, plan: Plan, skipped: int, sender: multiprocessing.connection.Connection) -> None:
+    """Send a pair for each trial behind those that are skipped, when it begins, and again with its results; None after
+    the last."""
     try:
-        for record in STAGES[stage](plan):
-            sender.send(record)
+        for trial in itertools.islice(STAGES[stage](plan), skipped, None):
+            sender.send((trial.record, None))
+            sender.send((trial.record, run_trial(trial)))
+            if gpu_is_lost():
+                return
     except Exception as error:
-        sender.send({"op": "stage", "stage": stage, "error": f"{type(error).__name__}: {error}"[:400]})
+        sender.send((None, failed(stage, f"{type(error).__name__}: {error}"[:400])))
+    sender.send(None)
+
+
+def failed(stage: str, why: str) -> Record:
+    return {"op": "stage", "stage": stage, "error": why}
 
 
 def write(results: Record, out: Path) -> None:
     """The files are complete at any time: after a kill the last ones remain."""
-    for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", gpu_report.table(results))):
-        with whole_path(out / name) as unfinished:
-            unfinished.write_text(text.rstrip("\n") + "\n")
+    write_numbers(results, out)
     try:
+        write_text(out / "table.md", gpu_report.table(results))
         gpu_report.plots(results, out)
     except Exception as error:  # the numbers matter more
-        print(f"no plots: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"no table or plots: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def write_numbers(results: Record, out: Path) -> None:
+    write_text(out / "results.json", json.dumps(results, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    with whole_path(path) as unfinished:
+        unfinished.write_text(text.rstrip("\n") + "\n")
 
 
 def main(arguments: list[str] | None = None) -> Any:

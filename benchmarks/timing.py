@@ -22,6 +22,15 @@ def synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def gpu_is_lost() -> bool:
+    """Whether an error, as of an address outside of all tensors, has left a GPU from which only errors come."""
+    try:
+        synchronise("cuda" if torch.cuda.is_available() else "cpu")
+    except RuntimeError:
+        return True
+    return False
+
+
 def settle(device: str) -> None:
     """Touch memory and free it: otherwise the first provider would pay for memory that is new to a virtual machine."""
     if device != "cuda":

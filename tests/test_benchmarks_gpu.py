@@ -1,6 +1,10 @@
 """`python -m benchmarks.gpu` without a GPU: its stages on the CPU at tiny sizes, and what it writes."""
 
 import json
+import multiprocessing
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -14,9 +18,10 @@ from benchmarks import (
     bench_sampling,
     gpu,
     gpu_report,
+    gpu_tests,
 )
 from benchmarks.bench_attention import Case
-from benchmarks.gpu_races import STAGES, Plan
+from benchmarks.gpu_races import STAGES, Plan, Trial, run_trial
 
 TINY = Plan(
     device="cpu",
@@ -31,9 +36,13 @@ TINY = Plan(
 )
 
 
+def records_of(stage, plan=TINY, seconds=0.0):
+    return map(run_trial, STAGES[stage](plan))
+
+
 @pytest.fixture
 def in_this_process(monkeypatch):
-    monkeypatch.setattr(gpu, "in_a_process", lambda stage, plan, seconds: STAGES[stage](plan))
+    monkeypatch.setattr(gpu, "in_a_process", records_of)
 
 
 def test_stages(monkeypatch):
@@ -44,9 +53,10 @@ def test_stages(monkeypatch):
 
     for module in (bench_attention, bench_boundary, bench_divergence, bench_linear_divergence, bench_sampling):
         monkeypatch.setitem(module.PROVIDERS, "absent", absent)
-    records = [r for name, stage in STAGES.items() for r in stage(TINY) if name != "device"]
+    records = [r for name in STAGES for r in records_of(name) if name != "device"]
     losses = [f"{kind} {passes}, 5 x 60 bf16" for kind in TINY.kinds for passes in ("forward", "forward + backward")]
     ours = ["ours", "eager", "absent"]
+    chunks = [f"products, {n} x {2**30 // (40 * (8 + 4 * n)) // 64 * 64}" for n in (1, 2, 3, 5, 8)]
     given = "ours, buffers given"
     expected = {
         "B=2 T=1 V=50 bf16": [*ours, given],
@@ -55,7 +65,7 @@ def test_stages(monkeypatch):
         "B=3 T=1 V=40 bf16": ["eager", "absent", given],
         **{f"B=2 V=50 {kept} fp32": [*ours, "transformers"] for kept in bench_sampling.FILTERS},
         **dict.fromkeys(losses, ours),
-        **{f"{kind} forward + backward, 6 x 8 x 40 fp32": [*ours, "products"] for kind in TINY.linear_kinds},
+        **{f"{kind} forward + backward, 6 x 8 x 40 fp32": [*ours, "products", *chunks] for kind in TINY.linear_kinds},
     }
     assert sorted((r["case"], r["provider"]) for r in records) == sorted(
         (case, name) for case, names in expected.items() for name in names
@@ -70,15 +80,16 @@ def test_stages(monkeypatch):
 
 def test_what_compiles_races_last(monkeypatch):
     """In every stage of many cases, so that time that runs out costs no other provider's figures."""
-    compiled = {bench_boundary: "torch.compile", bench_attention: "flex_attention", bench_sampling: "torch.compile"}
-    for module, name in compiled.items():
+    modules = bench_boundary, bench_sampling, bench_divergence, bench_linear_divergence, bench_attention
+    for module in modules:
+        name = "flex_attention" if module == bench_attention else "torch.compile"
         monkeypatch.setitem(module.PROVIDERS, name, module.PROVIDERS["ours"])
     plan = TINY._replace(
         providers=("ours", "torch.compile", "flex_attention"),
         attention=((Case(3, 2, 40), torch.float32), (Case(2, 1, 30), torch.float32)),
     )
-    for stage, cases in (("boundary", 2), ("attention", 2), ("sampling", 3)):
-        names = [record["provider"] for record in STAGES[stage](plan)]
+    for stage, cases in (("boundary", 2), ("attention", 2), ("sampling", 3), ("divergence", 6), ("linear", 2)):
+        names = [r["provider"] for r in records_of(stage, plan) if not r["provider"].startswith("products")]
         assert names[:cases] == ["ours"] * cases
         assert names[cases:] in (["torch.compile"] * cases, ["flex_attention"] * cases)
 
@@ -93,7 +104,7 @@ def test_a_wrong_kernel_has_no_figure_and_costs_no_other(monkeypatch):
         return [x + 1e-2 for x in bench_boundary.eager(*inputs)]
 
     monkeypatch.setitem(bench_boundary.PROVIDERS, "ours", lambda *example: shifted)
-    records = [r for name in ("boundary", "divergence") for r in STAGES[name](TINY)]
+    records = [r for name in ("boundary", "divergence") for r in records_of(name)]
     for r in records:
         if r["provider"] == "ours":
             assert r["error"].startswith("AssertionError")
@@ -131,13 +142,13 @@ def test_run_writes_everything(tmp_path, in_this_process):
 def test_tests_that_do_not_end_keep_the_verdicts_of_the_others(tmp_path):
     tests = tmp_path / "test_of_a_gpu.py"
     tests.write_text("import time\ndef test_good(): pass\ndef test_endless(): time.sleep(100)\n")
-    checks = gpu.run_tests((str(tests),), tmp_path / "tests.txt", 8.0)
+    checks = gpu_tests.run_tests((str(tests),), tmp_path / "tests.txt", 8.0)
     assert checks == {"passed": 1, "skipped": 0, "failed": [], "error": "stopped after 8 s, see tests.txt"}
 
 
 def test_every_test_has_one_process(tmp_path, monkeypatch):
     """Also where processes are more than tests; a marker chooses before they share."""
-    monkeypatch.setattr(gpu, "WORKERS", 3)
+    monkeypatch.setattr(gpu_tests, "WORKERS", 3)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     tests = tmp_path / "test_of_a_gpu.py"
     for count in (2, 7):
@@ -148,21 +159,82 @@ def test_every_test_has_one_process(tmp_path, monkeypatch):
             f"def test_it(i): pathlib.Path('{tmp_path}', f'{{i}} of {count}').write_text(str(os.getpid()))\n"
             "def test_of_no_mark(): assert 0\n"
         )
-        checks = gpu.run_tests(("-m", "filterwarnings", str(tests)), tmp_path / "tests.txt", 60.0)
+        checks = gpu_tests.run_tests(("-m", "filterwarnings", str(tests)), tmp_path / "tests.txt", 60.0)
         assert checks == {"passed": count, "skipped": 0, "failed": []}
         processes = [path.read_text() for path in tmp_path.glob(f"* of {count}")]
         assert len(processes) == count
         assert len(set(processes)) == min(count, 3)
-    checks = gpu.run_tests(("-m", "timeout", str(tests)), tmp_path / "tests.txt", 60.0)
+    checks = gpu_tests.run_tests(("-m", "timeout", str(tests)), tmp_path / "tests.txt", 60.0)
     assert checks["error"] == "pytest ended with 5, see tests.txt"
+
+
+BREAKING = """
+import os, pathlib, time, benchmarks.shard
+benchmarks.shard.SECONDS, lost = 3, []
+benchmarks.shard.gpu_is_lost = lambda: bool(lost)
+def test_good(): pass
+def test_bad(): assert 0, "the reason"
+def test_dies(): os._exit(7)
+def test_late(): pass
+def test_loses_the_gpu(): lost.append(1)
+def test_later(): pass
+def test_hangs(): time.sleep(100)
+def test_last(): pass
+"""
+
+
+def test_a_test_that_breaks_its_process_costs_no_other(tmp_path, monkeypatch):
+    """One that ends it, one after which a GPU gives only errors, one that hangs; why another failed is not lost."""
+    monkeypatch.setattr(gpu_tests, "WORKERS", 1)
+    tests, log = tmp_path / "test_of_a_gpu.py", tmp_path / "tests.txt"
+    tests.write_text(BREAKING)
+    checks = gpu_tests.run_tests((str(tests),), log, 60.0)
+    names = [name.split("::")[1] for name in checks.pop("failed")]
+    assert names == ["test_bad", "test_dies", "test_loses_the_gpu", "test_hangs"]
+    assert checks == {"passed": 5, "skipped": 0}  # one of which lost the GPU when it was over
+    assert "AssertionError: the reason" in log.read_text()
+    assert [x.name for x in tmp_path.iterdir() if x.suffix == ".at"] == []
 
 
 def test_a_file_that_cannot_be_read_keeps_no_other_from_running(tmp_path):
     (tmp_path / "test_broken.py").write_text("import a_package_that_is_not_there\n")
     (tmp_path / "test_whole.py").write_text("def test_good(): pass\n")
-    checks = gpu.run_tests((str(tmp_path),), tmp_path / "tests.txt", 60.0)
+    checks = gpu_tests.run_tests((str(tmp_path),), tmp_path / "tests.txt", 60.0)
     assert checks["passed"] == 1
     assert [Path(name).name for name in checks["failed"]] == ["test_broken.py"]
+
+
+def dies():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def loses_the_gpu():
+    gpu.gpu_is_lost = lambda: True  # in this process
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def late():
+    return {"ms": 2, "in a process anew": not gpu.gpu_is_lost()}
+
+
+@pytest.mark.filterwarnings("ignore:This process")  # Python 3.12, of a fork
+def test_a_trial_that_breaks_its_process_costs_no_other(monkeypatch):
+    """One that ends it, one after which a GPU gives only errors, one that hangs."""
+    bodies = {"good": lambda: {"ms": 1}, "dies": dies, "lost": loses_the_gpu, "late": late}
+    bodies |= {"hangs": lambda: time.sleep(100), "last": lambda: {"ms": 3}}
+    trials = [Trial({"provider": name}, body) for name, body in bodies.items()]
+    monkeypatch.setattr(gpu, "STAGES", {"race": lambda plan: iter(trials)})
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(multiprocessing, "get_context", lambda kind: fork)
+    found = {r.pop("provider"): r for r in gpu.in_a_process("race", TINY, 8.0)}
+    assert found == {
+        "good": {"ms": 1},
+        "dies": {"error": "its process ended with -9"},
+        "lost": {"error": "RuntimeError: CUDA error: an illegal memory access was encountered"},
+        "late": {"ms": 2, "in a process anew": True},
+        "hangs": {"error": "stopped after half of the stage's time, 4 s"},
+        "last": {"ms": 3},
+    }
 
 
 def test_a_stage_in_a_process_of_its_own():
@@ -188,6 +260,26 @@ def test_a_kill_leaves_the_last_whole_file(tmp_path, monkeypatch, in_this_proces
     with pytest.raises(KeyboardInterrupt):
         gpu.write(results | {"date": "later"}, tmp_path)
     assert (tmp_path / "results.json").read_text() == before
+
+
+def test_numbers_are_written_whatever_becomes_of_the_table(tmp_path, monkeypatch, capsys):
+    """And with each record, not only when its stage is over."""
+    written = []
+
+    def records(stage, plan, seconds):
+        yield {"op": stage}
+        written.append(json.loads((tmp_path / "results.json").read_text())["records"][-1])
+
+    def broken(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(gpu, "in_a_process", records)
+    monkeypatch.setattr(gpu_report, "table", broken)
+    monkeypatch.setattr(gpu, "run_tests", broken)
+    results = gpu.run(tmp_path, 5.0, "the command")
+    assert written == results["records"] == [{"op": stage} for stage in STAGES]
+    assert results["checks"]["error"] == "ZeroDivisionError: "
+    assert "no table or plots: ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_targets(tmp_path):
