@@ -236,7 +236,7 @@ def write_gradient(
     student, teacher, target = (with_tokens(x)[..., :vocab_size] for x in (student_logits, teacher_logits, out))
     kernels = kernels_of(backend, student.device, group)
     kernels.divergence_gradient(student, teacher, tau, saved, scale.reshape(-1).contiguous(), kind, lam, target)
-    with_tokens(out)[..., vocab_size:] = 0
+    with_tokens(out)[..., vocab_size:].zero_()
     if check_finite:
         check_finite_gradient(out, group)
 

@@ -247,7 +247,7 @@ def _total(
     hidden, weight = heads.student.hidden, heads.student.weight
     N, of_hidden, of_weight, of_bias = len(hidden), *needs_grad
     total, grad_hidden, grad_weight, grad_bias, unit = _empty_results(hidden, weight, needs_grad)
-    total.zero_()
+    losses = torch.empty(N, dtype=total.dtype, device=hidden.device)
     grad_bias.zero_()
     unit.fill_(1)
     is_narrow = hidden.dtype == torch.float16  # which does not hold sums over many positions
@@ -259,15 +259,15 @@ def _total(
     if is_narrow and N:
         largest = scale.abs().amax()
         unit.copy_(torch.where(largest > 0, largest / HEADROOM, 1))
+    in_units = scale / unit
     memory = weight.new_empty(min(N, chunk_size * CHUNKS) if any(needs_grad) else 0, len(weight))
     for block in _parts(slice(0, N), chunk_size * CHUNKS):
         out = memory[: block.stop - block.start]
         for part in _parts(block, chunk_size):
-            s, t, loss, saved = heads.forward(part)
-            total += weighted(loss, scale[part]).sum()
+            s, t, losses[part], saved = heads.forward(part)
             if any(needs_grad):
                 here = out[part.start - block.start : part.stop - block.start]
-                heads.write_gradient(part, s, t, saved, scale[part] / unit, here)
+                heads.write_gradient(part, s, t, saved, in_units[part], here)
                 if check_finite:
                     check_finite_gradient(here, group, part.start)
             del s, t, saved  # before the next ones are made
@@ -285,6 +285,7 @@ def _total(
                 grad_weight.addmm_(out.T, counted, beta=0 if block.start == 0 else 1)
         if of_bias:
             grad_bias += out.sum(0, dtype=total.dtype)
+    total.copy_(weighted(losses, scale).sum())  # once: between two products each small kernel costs a GPU its pause
     return total, grad_hidden, grad_weight, grad_bias, unit
 
 

@@ -71,7 +71,7 @@ class HeadDivergence(NamedTuple):
         if softcap:
             target.mul_(1 - (s / softcap).square_())
             out.copy_(target.masked_fill_((scale == 0)[:, None], 0))  # logits that do not count may be NaN
-        out[:, self.vocab_size :] = 0
+        out[:, self.vocab_size :].zero_()
 
     def _shared(self, x: Tensor) -> Tensor:
         """(n, V) as (B, T, V) with T = 1, of the columns that count."""

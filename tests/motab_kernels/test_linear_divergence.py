@@ -5,9 +5,13 @@ import pytest
 import torch
 from divergence_cases import every_kind, options, relative_error
 from linear_divergence_cases import DEVICE, assert_same, fused, heads, materialised
+from torch.profiler import profile
 
 import motab_kernels as mk
 from motab_kernels import linear_head
+from motab_kernels.backend import HAS_LIBRARY, implementation
+from motab_kernels.linear_divergence import _total
+from motab_kernels.linear_head import Head, HeadDivergence
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 backend = linear_divergence_cases.backend
@@ -192,6 +196,24 @@ def test_gradients_of_several_chunks_go_into_one_product(backend):
     keep = torch.arange(13, device=DEVICE) % 4 != 0
     found = fused(student, teacher, mask=keep, chunk_size=2, backend=backend)
     assert_same(found, materialised(student, teacher, mask=keep))
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels, which call no op of PyTorch")
+def test_few_kernels_between_two_products():
+    """Each costs a GPU a pause: those that can take all positions at once are not a chunk's."""
+    student, teacher = (Head(torch.randn(12, 4), torch.randn(50, 4)) for _ in range(2))
+    kernels = implementation("divergence", "cpu", torch.device("cpu"))
+
+    def count(chunk_size):
+        heads = HeadDivergence(student, teacher, None, None, "forward_kl", 0.0, 50, kernels)
+        with profile() as found:
+            _total(heads, torch.ones(12), [True, True, False], chunk_size, False, "")
+        return {event.key.removeprefix("aten::"): event.count for event in found.key_averages()}
+
+    four, two = count(3), count(6)
+    assert four["mm"] - two["mm"] == 2 * 2  # of two chunks more
+    names = ("eq", "where", "sum", "add_", "div", "lift_fresh")
+    assert {name: four.get(name, 0) for name in names} == {name: two.get(name, 0) for name in names}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
