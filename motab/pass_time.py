@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from motab.memory import bytes_of_a_token
 from motab.models import processes_sharing
 
 
@@ -50,7 +50,7 @@ class PassTime:
         self.machine, self.block_size = CPU if model.device.type == "cpu" else GPU, block_size
         self.layers = 0 if block_size is not None else int(config.num_hidden_layers)
         self.dense, self.experts, self.chosen = _weights(model, config)
-        self.cached_bytes = _bytes_of_a_token(config) * model.dtype.itemsize
+        self.cached_bytes = bytes_of_a_token(model)  # in this process
         self.parts = processes_sharing(model)
 
     def __call__(self, rows: int, width: int, cached: float) -> float:
@@ -58,28 +58,21 @@ class PassTime:
             width = self.block_size
         tokens = rows * width
         read = self.dense.bytes + self.experts.bytes * (1 - (1 - self.chosen) ** tokens)
-        read += rows * cached * self.cached_bytes
         multiplied = 2 * tokens * (self.dense.number + self.chosen * self.experts.number)
         times = (
             self.layers * self.machine.layer,
-            read / self.parts / self.machine.bandwidth,
+            (read / self.parts + rows * cached * self.cached_bytes) / self.machine.bandwidth,
             multiplied / self.parts / self.machine.arithmetic,
         )
         return sum(times) if self.machine is CPU else max(times)
 
 
-def _weights(model: nn.Module, config: PretrainedConfig) -> tuple[Weights, Weights, float]:
+def _weights(model: PreTrainedModel, config: PretrainedConfig) -> tuple[Weights, Weights, float]:
     """Of what each token uses, of all experts, and the share of the experts that a token chooses."""
     experts = [p for p in model.parameters() if p.dim() == 3]  # as transformers keeps them
     per_token = getattr(config, "num_experts_per_tok", None)
     chosen = min(1.0, per_token / len(experts[0])) if experts and per_token else 1.0
-    total = Weights(sum(p.numel() for p in model.parameters()), sum(p.nbytes for p in model.parameters()))
+    # Of weights in few bits several may be packed into a number, and some kinds are buffers.
+    total = Weights(model.num_parameters(), model.get_memory_footprint())
     of_experts = Weights(sum(p.numel() for p in experts), sum(p.nbytes for p in experts))
     return Weights(*(a - b for a, b in zip(total, of_experts, strict=True))), of_experts, chosen
-
-
-def _bytes_of_a_token(config: PretrainedConfig) -> int:
-    """Numbers that the cache holds of each token."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(2 * config.num_hidden_layers * heads * head_dim)

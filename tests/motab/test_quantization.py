@@ -27,6 +27,7 @@ from motab.config import LOSS_TYPES
 from motab.fingerprint import hash_of_weights
 from motab.models import load_model, load_with_adapters, with_lora
 from motab.parsing import parse
+from motab.pass_time import PassTime
 from motab.quantization import loading, method
 
 needs_bitsandbytes = pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
@@ -91,6 +92,15 @@ def test_what_has_few_bits():
         sizes.append(layer.weight.nbytes)
     assert 0 < errors[0] < 0.02 < errors[1] < 0.2
     assert sizes == [128 * 512, 128 * 512 // 2]
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_token_is_multiplied_by_every_weight(bits):
+    """Though two of 4 bits are packed into a number; and few bytes are read."""
+    few, whole = (PassTime(load_model(TEACHER, bits=bits)).dense for bits in (bits, None))
+    assert few.number == whole.number
+    assert few.bytes < whole.bytes
 
 
 @needs_bitsandbytes
