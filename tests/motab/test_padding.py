@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import make_model
 from test_trainer import TRAJECTORIES, config, softcapped_model, step, trajectory
+from transformers import Lfm2Config, Lfm2ForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import motab
 from motab.dataset import IGNORED, TrajectoryDataset, collate
@@ -78,6 +79,23 @@ def test_rounding_is_not_taken_for_another_result(monkeypatch, dtype):
     assert model.training
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     assert not reads_rows_apart(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_rounding_would_hide(dtype):
+    """A convolution sees the row before, and changes logits by less than bfloat16 rounds those of another batch."""
+    settings = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "layer_types": ["conv", "full_attention"]}
+    torch.manual_seed(0)
+    assert not reads_rows_apart(Lfm2ForCausalLM(Lfm2Config(**settings, **heads)).to(dtype))
+
+
+def test_experts_are_no_reason():
+    """Whose batches hold what tokens of all rows choose."""
+    settings = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 8}
+    torch.manual_seed(0)
+    assert reads_rows_apart(MixtralForCausalLM(MixtralConfig(**settings, **heads)).bfloat16())
 
 
 def test_models_are_looked_at_in_the_precision_of_the_training(tmp_path, monkeypatch):
