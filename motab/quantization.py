@@ -42,10 +42,12 @@ def saved_method(name_or_path: str) -> str | None:
     try:
         if adapters := find_adapter_config_file(name_or_path):
             name_or_path = json.loads(Path(adapters).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        config = AutoConfig.from_pretrained(name_or_path).get_text_config(decoder=True)
+        config = AutoConfig.from_pretrained(name_or_path)
     except (OSError, ValueError):
         return None
-    found = getattr(config, "quantization_config", None)
+    # A model that sees images too has it beside its text config, or in it.
+    parts = (config, config.get_text_config(decoder=True))
+    found = next(filter(None, (getattr(part, "quantization_config", None) for part in parts)), None)
     return None if found is None else str(found.get("quant_method", "an unknown method"))
 
 

@@ -17,7 +17,14 @@ from processes_cases import RANKS, finish, join, message, start
 from test_cli import TASK, TINY
 from test_trainer import StopAt, config, trajectory
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 import motab
 import motab_kernels as mk
@@ -213,6 +220,18 @@ def test_what_is_missing(tmp_path, monkeypatch):
         (tmp_path / "gptq" / "config.json").write_text(json.dumps(settings))
         with pytest.raises(ValueError, match=r"a package is missing for '.*gptq' as a language model: .*pip install"):
             load_model(str(tmp_path / "gptq"))
+
+
+@pytest.mark.parametrize("of_text", [False, True])
+def test_of_a_model_that_sees_images(tmp_path, of_text):
+    """Wherever its config says so."""
+    Gemma3Config().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    settings = json.loads(file.read_text())
+    (settings["text_config"] if of_text else settings)["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    file.write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"is quantised already \(by awq\), got 8 bits"):
+        load_model(str(tmp_path), bits=8)
 
 
 @needs_bitsandbytes
