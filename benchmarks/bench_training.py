@@ -119,4 +119,4 @@ def test_step(benchmark, provider, tmp_path_factory):
 
     benchmark.extra_info |= {"peak MiB": peak_mib(step, DEVICE), "tokens": PROMPTS * NEW}
     benchmark.group = f"on-policy step, {PROMPTS} prompts, {NEW} tokens each, V={V}"
-    benchmark.pedantic(step, rounds=2)
+    benchmark.pedantic(step, rounds=1)
