@@ -35,7 +35,7 @@ deepspeed: $(READY)
 # Nor is this: where bitsandbytes is installed, peft imports it in every process, 0.8 s more for each.
 bitsandbytes: $(READY)
 	$(BIN)/python -m pip install --quiet "bitsandbytes>=0.48"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_quantization.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_quantization.py tests/motab/test_quantized_training.py
 
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/motab demo
