@@ -104,6 +104,7 @@ def test_where_a_solution_is(record, column, solution):
         ({"solution": " "}, None, "column solution of problem 4 must hold a text"),
         ({"solution": ["s"]}, None, "column solution of problem 4 must have messages as"),
         ({"solution": None}, None, "got null; give another solution_column"),
+        ({"messages": []}, None, r"got \[\]; give another solution_column"),
     ],
 )
 def test_no_solution(record, column, message):
