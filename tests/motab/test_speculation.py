@@ -303,6 +303,15 @@ def test_many_rows_are_not_drafted_and_long_ones_are():
     assert speculation.plan(0, 200, 1000).speculates
 
 
+def test_a_plan_is_made_for_rows_as_long_as_they_are(student, teacher, tokenizer, monkeypatch):
+    """On average."""
+    plan, asked = Speculation.plan, []
+    monkeypatch.setattr(Speculation, "plan", lambda self, *rows: asked.append(rows) or plan(self, *rows))
+    monkeypatch.setattr("motab.engine.end_tokens", lambda models, tokenizer: [99])
+    run(student, teacher, tokenizer, [[1, 2, 3], [4] * 9], motab.OnPolicy(), block_size=4, max_new_tokens=8)
+    assert {rows for rows in asked if rows[0]} == {(2, 0, 6), (2, 0, 10)}
+
+
 def test_without_a_pair_nothing_is_drafted_for_the_teacher(student):
     for pair in ((None, student), (student, None)):
         speculation = speculation_of(*pair, 16, is_compiled=False)
