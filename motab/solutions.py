@@ -44,10 +44,13 @@ def as_trajectories(
     def trajectory(index: int) -> Trajectory:
         prompt_ids = encoded[index]
         before = tokenizer.decode(prompt_ids[-LAST_WORDS:])
-        ids = encode_behind(tokenizer, before, _opens_once(before, texts[index], opening))
+        text = texts[index]
+        if text.rstrip().endswith(tokenizer.eos_token):
+            text = text.rstrip()  # as some chat templates break the line behind it
+        ids = encode_behind(tokenizer, before, _opens_once(before, text, opening))
         ids = ids if ids[-1:] == [end] else [*ids, end]
-        text = readable(tokenizer, ids)
-        return Trajectory(index, prompt_ids, ids, ["teacher"] * len(ids), text, [], None, None, "eos")
+        written = readable(tokenizer, ids)
+        return Trajectory(index, prompt_ids, ids, ["teacher"] * len(ids), written, [], None, None, "eos")
 
     return map(trajectory, range(len(encoded)))
 

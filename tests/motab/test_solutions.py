@@ -13,11 +13,12 @@ from motab.data import Problem, solution_of
 
 
 def test_a_text_as_if_a_teacher_had_written_it(tokenizer):
-    first, second = motab.as_trajectories([[9, 7], "ab"], ["c.\n\nb", "b<eos>"], tokenizer)
+    first, second, third = motab.as_trajectories([[9, 7], "ab", "a"], ["c.\n\nb", "b<eos>", "b<eos>\n"], tokenizer)
     assert (first.index, first.prompt_ids, first.token_ids) == (0, [9, 7], [9, 1, 2, 2, 8, 0])
     assert first.text == "c.\n\nb"
     assert (second.index, second.prompt_ids, second.token_ids) == (1, [11], [8, 0])
-    for t in (first, second):
+    assert third.token_ids == [8, 0]  # as some templates break the line behind the end token
+    for t in (first, second, third):
         assert t.author == ["teacher"] * len(t.token_ids)
         assert (t.steps, t.statistics, t.finish_reason, t.correct) == ([], {}, "eos", None)
         assert motab.Trajectory.from_json(t.to_json()) == t
