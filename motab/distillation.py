@@ -6,7 +6,7 @@ B rows, T tokens, H hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 import motab_kernels as mk
 from motab.dataset import IGNORED
 from motab.sharding import is_linear, whole_head
+from motab_kernels.model_attention import on_attention
 
 BUDGET = 1 << 30  # bytes of logits, float32 copies and gradients held at a time
 
@@ -52,6 +53,12 @@ def has_plain_head(model: PreTrainedModel) -> bool:
         return torch.equal(found[0], outputs.hidden_states[-1]) and torch.equal(
             head(found[0]).float(), outputs.logits.float()
         )
+
+
+def attention_that_runs(model: Any) -> AbstractContextManager[None]:
+    """Until the block ends sdpa takes the place of flash attention on a CPU, where a model is before FSDP shards it."""
+    is_flash = "flash" in str(model.config.get_text_config(decoder=True)._attn_implementation)
+    return on_attention(model, "sdpa") if is_flash and model.device.type == "cpu" else nullcontext()
 
 
 @contextmanager

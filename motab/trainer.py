@@ -18,6 +18,7 @@ from motab.config import MotabConfig
 from motab.dataset import IGNORED, TrajectoryDataset, collate, encode, example
 from motab.distillation import (
     Divergence,
+    attention_that_runs,
     cross_entropy_from_head,
     has_plain_head,
     last_hidden_states,
@@ -215,9 +216,12 @@ class MotabTrainer(Trainer):
             models.append(self.teacher_model)
 
         def all_of_them(test: Callable[[PreTrainedModel], bool]) -> bool:
+            def passes(each: PreTrainedModel) -> bool:
+                with attention_that_runs(each), self.accelerator.autocast():  # flash attention takes no float32
+                    return test(each)
+
             def are_all() -> bool:
-                with self.accelerator.autocast():  # flash attention takes no float32
-                    return all([test(each) for each in models])
+                return all([passes(each) for each in models])
 
             # Under FSDP only the main process may have read weights; of models that are sharded all have a part.
             return are_all() if any(map(is_sharded, models)) else Processes().from_main(are_all)

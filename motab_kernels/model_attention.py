@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -87,12 +87,17 @@ def takes_ragged_attention(model: PreTrainedModel) -> bool:
     )
 
 
-@contextmanager
-def on_ragged_attention(model: PreTrainedModel) -> Iterator[None]:
+def on_ragged_attention(model: PreTrainedModel) -> AbstractContextManager[None]:
     """The model's attention is `ragged_attention` until the block ends."""
+    return on_attention(model, RAGGED_ATTENTION)
+
+
+@contextmanager
+def on_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
+    """The model's attention is the implementation of this name until the block ends."""
     config = model.config.get_text_config(decoder=True)
     before = config._attn_implementation
-    config._attn_implementation = RAGGED_ATTENTION
+    config._attn_implementation = implementation
     try:
         yield
     finally:

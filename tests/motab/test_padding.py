@@ -108,3 +108,13 @@ def test_models_are_looked_at_in_the_precision_of_the_training(tmp_path, monkeyp
     args = config(tmp_path, loss_type="jsd", bf16=True, padding_free=True)
     motab.MotabTrainer(make_model(3).float(), make_model(4).float(), args, train_dataset=TRAJECTORIES)
     assert seen == [True] * 4
+
+
+def test_models_are_looked_at_without_flash_attention_on_a_cpu(tmp_path):
+    """Where they are before FSDP shards them."""
+    models = make_model(3).float(), make_model(4).float()
+    for model in models:
+        model.config._attn_implementation = "flash_attention_2"
+    args = config(tmp_path, loss_type="jsd", padding_free=True)
+    assert motab.MotabTrainer(*models, args, train_dataset=TRAJECTORIES).fuses_head
+    assert all(model.config._attn_implementation == "flash_attention_2" for model in models)
