@@ -118,8 +118,14 @@ def import_(arguments: list[str], console: Console) -> None:
     if args.grade:
         check_answers(problems)
     tokenizer = load_tokenizer(args.model_name_or_path)
-    problems = args.short_enough(problems, tokenizer)
-    texts = [solution_of(problem, index, args.solution_column) for index, problem in enumerate(problems)]
+    given = [solution_of(problem, index, args.solution_column) for index, problem in enumerate(problems)]
+    solved = {id(problem): text for problem, text in zip(problems, given, strict=True) if text is not None}
+    if not solved:
+        raise ValueError(f"{args.dataset_name} has no solution for any problem; give another --solution_column")
+    if missing := len(problems) - len(solved):
+        print(f"motab import: {missing} of {len(problems)} problems have no solution and are left out", file=sys.stderr)
+    problems = args.short_enough([problem for problem in problems if id(problem) in solved], tokenizer)
+    texts = [solved[id(problem)] for problem in problems]
     if args.grade and all(problem.answer == text for problem, text in zip(problems, texts, strict=True)):
         raise ValueError("--grade compares solutions with answers, got the solutions as answers; give --answer_column")
     prompts = [prompt_format.render(tokenizer, problem) for problem in problems]

@@ -101,15 +101,16 @@ def load_problems(
     ]
 
 
-def solution_of(problem: Problem, index: int, column: str | None = None) -> str:
-    """The solution in a problem's record: a text, or the last of its messages, if that is the assistant's.
+def solution_of(problem: Problem, index: int, column: str | None = None) -> str | None:
+    """The solution in a problem's record: a text, or the last of its messages, if that is the assistant's; None if the
+    place is empty, or the last message is another's.
 
     Args:
         index: of the problem, for what is raised.
         column: where it is; None: the first found of `SOLUTION_COLUMNS`.
 
     Raises:
-        ValueError: no such column, or no solution in it.
+        ValueError: no such column, or neither a text nor messages in it.
     """
     record = problem.record
     name = column or next((name for name in SOLUTION_COLUMNS if name in record), None)
@@ -122,12 +123,11 @@ def solution_of(problem: Problem, index: int, column: str | None = None) -> str:
     if isinstance(found, list) and found:
         last = _message(_renamed(found[-1], where), where)
         found = last["content"] if last["role"] == "assistant" else None
-    if not isinstance(found, str) or not found.strip():
+    if found and not isinstance(found, str):
         raise ValueError(
-            f"{where} must hold a text, or messages of which the last is the assistant's, got {_shown(record[name])}; "
-            "give another solution_column, or leave the problem out"
+            f"{where} must hold a text, or messages, got {_shown(found)}; give another one as solution_column"
         )
-    return found
+    return found if found and found.strip() else None
 
 
 def _reasoning_gym(name: str) -> list[Problem]:

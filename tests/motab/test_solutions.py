@@ -97,20 +97,20 @@ def test_where_a_solution_is(record, column, solution):
             "problem 4 must have a column solution or .* or output with its solution",
         ),
         ({"problem": "q", "solution": "s"}, "r1", "must have a column r1 with its solution, got problem, solution"),
-        (
-            {"messages": MESSAGES[:1]},
-            None,
-            "column messages of problem 4 must hold a text, or messages of",
-        ),
-        ({"solution": " "}, None, "column solution of problem 4 must hold a text"),
         ({"solution": ["s"]}, None, "column solution of problem 4 must have messages as"),
-        ({"solution": None}, None, "got null; give another solution_column"),
-        ({"messages": []}, None, r"got \[\]; give another solution_column"),
+        ({"solution": 7}, None, "column solution of problem 4 must hold a text, or messages, got 7; give another"),
     ],
 )
 def test_no_solution(record, column, message):
     with pytest.raises(ValueError, match=message):
         solution_of(Problem("q", None, record), 4, column)
+
+
+@pytest.mark.parametrize(
+    "record", [{"messages": MESSAGES[:1]}, {"messages": []}, {"solution": " "}, {"solution": None}, {"solution": ""}]
+)
+def test_an_empty_place(record):
+    assert solution_of(Problem("q", None, record), 4) is None
 
 
 QUESTION = "State the final answer to the following arithmetic problem: 38 - 57 ="
@@ -157,6 +157,21 @@ def test_what_is_there_stays(command, tmp_path, capsys):
     assert main(["synthesize", *command[1:], *others]) == 2
     assert "trajectories.jsonl" in capsys.readouterr().err
     assert file.read_text() == text
+
+
+def test_problems_without_a_solution_are_left_out(command, tmp_path, capsys):
+    path = tmp_path / "solutions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows.insert(0, {**rows[0], "problem": "Another?", "solution": None})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(command) == 0
+    assert "1 of 3 problems have no solution and are left out" in capsys.readouterr().err
+    found = motab.read_trajectories(tmp_path / "run" / "trajectories.jsonl")
+    assert [(t.index, r"\boxed{-19}" in t.text) for t in found] == [(0, True), (1, False)]
+    assert found[0].prompt_ids == found[1].prompt_ids
+    path.write_text(json.dumps(rows[0]) + "\n")
+    assert main([*command, "--output_dir", str(tmp_path / "none")]) == 2
+    assert "has no solution for any problem; give another --solution_column" in capsys.readouterr().err
 
 
 def test_a_solution_is_not_graded_by_itself(command, tmp_path, capsys):
