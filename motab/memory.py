@@ -58,9 +58,15 @@ def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:
     return min(Processes().gather(tokens)) if any(processes_sharing(model) > 1 for model in models) else tokens
 
 
+def cache_dtype(model: PreTrainedModel) -> torch.dtype:
+    """That of keys and values, which is the computation's."""
+    kind = model.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+
+
 @torch.no_grad()
 def bytes_of_a_token(model: PreTrainedModel) -> int:
     """Bytes of keys and values per token, measured by one forward pass."""
-    cache = mk.RaggedKVCache(model.config, 1, 1, device=model.device, dtype=model.dtype)
+    cache = mk.RaggedKVCache(model.config, 1, 1, device=model.device, dtype=cache_dtype(model))
     model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache.prepare(1))
     return sum(storage.nbytes for layer in cache.layers for storage in (layer.keys, layer.values))

@@ -38,14 +38,12 @@ class Writer:
     ):
         self.model, self.device, self.vocab_size = model, model.device, vocab_size
         self.width = -(-vocab_size // 64) * 64  # so that each token's logits are aligned for 16-byte reads
-        kind = model.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
         self.cache = mk.RaggedKVCache(
             model.config,
             batch_size,
             max_length,
             device=model.device,
-            dtype=dtype,
+            dtype=memory.cache_dtype(model),
             **({} if pages is None else pages._asdict()),
         )
         # Padding behind a row's budget may lie beyond the positions that a model with a table of them has.

@@ -112,3 +112,5 @@ def test_bytes_of_a_token(student):
     """Keys and values of 2 layers with 2 heads of 8 in float64, as the CPU does not ask for."""
     assert memory.bytes_of_a_token(student) == 2 * 2 * 2 * 8 * 8
     assert memory.tokens_that_fit([student]) is None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert memory.bytes_of_a_token(copy.deepcopy(student).float()) == 2 * 2 * 2 * 8 * 2
