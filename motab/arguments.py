@@ -20,6 +20,7 @@ from motab.argument_groups import (
     unset,
 )
 from motab.data import SOLUTION_COLUMNS
+from motab.dataset import TrajectoryDataset
 from motab.generation import SETTINGS
 from motab.models import DTYPES, dtype_name, holds_adapters
 from motab.parsing import require_file, setting
@@ -98,7 +99,12 @@ class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
 
     model_name_or_path: str = setting("", "The student.")
     teacher_model_name_or_path: str = setting("", "The teacher, if loss_type is a divergence or the policy needs one.")
-    train_file: str = setting("", "trajectories.jsonl of motab synthesize.")
+    train_file: str = setting("", "trajectories.jsonl of motab synthesize or import.")
+    lmbda: float | None = unset(
+        "With train_file: the probability that the student writes anew on a trajectory's prompt, which is trained on "
+        "in its place.",
+        0,
+    )
     eval_file: str = setting("", "Held-out trajectories; their loss is measured at the end and by --eval_strategy.")
     dataset_name: str = setting(
         "", "Instead of train_file: problems on which the student writes at every step. " + DATASET
@@ -137,8 +143,8 @@ class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
         self.dtype, self.teacher_dtype = dtype_name(self.dtype), dtype_name(self.teacher_dtype)
 
     def check_source(self) -> None:
-        """Refuse no source or two, a missing file, settings of generation with --train_file, those of adapters where
-        none are made, and weights in few bits without adapters.
+        """Refuse no source or two, a missing file, settings of writing where nothing is written and of problems where
+        there are none, settings of adapters where none are made, and weights in few bits without adapters.
 
         Raises:
             ValueError: names the settings, and what to give instead.
@@ -159,18 +165,28 @@ class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
                 f"{of_lora} set new adapters, got those of {self.model_name_or_path!r}, which are trained as they "
                 "are; leave them out"
             )
-        kinds = (PolicyArguments, PromptArguments)
-        writing = [entry.name for kind in kinds for entry in dataclasses.fields(kind)]
-        writing += ["dataset_split", "grade", *_ROLLOUT_FLAGS]
-        given = [f"--{name}" for name in writing if getattr(self, name) is not None]
-        if self.train_file and given:
+        if self.lmbda is not None and not self.train_file:
             raise ValueError(
-                f"--train_file takes no settings of writing, got {', '.join(given)}: leave them out, or "
-                "give --dataset_name instead of --train_file to write during training"
+                f"--lmbda {self.lmbda:g} mixes what the student writes with --train_file, got none; motab import makes "
+                "one of a dataset's solutions"
+            )
+        of_problems = [entry.name for entry in dataclasses.fields(PromptArguments)] + ["dataset_split", "grade"]
+        writing = [entry.name for entry in dataclasses.fields(PolicyArguments)] + [*_ROLLOUT_FLAGS]
+        idle = of_problems if self.writes() else of_problems + writing
+        given = [f"--{name}" for name in idle if getattr(self, name) is not None]
+        if self.train_file and given:
+            kind, way = ("problems", "") if self.writes() else ("writing", ", or --lmbda, to write during training")
+            raise ValueError(
+                f"--train_file takes no settings of {kind}, got {', '.join(given)}: leave them out, or give "
+                f"--dataset_name instead of --train_file{way}"
             )
         for name in ("train_file", "eval_file"):
             if path := getattr(self, name):
                 require_file(path, name, "motab synthesize writes OUTPUT_DIR/trajectories.jsonl")
+
+    def writes(self) -> bool:
+        """Whether the student writes during training."""
+        return bool(self.dataset_name or self.lmbda)
 
     def lora(self) -> dict[str, Any] | None:
         """The settings of `motab.models.with_lora`, None where no new adapters are made."""
@@ -182,9 +198,10 @@ class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
             found["target_modules"] = "all-linear"  # a name that peft knows
         return found
 
-    def rollouts(self, prompts: Sequence[Prompt], grade: Grade | None = None) -> Rollouts:
+    def rollouts(self, prompts: Sequence[Prompt] | TrajectoryDataset, grade: Grade | None = None) -> Rollouts:
         """The `Rollouts` of these settings."""
-        given = {name: getattr(self, flag) for flag, name in _ROLLOUT_FLAGS.items() if getattr(self, flag) is not None}
+        flags = {**_ROLLOUT_FLAGS, "lmbda": "lmbda"}
+        given = {name: getattr(self, flag) for flag, name in flags.items() if getattr(self, flag) is not None}
         return Rollouts(prompts, self.make_policy(), grade=grade, **given)
 
 

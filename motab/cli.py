@@ -146,10 +146,12 @@ def train(arguments: list[str], console: Console) -> None:
     args.check_source()
     teacher_bits = args.bits("teacher_")
     teacher_name = args.teacher_model_name_or_path
-    if config.loss_type != "cross_entropy" or (args.dataset_name and needs_teacher(args.make_policy())):
+    if config.loss_type != "cross_entropy" or (args.writes() and needs_teacher(args.make_policy())):
         require(teacher_model_name_or_path=teacher_name)
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     data = args.train_file
+    if data and args.writes():
+        data = args.rollouts(TrajectoryDataset(data, config.ignore_authors, config.max_length, config.only_correct))
     if args.dataset_name:
         prompt_format = args.prompt_format()
         problems = args.load(args.dataset_name, args.dataset_split or "train")

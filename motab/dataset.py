@@ -35,6 +35,7 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
     cross-entropy of a batch of them is NaN. One warning counts all that are left out.
 
     Attributes:
+        ignore_authors, max_length, only_correct: as given.
         end_tokens: the end tokens of the trajectories that did not run out of budget.
 
     Raises:
@@ -49,7 +50,9 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
         max_length: int | None = None,
         only_correct: bool = False,
     ):
-        ignored, longer, wrong, idle = frozenset(ignored_authors(ignore_authors)), 0, 0, 0
+        self.ignore_authors = ignored_authors(ignore_authors)
+        self.max_length, self.only_correct = max_length, only_correct
+        ignored, longer, wrong, idle = frozenset(self.ignore_authors), 0, 0, 0
         self.end_tokens: set[int] = set()
         self.ids: list[np.ndarray] = []  # int32, prompt and target
         self.trained: list[np.ndarray] = []  # bool, target only
@@ -95,6 +98,10 @@ class TrajectoryDataset(Dataset[dict[str, list[int]]]):
     def num_trained(self) -> int:
         """The tokens that are trained on, of all trajectories."""
         return sum(int(trained.sum()) for trained in self.trained)
+
+    def prompt(self, index: int) -> np.ndarray:
+        """The token ids of a prompt, int32."""
+        return self.ids[index][: len(self.ids[index]) - len(self.trained[index])]
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         return example(self.ids[index], self.trained[index])

@@ -10,6 +10,7 @@ from typing import Any
 
 from motab.arguments import TrainArguments
 from motab.config import MotabConfig
+from motab.dataset import TrajectoryDataset
 from motab.files import write_whole
 from motab.fingerprint import differences, hash_of_prompts, policy_settings
 from motab.generation import PACE, SETTINGS
@@ -46,10 +47,12 @@ def decisive_settings(
     if args.use_peft:
         found["lora"] = args.lora() or "that of model_name_or_path"
     if isinstance(data, Rollouts):
-        found |= {"prompts": hash_of_prompts(data.prompts), **policy_settings(data.policy)}
+        found |= policy_settings(data.policy)
         found |= {f"rollout {name}": getattr(data, name) for name in SETTINGS if name not in (*PACE, "seed")}
-    else:
-        found["content of train_file"] = _hash_of_file(data)
+        if not isinstance(data.prompts, TrajectoryDataset):
+            found["prompts"] = hash_of_prompts(data.prompts)
+    if args.train_file:
+        found |= {"content of train_file": _hash_of_file(args.train_file), "lmbda": args.lmbda or None}
     if config.load_best_model_at_end and args.eval_file:
         found["content of eval_file"] = _hash_of_file(args.eval_file)
     if config.only_correct:

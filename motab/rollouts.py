@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 
+import numpy as np
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from motab.dataset import TrajectoryDataset, encode, example
 from motab.generation import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
-from motab.prompts import Prompt, encode_prompts
+from motab.prompts import Prompt, encode_prompts, end_tokens
 from motab.trajectory import Grade, Trajectory
 
 
@@ -20,21 +23,26 @@ class Rollouts(Dataset[int]):
 
     Before each optimizer step the student, as it is then, and the teacher write one trajectory for each of the step's
     prompts, as `synthesize` would. With `OnPolicy` and a reverse KL this is on-policy distillation; with
-    `MotabPolicy`, the teacher monitors it.
+    `MotabPolicy`, the teacher monitors it. With ``lmbda`` below 1, a step is a mixture of such trajectories and of
+    given ones (GKD, arXiv 2306.13649, algorithm 1, which draws once for a whole batch).
 
     Args:
-        prompts: as for `synthesize`; an epoch is one pass over them, in an order that the trainer draws.
+        prompts: as for `synthesize`, or given trajectories, on whose prompts the student writes; an epoch is one pass
+            over them, in an order that the trainer draws.
         policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
             max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
             more than the prompts of one device and step has no effect.
         grade: says whether a trajectory answers its problem, given the place of its prompt in ``prompts``; kept as its
             ``correct``, see `motab.grade`, and the share is logged.
+        lmbda: the probability, above 0 and at most 1, that the student writes on a prompt, drawn for each prompt anew
+            in every epoch; otherwise its given trajectory is trained on.
 
     Raises:
-        ValueError: a policy that is none; prompts without a length, such as a generator or a streamed dataset.
+        ValueError: a policy that is none; prompts without a length, such as a generator or a streamed dataset;
+            ``lmbda`` out of range, or below 1 with prompts that are no `TrajectoryDataset`.
     """
 
-    prompts: Sequence[Prompt]
+    prompts: Sequence[Prompt] | TrajectoryDataset
     policy: Policy = field(default_factory=MotabPolicy)
     max_new_tokens: int = 1024
     batch_size: int = 8
@@ -46,6 +54,7 @@ class Rollouts(Dataset[int]):
     torch_compile: bool = False
     max_cached_tokens: int | None = None
     grade: Grade | None = None
+    lmbda: float = 1.0
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
@@ -54,6 +63,24 @@ class Rollouts(Dataset[int]):
                 f"prompts must be a sequence, of which an epoch is one pass, got {type(self.prompts).__name__}; make a "
                 "list of it"
             )
+        if not 0 < self.lmbda <= 1:
+            raise ValueError(
+                f"lmbda must be above 0 and at most 1, got {self.lmbda}; to train on given trajectories alone, give "
+                "them to MotabTrainer without Rollouts"
+            )
+        if self.lmbda < 1 and self.given is None:
+            raise ValueError(
+                f"lmbda {self.lmbda} mixes in given trajectories, got prompts alone; give Rollouts a "
+                "TrajectoryDataset, such as one of motab.as_trajectories, or leave lmbda out"
+            )
+
+    @property
+    def given(self) -> TrajectoryDataset | None:
+        """The given trajectories, None for prompts alone."""
+        return self.prompts if isinstance(self.prompts, TrajectoryDataset) else None
+
+    def _prompt(self, place: int) -> Prompt:
+        return self.prompts.prompt(place) if isinstance(self.prompts, TrajectoryDataset) else self.prompts[place]
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -67,7 +94,12 @@ class Rollouts(Dataset[int]):
         Raises:
             ValueError: a prompt that `synthesize` would refuse, named by its place in `prompts`.
         """
-        encode_prompts(self.prompts, tokenizer, models, token_budget(self.policy, self.max_new_tokens))
+        prompts = [self._prompt(place) for place in range(len(self))]
+        encode_prompts(prompts, tokenizer, models, token_budget(self.policy, self.max_new_tokens))
+
+    def end_tokens(self, models: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> set[int]:
+        """The tokens that end a text according to the tokenizer, any of the models or a given trajectory."""
+        return {*end_tokens(models, tokenizer), *(() if self.given is None else self.given.end_tokens)}
 
     def write(
         self,
@@ -78,15 +110,20 @@ class Rollouts(Dataset[int]):
         *,
         seed: int,
         first_index: int,
-    ) -> list[Trajectory]:
-        """One trajectory for each of these places in `prompts`, written with the student in evaluation mode.
+    ) -> list[Trajectory | None]:
+        """A trajectory for each of these places in `prompts`, written with the student in evaluation mode; None where
+        the given one is to be trained on.
 
         Raises:
             ValueError: all that `synthesize` refuses.
         """
+        indices = range(first_index, first_index + len(places))
+        # By seed and index alone: the same in a training that is resumed.
+        writes = [np.random.default_rng((seed, index)).random() < self.lmbda for index in indices]
+        chosen = list(compress(places, writes))
         settings = {name: getattr(self, name) for name in SETTINGS if name != "seed"}
-        settings |= {"seed": seed, "indices": range(first_index, first_index + len(places))}
-        prompts = [self.prompts[place] for place in places]
+        settings |= {"seed": seed, "indices": list(compress(indices, writes))}
+        prompts = [self._prompt(place) for place in chosen]
         was_training = student.training
         student.eval()
         try:
@@ -94,6 +131,17 @@ class Rollouts(Dataset[int]):
         finally:
             student.train(was_training)
         if self.grade is not None:
-            for trajectory, place in zip(written, places, strict=True):
+            for trajectory, place in zip(written, chosen, strict=True):
                 trajectory.correct = bool(self.grade(trajectory, place))
-        return written
+        found = iter(written)
+        return [next(found) if does else None for does in writes]
+
+    def examples(
+        self, written: Sequence[Trajectory | None], places: Sequence[int], ignored: Collection[str]
+    ) -> Iterator[dict[str, list[int]]]:
+        """What `write` returned for these places as `motab.collate` takes it, without the authors that are ignored."""
+        for trajectory, place in zip(written, places, strict=True):
+            if trajectory is not None:
+                yield example(*encode(trajectory, ignored))
+            elif self.given is not None:
+                yield self.given[place]

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from motab.config import MotabConfig
-from motab.dataset import IGNORED, TrajectoryDataset, collate, encode, example
+from motab.dataset import IGNORED, TrajectoryDataset, collate
 from motab.distillation import (
     Divergence,
     attention_that_runs,
@@ -29,7 +29,6 @@ from motab.distillation import (
 from motab.models import load_model
 from motab.padding import reads_rows_apart, without_padding
 from motab.processes import Processes
-from motab.prompts import end_tokens
 from motab.quantization import method
 from motab.rollouts import Rollouts
 from motab.sharding import (
@@ -163,7 +162,7 @@ class MotabTrainer(Trainer):
             assert processing_class is not None
             writers = [model] if teacher_model is None else [model, teacher_model]
             dataset.check_prompts(writers, processing_class)
-            _end_with(model, end_tokens(writers, processing_class))
+            _end_with(model, dataset.end_tokens(writers, processing_class))
         else:
             _end_with(model, dataset.end_tokens)
         if teacher_model is not None:
@@ -321,13 +320,14 @@ class MotabTrainer(Trainer):
             student = self.writer
         writers = (student, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
-            trajectories = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
+            found = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
         self.writing_seconds += time.perf_counter() - began
+        trajectories = [t for t in found if t is not None]
         for trajectory in trajectories:
             self.written.add(trajectory)
         if self.args.save_rollouts and self.is_world_process_zero():
             self._save_rollouts(trajectories, place)
-        examples = (example(*encode(t, self.args.ignore_authors)) for t in trajectories)
+        examples = self.rollouts.examples(found, places, self.args.ignore_authors)
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
 
     def _save_rollouts(self, trajectories: Sequence[Trajectory], first_index: int) -> None:

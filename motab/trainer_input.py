@@ -65,9 +65,11 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
         )
     if args.save_rollouts and not has_rollouts:
         raise ValueError("save_rollouts keeps what Rollouts write, got finished trajectories; leave it out")
-    own = [name for name in ("ignore_authors", "max_length", "only_correct") if getattr(args, name)]
-    if isinstance(train_dataset, TrajectoryDataset) and own:
-        raise ValueError(f"a TrajectoryDataset is taken as it is, got {', '.join(own)}: set them when it is made")
+    given = train_dataset.given if isinstance(train_dataset, Rollouts) else train_dataset
+    if isinstance(given, TrajectoryDataset):
+        names = [name for name in ("ignore_authors", "max_length", "only_correct") if getattr(args, name)]
+        if own := [name for name in names if getattr(args, name) != getattr(given, name)]:
+            raise ValueError(f"a TrajectoryDataset is taken as it is, got {', '.join(own)}: set them when it is made")
     if not has_rollouts:
         return
     if not needs_student(train_dataset.policy):
@@ -86,9 +88,9 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
             "train_sampling_strategy group_by_length applies to finished trajectories, got Rollouts, whose lengths are "
             "not known; leave it out"
         )
-    if args.only_correct:
+    if args.only_correct and given is None:
         raise ValueError("only_correct applies to finished trajectories, got Rollouts, which are all trained on")
-    if args.max_length is not None:
+    if args.max_length is not None and given is None:
         raise ValueError(
             f"max_length applies to finished trajectories, got {args.max_length} with Rollouts; give them "
             "max_new_tokens"

@@ -142,7 +142,9 @@ def test_a_dataset_that_is_made_already(tmp_path):
     trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=dataset, eval_dataset=dataset)
     assert trainer.train_dataset is dataset
     assert trainer.evaluate()["eval_loss"] > 0
-    for settings in ({"ignore_authors": ["teacher"]}, {"max_length": 5}, {"only_correct": True}):
+    same = config(tmp_path, ignore_authors=["teacher"], max_length=100)
+    assert motab.MotabTrainer(make_model(3), args=same, train_dataset=dataset).train_dataset is dataset
+    for settings in ({"ignore_authors": ["student"]}, {"max_length": 5}, {"only_correct": True}):
         (name,) = settings
         with pytest.raises(ValueError, match=f"TrajectoryDataset is taken as it is, got {name}: set them when"):
             motab.MotabTrainer(make_model(3), args=config(tmp_path, **settings), train_dataset=dataset)
