@@ -18,6 +18,7 @@ from transformers import CompileConfig, PreTrainedModel
 from motab.memory import Pages
 from motab.writer import Writer
 from motab_kernels.model_attention import ForwardPass, takes_ragged_attention
+from motab_kernels.ragged_kv_cache_checks import keeps_states
 
 LEAST_SLOTS = 256  # slots that a pass sees, at least
 
@@ -31,7 +32,8 @@ class CompiledWriter(Writer):
     """A `Writer` that drafts and scores blocks of up to `block_size` tokens with a compiled model.
 
     Raises:
-        ValueError: the model does not run on `ragged_attention`, and its masks would change shape with each token.
+        ValueError: the model does not run on `ragged_attention`, and its masks would change shape with each token; or
+            it keeps recurrent states.
     """
 
     def __init__(
@@ -43,6 +45,11 @@ class CompiledWriter(Writer):
         pages: Pages | None,
         block_size: int,
     ):
+        if keeps_states(model.config):
+            raise ValueError(
+                f"torch_compile: expected a model with keys and values alone, got {type(model).__name__}, which keeps "
+                "recurrent states, of which padding would become a part; leave torch_compile off"
+            )
         if not takes_ragged_attention(model):
             raise ValueError(
                 f"torch_compile: expected a model that runs on ragged_attention, got {type(model).__name__} with "

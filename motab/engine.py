@@ -23,11 +23,13 @@ from motab.compiled_writer import CompiledWriter
 from motab.drawing import Sampling, uniform
 from motab.policies import UNJUDGED, Rules
 from motab.prompts import end_tokens, vocabulary_size
+from motab.recurrent_writer import RecurrentWriter
 from motab.row import BROKEN, PADDING, STUDENT, TEACHER, Row
 from motab.speculation import Plan, speculation_of
 from motab.steps import delimiter_automaton, tokens_of_words
 from motab.trajectory import STATISTICS, Trajectory
 from motab.writer import Writer
+from motab_kernels.ragged_kv_cache_checks import keeps_states
 from motab_kernels.tensors import on_device
 
 #: Of the columns that `Row.judge` takes, those that `Row.enter` does.
@@ -102,7 +104,9 @@ class Engine:
             if model is None:
                 return None
             sizes = (batch_size, max_length, self.vocab_size, pages)
-            return CompiledWriter(model, *sizes, block_size) if torch_compile else Writer(model, *sizes)
+            if torch_compile:
+                return CompiledWriter(model, *sizes, block_size)
+            return (RecurrentWriter if keeps_states(model.config) else Writer)(model, *sizes)
 
         self.student, self.teacher = writer(student), writer(teacher)
         self.speculation = speculation_of(student, teacher, block_size, torch_compile)
@@ -239,6 +243,7 @@ class Engine:
                     if token != PADDING:
                         row.write(int(token), [None] * len(STATISTICS))
         else:
+            self._catch_up(self.teacher, rows)
             teacher_logits = self.teacher.score(_cache_rows(rows), draft.pending, draft.tokens)
             columns, rollback, (confirmed, drafted), instead = self._to_host(*self._judged(rows, draft, teacher_logits))
             self.speculation.observe(float(confirmed), float(drafted))
@@ -304,6 +309,7 @@ class Engine:
         if not rows:
             return
         assert self.teacher is not None
+        self._catch_up(self.teacher, rows)
         draft = self._draft(self.teacher, rows, self.block_size)
         own = mk.fused_kl_boundary(draft.logits, draft.logits, draft.tokens)  # only for the teacher's statistics
         block = self._block(draft, draft.tokens)
@@ -313,11 +319,12 @@ class Engine:
         self._settle(rows, (self.teacher,))
         self._begin_turns(turned)
 
-    def _catch_up(self, student: Writer, rows: list[Row]) -> None:
-        """Let the student read what the teacher wrote alone."""
-        lengths = student.lengths
+    def _catch_up(self, writer: Writer, rows: list[Row]) -> None:
+        """Let a model read what it has not: the student what the teacher wrote alone, and one with recurrent states
+        what a rollback cut."""
+        lengths = writer.lengths
         behind = [row for row in rows if lengths[row.cache_row] < row.length - 1]
-        student.catch_up({row.cache_row: row.text_from(lengths[row.cache_row]) for row in behind}, self.block_size)
+        writer.catch_up({row.cache_row: row.text_from(lengths[row.cache_row]) for row in behind}, self.block_size)
 
     def _settle(self, rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
         """Cut the caches back to all of a row's tokens but the pending one."""

@@ -127,7 +127,9 @@ def synthesize(
         seed=int(seed),
         indices=list(map(int, places)),
         torch_compile=torch_compile,
-        max_cached_tokens=memory.tokens_that_fit(models) if max_cached_tokens is None else max_cached_tokens,
+        max_cached_tokens=memory.tokens_that_fit(models, min(batch_size, len(encoded)))
+        if max_cached_tokens is None
+        else max_cached_tokens,
     )
     return _without_gradients(engine, in_order)
 

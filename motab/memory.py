@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 import motab_kernels as mk
 from motab.models import processes_sharing
 from motab.processes import Processes
+from motab_kernels.model_attention import as_it_generates
 
 SHARE = 0.8  # of free memory goes to keys and values, the rest to activations and logits
 
@@ -46,14 +47,18 @@ def pages_for(max_cached_tokens: int | None, batch_size: int, max_length: int) -
     return Pages(max_cached_tokens // size, size)
 
 
-def tokens_that_fit(models: Sequence[PreTrainedModel]) -> int | None:
-    """Tokens whose keys and values, in all of the models, fit the free memory of their GPU; None without a GPU."""
+def tokens_that_fit(models: Sequence[PreTrainedModel], batch_size: int) -> int | None:
+    """Tokens whose keys and values, in all of the models, fit the free memory of their GPU beside the states of so many
+    rows; None without a GPU."""
     device = models[0].device
     if device.type != "cuda":
         return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
-    tokens = int(SHARE * free) // sum(map(bytes_of_a_token, models))
+    sizes = [cache_bytes(model) for model in models]
+    # States are kept twice: as they were settled, and as passes change them.
+    left = max(0, int(SHARE * free) - 2 * batch_size * sum(size.of_row for size in sizes))
+    tokens = left // sum(size.of_token for size in sizes)
     # Processes that share a model must run the same passes.
     return min(Processes().gather(tokens)) if any(processes_sharing(model) > 1 for model in models) else tokens
 
@@ -64,9 +69,18 @@ def cache_dtype(model: PreTrainedModel) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
 
 
+class CacheBytes(NamedTuple):
+    """Bytes that the cache of a model takes."""
+
+    of_token: int  # keys and values
+    of_row: int  # states, whatever its length
+
+
 @torch.no_grad()
-def bytes_of_a_token(model: PreTrainedModel) -> int:
-    """Bytes of keys and values per token, measured by one forward pass."""
+def cache_bytes(model: PreTrainedModel) -> CacheBytes:
+    """Those of a model, measured by one forward pass."""
     cache = mk.RaggedKVCache(model.config, 1, 1, device=model.device, dtype=cache_dtype(model))
-    model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache.prepare(1))
-    return sum(storage.nbytes for layer in cache.layers for storage in (layer.keys, layer.values))
+    with as_it_generates(model):
+        model(torch.zeros(1, 1, dtype=torch.long, device=model.device), **cache.prepare(1))
+    of_token = sum(storage.nbytes for layer in cache.attention_layers for storage in (layer.keys, layer.values))
+    return CacheBytes(of_token, 0 if cache.states is None else cache.states.nbytes)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from motab.memory import bytes_of_a_token
+from motab.memory import cache_bytes
 from motab.models import processes_sharing
 
 
@@ -50,7 +50,7 @@ class PassTime:
         self.machine, self.block_size = CPU if model.device.type == "cpu" else GPU, block_size
         self.layers = 0 if block_size is not None else int(config.num_hidden_layers)
         self.dense, self.experts, self.chosen = _weights(model, config)
-        self.cached_bytes = bytes_of_a_token(model)  # in this process
+        self.cached_bytes = cache_bytes(model).of_token  # in this process
         self.parts = processes_sharing(model)
 
     def __call__(self, rows: int, width: int, cached: float) -> float:

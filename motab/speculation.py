@@ -12,6 +12,7 @@ from typing import NamedTuple
 from transformers import PreTrainedModel
 
 from motab.pass_time import PassTime
+from motab_kernels.ragged_kv_cache_checks import keeps_states
 
 #: Estimated seconds of a forward pass over so many rows, with so many new tokens each, after so many cached ones.
 Seconds = Callable[[int, int, float], float]
@@ -76,7 +77,10 @@ class Speculation:
 def speculation_of(
     student: PreTrainedModel | None, teacher: PreTrainedModel | None, block_size: int, is_compiled: bool
 ) -> Speculation:
-    """The plans for a pair of models."""
+    """The plans for a pair of models; none speculates where a model has recurrent states, for which it would have to
+    read again what the teacher did confirm."""
+    if any(model is not None and keeps_states(model.config) for model in (student, teacher)):
+        return Speculation(block_size, None, None)
 
     def seconds(model: PreTrainedModel | None) -> PassTime | None:
         return None if model is None else PassTime(model, block_size if is_compiled else None)

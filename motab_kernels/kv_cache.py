@@ -32,7 +32,8 @@ def truncate_kv_cache_(
     The model then computes what it would compute if the dropped tokens had never been fed. Keys carry the position of
     their token, not of their slot, so moving them between slots is exact.
 
-    - ``RaggedKVCache``: an update of ``cache.lengths`` (B,), no key or value is touched; returns None.
+    - ``RaggedKVCache``: an update of ``cache.lengths`` (B,), no key or value is touched; returns None. In a model with
+      recurrent states a row keeps all of its tokens, those that it had at the last truncation, or none.
     - ``DynamicCache``: rows are end-aligned (padded on the left). Every row's kept tokens move to the end of the new
       width, ``max(new_lengths)``, and the rest is dropped. ``layer.keys`` and ``layer.values`` become views of their
       former storage; tensors taken from the cache before hold moved data afterwards.
@@ -41,7 +42,8 @@ def truncate_kv_cache_(
     Args:
         cache: the cache, changed in place in all its layers or, if anything is raised, in none.
         new_lengths: int, or (B,) of an integer dtype: real tokens to keep of each row, at most as many as it has. A
-            ``RaggedKVCache`` on a GPU clamps them, because a check would make the host wait. The
+            ``RaggedKVCache`` on a GPU clamps them, because a check would make the host wait, and with recurrent states
+            cuts a row further, to the next length of which there is a state. The
             ``rollback_position`` of a `BoundaryState` counts written tokens, and is -1 for a row that has not
             breached: pass ``torch.where(state.breached, begun + state.rollback_position, cache.lengths)``.
         attention_mask: (B, S), nonzero for the real tokens of a ``DynamicCache`` (or ``StaticCache``). None: all.
@@ -58,8 +60,9 @@ def truncate_kv_cache_(
         along with ``position_ids = (mask.cumsum(-1) - 1)[:, -num_new_tokens:]``.
 
     Raises:
-        ValueError: a wrong argument, or a layer that cannot be rolled back exactly (recurrent or convolutional state,
-            quantised or offloaded, a sliding window that has dropped tokens): the message names it.
+        ValueError: a wrong argument, or a layer that cannot be rolled back exactly (recurrent or convolutional state
+            outside of a ``RaggedKVCache``, or at another length, quantised or offloaded, a sliding window that has
+            dropped tokens): the message names it.
     """
     from transformers.cache_utils import DynamicCache, StaticCache
 

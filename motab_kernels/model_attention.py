@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -85,6 +85,11 @@ def takes_ragged_attention(model: PreTrainedModel) -> bool:
         and getattr(config, "kv_lora_rank", None) is None  # latent attention: values are narrower than keys
         and choose_backend(None, torch.empty(0, dtype=model.dtype, device=model.device)) != "torch"
     )
+
+
+def as_it_generates(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """The model's attention is `ragged_attention` until the block ends, if it takes that; else its own."""
+    return on_ragged_attention(model) if takes_ragged_attention(model) else nullcontext()
 
 
 def on_ragged_attention(model: PreTrainedModel) -> AbstractContextManager[None]:

@@ -7,19 +7,29 @@ lie in pages, P of these with S slots each.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DummyLayer
 
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, ForwardPass
 from motab_kernels.page_table import PageTable
-from motab_kernels.ragged_kv_cache_checks import check_positions, check_reserved, check_rows, layer_types
+from motab_kernels.ragged_kv_cache_checks import (
+    ATTENTION,
+    RECURRENT,
+    check_positions,
+    check_reserved,
+    check_rows,
+    layer_types,
+)
 from motab_kernels.ragged_layer import RaggedLayer, at_one_address
+
+if TYPE_CHECKING:  # versions of transformers before 5.24 have no such layers
+    from motab_kernels.recurrent_layer import RecurrentStates
 
 __all__ = ["CACHE_ARGUMENT", "RaggedKVCache"]
 
@@ -50,6 +60,10 @@ class RaggedKVCache(Cache):
     Memory then grows with the tokens that rows hold, not with ``max_length``. `ragged_attention` reads pages in place;
     other attentions copy all visible slots.
 
+    A recurrent or convolutional state sums up all tokens of its row. In a model with such layers (Qwen3.5, Granite 4,
+    Nemotron-H, ...) a row can keep all of its tokens, those that it had at the last truncation, or none, and nothing
+    between: keep what it had, and feed the rest of what it should keep again. Feed such a model no padding.
+
     Args:
         config: the model's configuration. Its attention must be one of these when ``prepare`` is called.
         batch_size: rows, B.
@@ -62,6 +76,8 @@ class RaggedKVCache(Cache):
 
     Attributes:
         lengths: (B,) int64 on the device, tokens that each row holds. Read it; ``truncate_kv_cache_`` changes it.
+        states: None, or the recurrent states: ``states.settled_lengths``, (B,) int64 on the device, is how many tokens
+            each row held at the last truncation, or before a pass with other ``rows`` than the one before. Read it.
         pages: None, or the pages: ``pages.table``, (B, pages of a row) int64 on the device, is what `ragged_attention`
             takes as ``page_table``; it and ``pages.free``, a list, are read-only.
 
@@ -69,9 +85,9 @@ class RaggedKVCache(Cache):
     copy when ``rows`` are given), valid until the next forward pass or truncation. Run it without gradients.
 
     Raises:
-        ValueError: the model has a layer that keeps anything but keys and values of its own tokens (recurrent,
-            convolutional, chunked or shared), or is an encoder-decoder; its positions are biases (ALiBi), or longrope
-            and ``max_length`` is more than the length that its short factors serve.
+        ValueError: the model has a layer that keeps anything but keys and values of its own tokens and states (chunked
+            or shared ones), only layers with states, or is an encoder-decoder; its positions are biases (ALiBi), or
+            longrope and ``max_length`` is more than the length that its short factors serve.
     """
 
     def __init__(
@@ -99,12 +115,14 @@ class RaggedKVCache(Cache):
         self.pages: PageTable | None = None
         if num_pages is not None:
             self.pages = PageTable(batch_size, max_length, num_pages, page_size, self.device)
-        super().__init__(
-            layers=[
-                RaggedLayer(batch_size, max_length, layer_type == "sliding_attention", self.pages)
-                for layer_type in self.layer_types
-            ]
-        )
+        super().__init__(layers=[self._layer(kind, batch_size, max_length) for kind in self.layer_types])
+        # Those with keys and values, whose last one ends a forward pass, and those with states.
+        self.attention_layers = [layer for layer in self.layers if isinstance(layer, RaggedLayer)]
+        self.states: RecurrentStates | None = None
+        if recurrent := [x for x, kind in zip(self.layers, self.layer_types, strict=True) if kind in RECURRENT]:
+            from motab_kernels.recurrent_layer import RecurrentStates
+
+            self.states = RecurrentStates(recurrent, self.lengths)
         self.max_length = max_length
         # Not named `dtype`, by which accelerate recognises tensors among a model's outputs.
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
@@ -113,6 +131,17 @@ class RaggedKVCache(Cache):
         # Whether the host knows that every row has exactly visible_length tokens.
         self._is_uniform = True
         self._step: ForwardPass | None = None
+
+    def _layer(self, kind: str, batch_size: int, max_length: int) -> Any:
+        sizes = (batch_size, max_length, kind == "sliding_attention", self.pages)
+        if kind in RECURRENT:
+            from motab_kernels.recurrent_layer import HybridLayer, RecurrentLayer
+
+            number_of_states = getattr(self.config, "number_of_conv_states", 1)
+            if kind in ATTENTION:
+                return HybridLayer(*sizes, number_of_states)
+            return RecurrentLayer(batch_size, number_of_states)
+        return RaggedLayer(*sizes) if kind in ATTENTION else DummyLayer()
 
     @property
     def visible_length(self) -> int:
@@ -174,13 +203,14 @@ class RaggedKVCache(Cache):
             return inputs | {"attention_mask": None, "ragged_step": self._step}
         key_slots = torch.arange(step.visible_length, device=self.device)
         causal = (key_slots <= step.slots[:, :, None])[:, None]
-        masks = {"full_attention": self._as_attention_mask(causal)}
+        # A state's layer needs a mask for padding alone, of which there is none.
+        masks = dict.fromkeys(self.layer_types) | {"full_attention": self._as_attention_mask(causal)}
         if "sliding_attention" in self.layer_types:
             recent = (key_slots > step.slots[:, :, None] - self.config.sliding_window)[:, None]
             masks["sliding_attention"] = self._as_attention_mask(causal & recent)
-        mixed = len(set(self.layer_types)) > 1
+        kinds = {"full_attention" if kind == "hybrid" else kind for kind in self.layer_types if kind in ATTENTION}
         self._step = step
-        return inputs | {"attention_mask": masks if mixed else masks[self.layer_types[0]]}
+        return inputs | {"attention_mask": masks if len(kinds) > 1 else masks[kinds.pop()]}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -188,6 +218,11 @@ class RaggedKVCache(Cache):
         """Called by the model: append to one layer, return all that it can see; the last layer ends the pass."""
         if self._step is None:
             self._require_uniform()
+            if self.states is not None:
+                raise ValueError(
+                    "cache: expected a forward pass with what prepare gives, in a model with recurrent states, got a "
+                    "plain one: call model(input_ids, **cache.prepare(num_tokens))"
+                )
             self._step = self._begin(key_states.shape[2], None, None)
         step = self._step
         if torch.is_autocast_enabled(self.device.type):
@@ -198,8 +233,9 @@ class RaggedKVCache(Cache):
             raise ValueError(f"keys: expected (rows, tokens), dtype, device = {expected}, got {got}")
         if torch.is_grad_enabled() and key_states.requires_grad:
             raise ValueError("keys: expected a tensor without gradient, got requires_grad=True: use torch.no_grad()")
-        visible = self.layers[layer_idx].update(key_states, value_states, step)
-        if layer_idx == len(self.layers) - 1:
+        layer = self.layers[layer_idx]
+        visible = layer.update(key_states, value_states, step)
+        if layer is self.attention_layers[-1]:
             if step.rows is None:
                 self.lengths += step.slots.shape[1]
             else:
@@ -233,6 +269,8 @@ class RaggedKVCache(Cache):
         else:
             table, offsets = None, slots
             places = (torch.arange(len(lengths), device=self.device) if rows is None else rows)[:, None]
+        if self.states is not None:
+            self.states.begin_(rows, self.lengths)
         before = self.visible_length
         # Not in `update`, where `torch.compile` would compile a graph for each value.
         self._visible_length = before + num_tokens if self._is_uniform else max(before, visible_length)
@@ -268,6 +306,15 @@ class RaggedKVCache(Cache):
                 raise ValueError(f"max_length: expected an int that bounds new_lengths, got {max_length!r}")
             bound = max_length if bound is None else bound
         lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not check
+        if self.states is not None:
+            kept = self.states.restorable(lengths, self.lengths)
+            if on_host and bool((kept != lengths).any()):
+                raise ValueError(
+                    f"new_lengths: expected lengths of which there are recurrent states, as {kept.tolist()}, got "
+                    f"{lengths.tolist()}: keep so many, and feed the tokens behind them again"
+                )
+            lengths = kept
+            self.states.settle_(lengths, self.lengths)
         if tail == "zero":
             self._zero_(lengths)
         self.lengths.copy_(lengths)
@@ -283,7 +330,7 @@ class RaggedKVCache(Cache):
         dead = (slots >= new_lengths[:, None]) & (slots < self.lengths[:, None])
         if self.pages is not None:
             dead, visible_length = self.pages.by_page(dead), self.pages.page_size
-        for layer in self.layers:
+        for layer in self.attention_layers:
             if layer.is_initialized:
                 for storage in (layer.keys, layer.values):
                     storage[:, :, :visible_length].masked_fill_(dead[:, None, :, None], 0)

@@ -13,9 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from motab_kernels.page_table import PageTable
 
+#: Kinds of layers, by their names in transformers: with keys and values, with states (one kind has both), with neither.
+ATTENTION = ("full_attention", "sliding_attention", "hybrid")
+RECURRENT = ("linear_attention", "conv", "hybrid")
+STATELESS = ("moe", "mlp")
 #: Models whose attention needs more than keys, values and a mask, or that keep none of these.
 _UNFIT = {
     "bloom": "adds a bias by distance (ALiBi)",
@@ -23,6 +28,7 @@ _UNFIT = {
     "gpt_neo": "counts the windows of its local attention from the end of the cache",
     "openai-gpt": "takes no cache",
     "rwkv": "keeps a recurrent state",
+    "minimax": "keeps its states in a cache of its own",
 }
 
 
@@ -44,7 +50,7 @@ def check_positions(config: Any, max_length: int) -> None:
 
 
 def layer_types(config: Any) -> list[str]:
-    """Each layer's kind of attention, "full_attention" or "sliding_attention"; any other is refused by name."""
+    """Each layer's kind, of those in `ATTENTION`, `RECURRENT` and `STATELESS`; any other is refused by name."""
     num_layers = config.num_hidden_layers
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
@@ -56,14 +62,26 @@ def layer_types(config: Any) -> list[str]:
     sharing = getattr(config, "kv_sharing_modes", None) or [None] * num_layers
     first_shared = num_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
     for index, layer_type in enumerate(kinds):
-        if layer_type not in ("full_attention", "sliding_attention"):
+        if layer_type not in (*ATTENTION, *RECURRENT, *STATELESS):
             raise ValueError(
-                f'config: expected "full_attention" or "sliding_attention", got layer {index} of {layer_type!r}, '
-                "whose state cannot be rolled back by a length"
+                f"config: expected layers of {', '.join((*ATTENTION, *RECURRENT))}, got layer {index} of "
+                f"{layer_type!r}, whose cache cannot be rolled back"
+            )
+        if layer_type in RECURRENT and not hasattr(Cache, "get_recurrent_state"):
+            raise ValueError(
+                f"config: expected layers without recurrent states, got layer {index} of {layer_type!r}: they can be "
+                "rolled back with transformers 5.24 or newer"
             )
         if index >= first_shared or sharing[index] == "reuse":
             raise ValueError(f"config: expected layers with their own keys and values, got layer {index} sharing them")
+    if not set(kinds) & set(ATTENTION):
+        raise ValueError(f"config: expected at least one layer with attention, got {sorted(set(kinds))} alone")
     return list(kinds)
+
+
+def keeps_states(config: Any) -> bool:
+    """Whether a model has layers with recurrent or convolutional states."""
+    return not set(RECURRENT).isdisjoint(layer_types(config.get_text_config(decoder=True)))
 
 
 def _looks_at_a_window(config: Any) -> bool:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import make_model
 from engine_cases import POLICY, SETTINGS, run
-from transformers import MambaConfig, MambaForCausalLM
 
 import motab
 
@@ -86,12 +85,6 @@ def test_bad_input(student, teacher, tokenizer, prompts, change, message):
     }
     with pytest.raises(ValueError, match=message):
         run(**{**arguments, **change})
-
-
-def test_a_recurrent_model_is_refused(teacher, tokenizer, prompts):
-    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, eos_token_id=0)
-    with pytest.raises(ValueError, match="cannot be rolled back"):
-        run(MambaForCausalLM(config), teacher, tokenizer, prompts, POLICY)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,18 @@ def test_pages_only_where_they_are_needed():
     assert memory.pages_for(40_000, 8, 32_768) == (156, 256)
 
 
-def test_bytes_of_a_token(student):
+@pytest.mark.skipif(not HAS_LIBRARY, reason="without kernels the model's own attention reads the cache")
+def test_bytes_of_the_cache_of_a_model_with_flash_attention(student):
+    """Which reads no cache with rows of their own; generation replaces it."""
+    model = copy.deepcopy(student).float()
+    model.config._attn_implementation = "flash_attention_2"
+    assert memory.cache_bytes(model).of_token == 2 * 2 * 2 * 8 * 4
+    assert model.config._attn_implementation == "flash_attention_2"
+
+
+def test_bytes_of_the_cache(student):
     """Keys and values of 2 layers with 2 heads of 8 in float64, as the CPU does not ask for."""
-    assert memory.bytes_of_a_token(student) == 2 * 2 * 2 * 8 * 8
-    assert memory.tokens_that_fit([student]) is None
+    assert memory.cache_bytes(student).of_token == 2 * 2 * 2 * 8 * 8
+    assert memory.tokens_that_fit([student], 8) is None
     with torch.autocast("cpu", torch.bfloat16):
-        assert memory.bytes_of_a_token(copy.deepcopy(student).float()) == 2 * 2 * 2 * 8 * 2
+        assert memory.cache_bytes(copy.deepcopy(student).float()).of_token == 2 * 2 * 2 * 8 * 2

@@ -101,3 +101,21 @@ def test_attention_over_more_elements_than_32_bits_count(axis):
     out = mk.ragged_attention(query, storage, storage, lengths, rows=rows, window=100)
     last = storage[B - 1 :, :, S - 100 :].cpu()
     assert_attention(out.cpu(), query.cpu(), last, last, torch.tensor([99]))
+
+
+@torch.no_grad()
+def test_a_row_is_cut_to_a_recurrent_state():
+    """The host does not look at lengths on a GPU: a row keeps the most tokens of which there is a state."""
+    from tests.recurrent_models import recurrent_model
+
+    model = recurrent_model("qwen3_5_text", dtype=torch.float32).to(DEVICE)
+    cache = mk.RaggedKVCache(model.config, 3, 16, device=DEVICE, dtype=torch.float32)
+    ids = torch.randint(3, 61, (3, 9), device=DEVICE)
+    for start, end, kept in ((0, 4, [4, 4, 4]), (4, 7, [7, 6, 3])):
+        model(ids[:, start:end], **cache.prepare(end - start))
+        mk.truncate_kv_cache_(cache, torch.tensor(kept, device=DEVICE))
+    assert cache.lengths.tolist() == cache.states.settled_lengths.tolist() == [7, 4, 0]
+    logits = model(torch.stack([ids[0, 7:9], ids[1, 4:6], ids[2, :2]]), **cache.prepare(2)).logits
+    for row, end in enumerate((9, 6, 2)):
+        fresh = model(ids[row : row + 1, :end], use_cache=False).logits[0, -2:]
+        torch.testing.assert_close(logits[row], fresh, rtol=1e-3, atol=1e-3)

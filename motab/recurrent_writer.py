@@ -1,0 +1,88 @@
+"""A writer whose model keeps recurrent or convolutional states beside keys and values, as Qwen3.5 or Granite 4 do.
+
+A state cannot be cut to any length: of a row that a rollback cuts, the cache keeps what it held at the last rollback,
+or nothing, and the engine lets the model read the rest again before it next writes or judges there (`Writer.catch_up`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import motab_kernels as mk
+from motab import memory
+from motab.writer import PREFILL, Writer
+from motab_kernels.model_attention import as_it_generates
+
+#: Of the logits' standard deviation, how much they may change where a text is read in parts.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
+
+
+class RecurrentWriter(Writer):
+    """A `Writer` that feeds no padding, since a state would sum it up with the text.
+
+    Attributes:
+        settled: by row, the length that the cache can go back to.
+
+    Raises:
+        ValueError: the model does not go on from its states where it reads several tokens.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch_size: int,
+        max_length: int,
+        vocab_size: int,
+        pages: memory.Pages | None = None,
+    ):
+        super().__init__(model, batch_size, max_length, vocab_size, pages)
+        self.settled = [0] * batch_size
+        _check_states(model)
+
+    def rollback(self, lengths: dict[int, int]) -> None:
+        """Keep at most the first ``lengths[row]`` tokens of each row named: all, those at the last rollback, or
+        none."""
+
+        def kept(row: int, length: int) -> int:
+            if length == self.lengths[row]:
+                return length
+            return self.settled[row] if self.settled[row] <= length else 0
+
+        super().rollback({row: kept(row, length) for row, length in lengths.items()})
+        self.settled = list(self.lengths)
+
+    def catch_up(self, texts: dict[int, list[int]], width: int) -> None:
+        """Read what another model wrote, or what a rollback cut: cache all but the last token of these texts.
+
+        Powers of two of tokens at a time, so that rows are read together without padding, for which `width` is.
+        """
+        unread = {row: ids[:-1] for row, ids in texts.items() if len(ids) > 1}
+        while unread:
+            size = min(PREFILL, 1 << (max(map(len, unread.values())).bit_length() - 1))
+            rows = sorted(row for row, ids in unread.items() if len(ids) >= size)[: PREFILL // size]
+            self._feed({row: unread[row][:size] for row in rows})
+            unread = {row: ids[size:] if row in rows else ids for row, ids in unread.items()}
+            unread = {row: ids for row, ids in unread.items() if ids}
+
+
+@torch.no_grad()
+def _check_states(model: PreTrainedModel) -> None:
+    """Compare a text that is read as a whole with the same in parts: some kernels begin anew with each part of several
+    tokens."""
+    ids = torch.arange(12, device=model.device)[None] % model.config.get_text_config().vocab_size
+
+    def read(*parts: Tensor) -> Tensor:
+        cache = mk.RaggedKVCache(model.config, 1, 12, device=model.device, dtype=memory.cache_dtype(model))
+        return torch.cat([model(part, **cache.prepare(part.shape[1])).logits.float() for part in parts], 1)
+
+    with as_it_generates(model):
+        whole, in_parts = read(ids), read(*ids.split([7, 5], 1))
+    worst, spread = float((whole - in_parts).abs().max()), float(whole.std())
+    if not worst <= TOLERANCE[memory.cache_dtype(model)] * spread:
+        raise ValueError(
+            f"a model with recurrent states must go on from them where it reads several tokens, got "
+            f"{type(model).__name__}, whose logits change by {worst:.3g} (standard deviation {spread:.3g}) if a text "
+            "is read in parts; another implementation of its layers may do so (transformers names the packages)"
+        )

@@ -1,0 +1,134 @@
+"""One layer of a `RaggedKVCache` that keeps recurrent or convolutional states, alone or beside keys and values.
+
+A state sums up all tokens of its row: unlike keys and values it cannot be cut to any length, but it can be kept or
+forgotten. So the states of all B rows stay as they were settled, while forward passes change a working copy of those of
+the b rows that they feed; a truncation then settles the copy of each row that keeps all of its new tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import LinearAttentionLayer
+
+from motab_kernels.page_table import PageTable
+from motab_kernels.ragged_layer import RaggedLayer
+
+#: Attributes of transformers' layer, each a dict of states by number.
+_KINDS = ("conv_states", "recurrent_states")
+
+
+class RecurrentLayer(LinearAttentionLayer):
+    """The states of one layer; those that transformers knows are the working copy, of which `load` makes one."""
+
+    def __init__(self, num_rows: int, number_of_states: int) -> None:
+        super().__init__(number_of_states)
+        self.num_rows = num_rows
+        self.settled: dict[tuple[str, int], Tensor] = {}  # (B, ...), allocated when the first ones are settled
+
+    def load(self, rows: Tensor | None) -> None:
+        """Make the working copy of these rows, (b,) or None for all, from what is settled."""
+        self._forget()
+        for (kind, number), storage in self.settled.items():
+            getattr(self, kind)[number] = storage.clone() if rows is None else storage.index_select(0, rows)
+            getattr(self, f"is_{kind}_initialized")[number] = True
+            self.has_previous_state[number] = True  # that of a row without tokens is zero, as if there were none
+
+    def settle_(self, rows: Tensor | None, keeps: Tensor) -> None:
+        """Settle the working copy of `rows` where they are kept, (b,) bool, and forget it."""
+        for kind in _KINDS:
+            for number, working in getattr(self, kind).items():
+                if working is None:
+                    continue
+                if (kind, number) not in self.settled:
+                    with torch.inference_mode(False):  # else it could not be written outside of that mode
+                        self.settled[kind, number] = working.new_zeros(self.num_rows, *working.shape[1:])
+                storage = self.settled[kind, number]
+                before = storage if rows is None else storage.index_select(0, rows)
+                found = torch.where(keeps.view(-1, *[1] * (working.dim() - 1)), working, before)
+                if rows is None:
+                    storage.copy_(found)
+                else:
+                    storage.index_copy_(0, rows, found)
+        self._forget()
+
+    def empty_(self, rows: Tensor) -> None:
+        """Forget the settled states of the rows that this (B,) bool names."""
+        for storage in self.settled.values():
+            storage.masked_fill_(rows.view(-1, *[1] * (storage.dim() - 1)), 0)
+
+    def _forget(self) -> None:
+        for kind in _KINDS:
+            for number in range(self.number_of_states):
+                getattr(self, kind)[number] = None
+                getattr(self, f"is_{kind}_initialized")[number] = False
+                self.has_previous_state[number] = False
+
+
+class HybridLayer(RecurrentLayer, RaggedLayer):
+    """A layer with states, and with keys and values too."""
+
+    def __init__(
+        self, batch_size: int, max_length: int, is_sliding: bool, pages: PageTable | None, number_of_states: int
+    ) -> None:
+        RaggedLayer.__init__(self, batch_size, max_length, is_sliding, pages)
+        RecurrentLayer.__init__(self, batch_size, number_of_states)
+
+    def get_max_length(self) -> int:
+        return RaggedLayer.get_max_length(self)
+
+    def lazy_initialization(self, *keys_and_values: Tensor, **states: Any) -> None:
+        """Called by `update` with keys and values, by transformers with named states."""
+        if keys_and_values:
+            RaggedLayer.lazy_initialization(self, *keys_and_values)
+        else:
+            RecurrentLayer.lazy_initialization(self, **states)
+
+
+class RecurrentStates:
+    """The states of all layers of a cache, and of which lengths they are.
+
+    Attributes:
+        settled_lengths: (B,) int64, the tokens that the settled states of each row sum up.
+    """
+
+    def __init__(self, layers: Sequence[RecurrentLayer], lengths: Tensor) -> None:
+        self.layers = layers
+        self.settled_lengths = lengths.clone()
+        # Whether there is a working copy, and of which rows.
+        self.has_copy = False
+        self.copied_rows: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the working copy."""
+        copies = (state for layer in self.layers for kind in _KINDS for state in getattr(layer, kind).values())
+        return sum(state.nbytes for state in copies if state is not None)
+
+    def begin_(self, rows: Tensor | None, lengths: Tensor) -> None:
+        """Before a pass that feeds these rows of the given lengths, (B,): the working copy becomes theirs, and that of
+        other rows is settled."""
+        if self.has_copy and rows is self.copied_rows:
+            return
+        self.settle_(lengths, lengths)
+        for layer in self.layers:
+            layer.load(rows)
+        self.has_copy, self.copied_rows = True, rows
+
+    def restorable(self, new_lengths: Tensor, lengths: Tensor) -> Tensor:
+        """(B,): the most tokens that rows of these lengths can keep, up to the new ones."""
+        settled = torch.where(new_lengths >= self.settled_lengths, self.settled_lengths, 0)
+        return torch.where(new_lengths == lengths, lengths, settled)
+
+    def settle_(self, new_lengths: Tensor, lengths: Tensor) -> None:
+        """Keep the states of rows that keep all of their tokens, and forget those of rows that keep none; (B,) both."""
+        keeps = new_lengths == lengths
+        for layer in self.layers:
+            if self.has_copy:
+                layer.settle_(self.copied_rows, keeps if self.copied_rows is None else keeps[self.copied_rows])
+            layer.empty_(new_lengths == 0)
+        self.settled_lengths.copy_(new_lengths)
+        self.has_copy = False

@@ -1,0 +1,161 @@
+"""Monitored generation by models with recurrent states: the same text, whatever is cut and read again."""
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engine_cases import POLICY, run
+from test_engine import check_by_definition
+from test_speculation import deeper
+from test_trainer import config
+from transformers import MambaConfig, MambaForCausalLM
+
+import motab
+from motab import memory
+from motab.recurrent_writer import RecurrentWriter
+from motab.speculation import drafts_for
+from tests.recurrent_models import recurrent_model
+
+KINDS = ["qwen3_5_text", "falcon_h1", "lfm2", "granitemoehybrid"]
+POLICIES = {
+    "motab": POLICY,
+    "motab, four times": replace(POLICY, max_interventions=4),
+    "step skd": motab.StepSKD(0.7),
+    "token skd": motab.TokenSKD(2),
+    "adaswitch": motab.AdaSwitch(2.0, 4),
+    "relay": motab.RelayOPD(words=("a", "c"), student_top_k=1, paragraphs=2, relay_tokens=7),
+}
+
+
+def pair_of(name, tokenizer, **settings):
+    """A student, and a teacher that is the student with noise and padding, so that it agrees with some steps."""
+    sizes = dict(initializer_range=0.3, eos_token_id=0, bos_token_id=None, **settings)
+    student = recurrent_model(name, 1, vocab_size=len(tokenizer), **sizes)
+    teacher = recurrent_model(name, 2, vocab_size=len(tokenizer) + 4, **sizes)
+    own = dict(student.named_parameters())
+    for key, parameter in teacher.named_parameters():
+        rows = own[key].shape[0]
+        parameter.data[:rows] = own[key].data + 0.18 * parameter.data[:rows]
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_breaches_and_rollbacks_by_definition(name, tokenizer, prompts):
+    student, teacher = pair_of(name, tokenizer)
+    found = run(student, teacher, tokenizer, prompts[:5], POLICY)
+    for trajectory in found:
+        check_by_definition(trajectory, POLICY, teacher, tokenizer)
+    assert sum(trajectory.breach_step is not None for trajectory in found) >= 3
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_batches_and_blocks_change_nothing(policy, tokenizer, prompts):
+    """Nor do rows that wait for pages, and are read again."""
+    pair, settings = pair_of("lfm2", tokenizer), {"temperature": 1.0, "seed": 7}
+    policy, prompts = POLICIES[policy], prompts[:6]
+    expected = run(*pair, tokenizer, prompts, policy, **settings, block_size=1, batch_size=6)
+    assert any("teacher" in trajectory.author for trajectory in expected)
+    for sizes in ({"batch_size": 2, "block_size": 7}, {"batch_size": 4, "max_cached_tokens": 3 * 64}):
+        found = run(*pair, tokenizer, prompts, policy, **settings, **sizes)
+        assert [(t.token_ids, t.author) for t in found] == [(t.token_ids, t.author) for t in expected]
+
+
+def test_one_model_alone(tokenizer, prompts):
+    student, teacher = pair_of("lfm2", tokenizer)
+    alone = run(student, None, tokenizer, prompts, motab.OnPolicy())
+    scored = run(student, teacher, tokenizer, prompts, motab.OnPolicy())
+    assert [t.token_ids for t in scored] == [t.token_ids for t in alone]
+
+
+def test_a_student_does_not_draft_for_a_teacher(student, teacher, tokenizer):
+    """Each would read again what the teacher confirms of a draft. Where they keep no states, it is worth it."""
+    small, _ = pair_of("lfm2", tokenizer)
+    _, large = pair_of("lfm2", tokenizer, layer_types=["conv", "full_attention"] * 8)
+    assert not drafts_for(small, large, 4, False)
+    assert drafts_for(student, deeper(teacher, 16), 4, False)
+
+
+def test_beside_a_model_without_states(student, tokenizer, prompts):
+    """Of which each keeps what it can."""
+    _, teacher = pair_of("lfm2", tokenizer)
+    found = run(student, teacher, tokenizer, prompts[:5], POLICY)
+    for trajectory in found:
+        check_by_definition(trajectory, POLICY, teacher, tokenizer)
+
+
+@pytest.fixture
+def reading(tokenizer):
+    """A writer with two rows, and the ids of each pass that it reads."""
+    student, _ = pair_of("lfm2", tokenizer)
+    writer, passes = RecurrentWriter(student, 2, 64, len(tokenizer)), []
+    forward = writer.model.forward
+
+    def kept(input_ids, **inputs):
+        passes.append(input_ids.tolist())
+        return forward(input_ids=input_ids, **inputs)
+
+    writer.model.forward = kept
+    return writer, passes
+
+
+@torch.no_grad()
+def test_texts_are_read_without_padding(reading):
+    """In powers of two, together where they can be; and only what the cache does not hold."""
+    writer, passes = reading
+    writer.start({0: [*range(1, 12)], 1: [*range(1, 5)]})  # but for the last token of each
+    assert passes == [[[1, 2, 3, 4, 5, 6, 7, 8]], [[9, 10], [1, 2]], [[3]]]
+    assert (writer.lengths, writer.settled) == ([10, 3], [10, 3])
+    passes.clear()
+    writer.draft([0, 1], torch.tensor([11, 4]), 3, lambda step, offset: step.argmax(-1))
+    assert (writer.lengths, len(passes)) == ([13, 6], 3)
+    writer.rollback({0: 12, 1: 6})  # of row 0 it keeps what it held before the draft
+    assert (writer.lengths, writer.settled, writer.cache.lengths.tolist()) == ([10, 6], [10, 6], [10, 6])
+    writer.rollback({0: 9})  # and of that nothing
+    assert (writer.lengths, writer.settled, writer.cache.lengths.tolist()) == ([0, 6], [0, 6], [0, 6])
+
+
+def test_a_model_that_begins_anew_with_each_part_is_refused(tokenizer, prompts):
+    """transformers' Mamba layers do, where several tokens are read."""
+    pair = pair_of("jamba", tokenizer)
+    with pytest.raises(ValueError, match="must go on from them where it reads several tokens, got JambaForCausalLM"):
+        run(*pair, tokenizer, prompts, POLICY)
+
+
+def test_a_model_of_states_alone_is_refused(teacher, tokenizer, prompts):
+    sizes = MambaConfig(vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, eos_token_id=0)
+    with pytest.raises(ValueError, match="at least one layer with attention"):
+        run(MambaForCausalLM(sizes), teacher, tokenizer, prompts, POLICY)
+
+
+def test_compiled_models_are_refused(tokenizer, prompts):
+    pair = [model.float() for model in pair_of("lfm2", tokenizer)]
+    with pytest.raises(ValueError, match=r"torch_compile: .* got Lfm2ForCausalLM, which keeps recurrent states"):
+        run(*pair, tokenizer, prompts, POLICY, torch_compile=True)
+
+
+def test_states_count_where_memory_is_shared_out(tokenizer, monkeypatch):
+    """Twice for each row, since passes change a copy."""
+    student, _ = pair_of("lfm2", tokenizer)
+    size = memory.cache_bytes(student)
+    # Keys and values of 2 heads of 8, and the last three inputs of 32 channels, in float64.
+    assert size == (2 * 2 * 8 * 8, 3 * 32 * 8)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(memory, "cache_bytes", lambda model: size)
+    for name, value in {"memory_reserved": 5, "memory_allocated": 5, "mem_get_info": (100_000, 0)}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert memory.tokens_that_fit([on_gpu, on_gpu], 6) == (80_000 - 2 * 6 * 2 * size.of_row) // (2 * size.of_token)
+    assert memory.tokens_that_fit([on_gpu], 600) == 0
+
+
+def test_training_on_what_it_writes(tmp_path, tokenizer, prompts):
+    student, teacher = pair_of("lfm2", tokenizer)
+    before = copy.deepcopy(student)
+    trainer = motab.MotabTrainer(
+        *(student, teacher, config(tmp_path, loss_type="jsd", max_steps=2, per_device_train_batch_size=3)),
+        train_dataset=motab.Rollouts(prompts, POLICY, max_new_tokens=12, block_size=4),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert not all(map(torch.equal, student.parameters(), before.parameters()))
