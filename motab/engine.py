@@ -328,9 +328,12 @@ class Engine:
 
     def _settle(self, rows: list[Row], writers: tuple[Writer | None, ...]) -> None:
         """Cut the caches back to all of a row's tokens but the pending one."""
+        safe = None
+        if self.rules.delimiter is not None and self.rules.max_interventions not in (0, 1):
+            safe = {row.cache_row: row.safe_length - 1 for row in rows}
         for writer in writers:
             if writer is not None:
-                writer.rollback({row.cache_row: row.length - 1 for row in rows})
+                writer.rollback({row.cache_row: row.length - 1 for row in rows}, safe)
 
     def _to_host(self, *tensors: Tensor) -> list[Tensor]:
         """The only place where the host waits for the device: one transfer per round and model that writes."""

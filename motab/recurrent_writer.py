@@ -1,7 +1,8 @@
 """A writer whose model keeps recurrent or convolutional states beside keys and values, as Qwen3.5 or Granite 4 do.
 
 A state cannot be cut to any length: of a row that a rollback cuts, the cache keeps what it held at the last rollback,
-or nothing, and the engine lets the model read the rest again before it next writes or judges there (`Writer.catch_up`).
+at the last one before the step in progress, or nothing. The engine lets the model read the rest again before it next
+writes or judges there (`Writer.catch_up`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import motab_kernels as mk
 from motab import memory
 from motab.writer import PREFILL, Writer
 from motab_kernels.model_attention import as_it_generates
+from motab_kernels.tensors import on_device
 
 #: Of the logits' standard deviation, how much they may change where a text is read in parts.
 TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.25}
@@ -23,7 +25,7 @@ class RecurrentWriter(Writer):
     """A `Writer` that feeds no padding, since a state would sum it up with the text.
 
     Attributes:
-        settled: by row, the length that the cache can go back to.
+        settled, anchored: by row, the lengths that the cache can go back to.
 
     Raises:
         ValueError: the model does not go on from its states where it reads several tokens.
@@ -38,20 +40,27 @@ class RecurrentWriter(Writer):
         pages: memory.Pages | None = None,
     ):
         super().__init__(model, batch_size, max_length, vocab_size, pages)
-        self.settled = [0] * batch_size
+        self.settled, self.anchored = [0] * batch_size, [0] * batch_size
         _check_states(model)
 
-    def rollback(self, lengths: dict[int, int]) -> None:
-        """Keep at most the first ``lengths[row]`` tokens of each row named: all, those at the last rollback, or
-        none."""
+    def rollback(self, lengths: dict[int, int], safe: dict[int, int] | None = None) -> None:
+        """Keep at most the first ``lengths[row]`` tokens of each row named: all, those at the last rollback, those at
+        the last one that were safe, or none."""
+        if safe is not None:
+            assert self.cache.states is not None
+            positions = [safe.get(row, -1) for row in range(len(self.lengths))]
+            self.cache.states.anchor_(on_device(positions, self.device))
+            pairs = zip(positions, self.settled, self.anchored, strict=True)
+            self.anchored = [new if new <= position else old for position, new, old in pairs]
 
         def kept(row: int, length: int) -> int:
             if length == self.lengths[row]:
                 return length
-            return self.settled[row] if self.settled[row] <= length else 0
+            return next((n for n in (self.settled[row], self.anchored[row]) if n <= length), 0)
 
         super().rollback({row: kept(row, length) for row, length in lengths.items()})
         self.settled = list(self.lengths)
+        self.anchored = [anchor if length else 0 for anchor, length in zip(self.anchored, self.lengths, strict=True)]
 
     def catch_up(self, texts: dict[int, list[int]], width: int) -> None:
         """Read what another model wrote, or what a rollback cut: cache all but the last token of these texts.

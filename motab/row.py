@@ -84,6 +84,11 @@ class Row:
         return len(self.prompt_ids) + len(self.seen)
 
     @property
+    def safe_length(self) -> int:
+        """Tokens of prompt and text before the step in progress."""
+        return self.length - (len(self.target) - self.step_start)
+
+    @property
     def text(self) -> list[int]:
         """The tokens that the models see."""
         return self.text_from(0)

@@ -100,8 +100,9 @@ class Writer:
     def _of_all(self, lengths: dict[int, int]) -> list[int]:
         return [lengths.get(row, 0) for row in range(len(self.lengths))]
 
-    def rollback(self, lengths: dict[int, int]) -> None:
-        """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves."""
+    def rollback(self, lengths: dict[int, int], safe: dict[int, int] | None = None) -> None:
+        """Keep only the first ``lengths[row]`` tokens of each row named; no key or value moves. ``safe[row]`` are those
+        that a later rollback is likely to keep, if there may be several."""
         for row, length in lengths.items():
             self.lengths[row] = length
         new_lengths = on_device(self.lengths, self.device)

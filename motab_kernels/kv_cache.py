@@ -33,7 +33,8 @@ def truncate_kv_cache_(
     their token, not of their slot, so moving them between slots is exact.
 
     - ``RaggedKVCache``: an update of ``cache.lengths`` (B,), no key or value is touched; returns None. In a model with
-      recurrent states a row keeps all of its tokens, those that it had at the last truncation, or none.
+      recurrent states a row keeps all of its tokens, those that it had at the last truncation, those that were
+      anchored, or none.
     - ``DynamicCache``: rows are end-aligned (padded on the left). Every row's kept tokens move to the end of the new
       width, ``max(new_lengths)``, and the rest is dropped. ``layer.keys`` and ``layer.values`` become views of their
       former storage; tensors taken from the cache before hold moved data afterwards.

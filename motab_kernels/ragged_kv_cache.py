@@ -61,8 +61,9 @@ class RaggedKVCache(Cache):
     other attentions copy all visible slots.
 
     A recurrent or convolutional state sums up all tokens of its row. In a model with such layers (Qwen3.5, Granite 4,
-    Nemotron-H, ...) a row can keep all of its tokens, those that it had at the last truncation, or none, and nothing
-    between: keep what it had, and feed the rest of what it should keep again. Feed such a model no padding.
+    Nemotron-H, ...) a row can keep all of its tokens, those that it had at the last truncation, those that
+    ``states.anchor_`` anchored, or none, and nothing between: keep one of these, and feed the rest of what it should
+    keep again. Feed such a model no padding.
 
     Args:
         config: the model's configuration. Its attention must be one of these when ``prepare`` is called.

@@ -2,7 +2,8 @@
 
 A state sums up all tokens of its row: unlike keys and values it cannot be cut to any length, but it can be kept or
 forgotten. So the states of all B rows stay as they were settled, while forward passes change a working copy of those of
-the b rows that they feed; a truncation then settles the copy of each row that keeps all of its new tokens.
+the b rows that they feed; a truncation then settles the copy of each row that keeps all of its new tokens. A settled
+state can be anchored, to go back to it later.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ class RecurrentLayer(LinearAttentionLayer):
     def __init__(self, num_rows: int, number_of_states: int) -> None:
         super().__init__(number_of_states)
         self.num_rows = num_rows
-        self.settled: dict[tuple[str, int], Tensor] = {}  # (B, ...), allocated when the first ones are settled
+        # (B, ...), allocated when the first ones are settled or anchored.
+        self.settled: dict[tuple[str, int], Tensor] = {}
+        self.anchored: dict[tuple[str, int], Tensor] = {}
 
     def load(self, rows: Tensor | None) -> None:
         """Make the working copy of these rows, (b,) or None for all, from what is settled."""
@@ -48,17 +51,30 @@ class RecurrentLayer(LinearAttentionLayer):
                         self.settled[kind, number] = working.new_zeros(self.num_rows, *working.shape[1:])
                 storage = self.settled[kind, number]
                 before = storage if rows is None else storage.index_select(0, rows)
-                found = torch.where(keeps.view(-1, *[1] * (working.dim() - 1)), working, before)
+                found = torch.where(_by_row(keeps, working), working, before)
                 if rows is None:
                     storage.copy_(found)
                 else:
                     storage.index_copy_(0, rows, found)
         self._forget()
 
+    def anchor_(self, rows: Tensor) -> None:
+        """Anchor the settled states of the rows that this (B,) bool names."""
+        for key, storage in self.settled.items():
+            if key not in self.anchored:
+                with torch.inference_mode(False):
+                    self.anchored[key] = torch.zeros_like(storage)
+            _copy_rows_(self.anchored[key], storage, rows)
+
+    def go_back_(self, rows: Tensor) -> None:
+        """Settle the anchored states of the rows that this (B,) bool names."""
+        for key, storage in self.anchored.items():
+            _copy_rows_(self.settled[key], storage, rows)
+
     def empty_(self, rows: Tensor) -> None:
         """Forget the settled states of the rows that this (B,) bool names."""
         for storage in self.settled.values():
-            storage.masked_fill_(rows.view(-1, *[1] * (storage.dim() - 1)), 0)
+            storage.masked_fill_(_by_row(rows, storage), 0)
 
     def _forget(self) -> None:
         for kind in _KINDS:
@@ -66,6 +82,14 @@ class RecurrentLayer(LinearAttentionLayer):
                 getattr(self, kind)[number] = None
                 getattr(self, f"is_{kind}_initialized")[number] = False
                 self.has_previous_state[number] = False
+
+
+def _by_row(rows: Tensor, states: Tensor) -> Tensor:
+    return rows.view(-1, *[1] * (states.dim() - 1))
+
+
+def _copy_rows_(storage: Tensor, states: Tensor, rows: Tensor) -> None:
+    storage.copy_(torch.where(_by_row(rows, states), states, storage))
 
 
 class HybridLayer(RecurrentLayer, RaggedLayer):
@@ -92,12 +116,13 @@ class RecurrentStates:
     """The states of all layers of a cache, and of which lengths they are.
 
     Attributes:
-        settled_lengths: (B,) int64, the tokens that the settled states of each row sum up.
+        settled_lengths, anchored_lengths: (B,) int64, the tokens that the settled and the anchored states of each row
+            sum up. Without any a state is zero.
     """
 
     def __init__(self, layers: Sequence[RecurrentLayer], lengths: Tensor) -> None:
         self.layers = layers
-        self.settled_lengths = lengths.clone()
+        self.settled_lengths, self.anchored_lengths = lengths.clone(), lengths.clone()
         # Whether there is a working copy, and of which rows.
         self.has_copy = False
         self.copied_rows: Tensor | None = None
@@ -120,15 +145,29 @@ class RecurrentStates:
 
     def restorable(self, new_lengths: Tensor, lengths: Tensor) -> Tensor:
         """(B,): the most tokens that rows of these lengths can keep, up to the new ones."""
-        settled = torch.where(new_lengths >= self.settled_lengths, self.settled_lengths, 0)
+        anchored = torch.where(new_lengths >= self.anchored_lengths, self.anchored_lengths, 0)
+        settled = torch.where(new_lengths >= self.settled_lengths, self.settled_lengths, anchored)
         return torch.where(new_lengths == lengths, lengths, settled)
 
+    def anchor_(self, safe_lengths: Tensor) -> None:
+        """Anchor the settled states of rows that are of at most these lengths, (B,), which later rollbacks keep; what
+        was anchored of these rows before is forgotten. One more copy of all states."""
+        rows = self.settled_lengths <= safe_lengths
+        for layer in self.layers:
+            layer.anchor_(rows)
+        self.anchored_lengths.copy_(torch.where(rows, self.settled_lengths, self.anchored_lengths))
+
     def settle_(self, new_lengths: Tensor, lengths: Tensor) -> None:
-        """Keep the states of rows that keep all of their tokens, and forget those of rows that keep none; (B,) both."""
+        """Keep the states of rows that keep all of their tokens, go back to those of the others, which must be
+        `restorable`, and forget those of rows that keep none; (B,) both."""
         keeps = new_lengths == lengths
+        goes_back = ~keeps & (new_lengths < self.settled_lengths)
+        is_empty = new_lengths == 0
         for layer in self.layers:
             if self.has_copy:
                 layer.settle_(self.copied_rows, keeps if self.copied_rows is None else keeps[self.copied_rows])
-            layer.empty_(new_lengths == 0)
+            layer.go_back_(goes_back)
+            layer.empty_(is_empty)
         self.settled_lengths.copy_(new_lengths)
+        self.anchored_lengths.masked_fill_(is_empty, 0)
         self.has_copy = False

@@ -62,6 +62,27 @@ def test_batches_and_blocks_change_nothing(policy, tokenizer, prompts):
         assert [(t.token_ids, t.author) for t in found] == [(t.token_ids, t.author) for t in expected]
 
 
+@pytest.mark.parametrize("policy", ["step skd", "motab, four times"])
+def test_a_text_is_read_from_its_beginning_once(policy, tokenizer, prompts, monkeypatch):
+    """By each model, however often the teacher steps in: it goes on from before the step that is rewritten."""
+    begun, feed = [], RecurrentWriter._feed
+
+    def counted(writer, texts):
+        begun.extend((writer, row) for row in texts if writer.lengths[row] == 0)
+        feed(writer, texts)
+
+    monkeypatch.setattr(RecurrentWriter, "_feed", counted)
+    prompts = [[*prompt] * 2 for prompt in prompts]  # of at least two tokens, of which all but the last are read
+    found = run(*pair_of("lfm2", tokenizer), tokenizer, prompts, replace_backtrack(POLICIES[policy]), block_size=3)
+    assert sum(not step.accepted for t in found for step in t.steps) > 2 * len(found)
+    assert len(begun) == 2 * len(found)
+
+
+def replace_backtrack(policy):
+    """To the breaching step, as nearly always; further back a text is read from its beginning."""
+    return replace(policy, backtrack="breach") if isinstance(policy, motab.MotabPolicy) else policy
+
+
 def test_one_model_alone(tokenizer, prompts):
     student, teacher = pair_of("lfm2", tokenizer)
     alone = run(student, None, tokenizer, prompts, motab.OnPolicy())
@@ -114,6 +135,15 @@ def test_texts_are_read_without_padding(reading):
     assert (writer.lengths, writer.settled, writer.cache.lengths.tolist()) == ([10, 6], [10, 6], [10, 6])
     writer.rollback({0: 9})  # and of that nothing
     assert (writer.lengths, writer.settled, writer.cache.lengths.tolist()) == ([0, 6], [0, 6], [0, 6])
+    writer.rollback({1: 6}, {1: 7})
+    writer.draft([1], torch.tensor([4]), 2, lambda step, offset: step.argmax(-1))
+    writer.rollback({1: 8}, {1: 7})
+    assert (writer.lengths, writer.settled, writer.anchored) == ([0, 8], [0, 8], [0, 6])
+    writer.rollback({1: 7})  # what it held before the last rollback, which was safe
+    assert (writer.lengths, writer.cache.lengths.tolist()) == ([0, 6], [0, 6])
+    assert writer.anchored == writer.cache.states.anchored_lengths.tolist() == [0, 6]
+    writer.rollback({1: 0})
+    assert writer.anchored == writer.cache.states.anchored_lengths.tolist() == [0, 0]
 
 
 def test_a_model_that_begins_anew_with_each_part_is_refused(tokenizer, prompts):

@@ -109,6 +109,34 @@ def test_lengths_without_a_state():
     book.append(1)
 
 
+def test_anchored_states():
+    """Of rows that have not gone beyond what is safe; a row that keeps nothing has none."""
+    book = Book(recurrent_model("qwen3_5_text"))
+    book.append(4)
+    book.truncate(4, 4, 4)
+    book.cache.states.anchor_(torch.tensor([4, 9, 3]))
+    assert book.cache.states.anchored_lengths.tolist() == [4, 4, 0]
+    for _ in range(2):
+        book.append(2)
+        book.truncate(*book.cache.lengths.tolist())
+    restorable = book.cache.states.restorable(torch.tensor([7, 4, 7]), book.cache.lengths)
+    assert restorable.tolist() == [4, 4, 0]
+    book.append(1)
+    book.truncate(8, 4, 0)  # settled, anchored, none
+    book.append(3)
+    book.truncate(11, 4, 0)
+    book.cache.states.anchor_(torch.tensor([11, 4, -1]))
+    assert book.cache.states.anchored_lengths.tolist() == [11, 4, 0]
+    book.append(2)
+    book.truncate(13, 6, 2)
+    book.append(1)
+    book.truncate(11, 4, 0)
+    book.append(2)
+    book.truncate(0, 6, 2)
+    assert book.cache.states.anchored_lengths.tolist() == [0, 4, 0]
+    book.append(2)
+
+
 def test_a_pass_with_other_rows_settles_the_one_before():
     book = Book(recurrent_model("lfm2"))
     book.append(2, [0, 2])
