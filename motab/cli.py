@@ -121,9 +121,16 @@ def import_(arguments: list[str], console: Console) -> None:
     given = [solution_of(problem, index, args.solution_column) for index, problem in enumerate(problems)]
     solved = {id(problem): text for problem, text in zip(problems, given, strict=True) if text is not None}
     if not solved:
-        raise ValueError(f"{args.dataset_name} has no solution for any problem; give another --solution_column")
+        raise ValueError(
+            f"{args.dataset_name} has no solution for any problem, a text or the assistant's first message after the "
+            "prompt; give another --solution_column"
+        )
     if missing := len(problems) - len(solved):
-        print(f"motab import: {missing} of {len(problems)} problems have no solution and are left out", file=sys.stderr)
+        print(
+            f"motab import: {missing} of {len(problems)} problems have no solution, or one that does not follow their "
+            "prompt (a question stands last, or two messages of the assistant's), and are left out",
+            file=sys.stderr,
+        )
     problems = args.short_enough([problem for problem in problems if id(problem) in solved], tokenizer)
     texts = [solved[id(problem)] for problem in problems]
     if args.grade and all(problem.answer == text for problem, text in zip(problems, texts, strict=True)):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ _SHAREGPT_ROLES = {
     "assistant": "assistant",
     "system": "system",
 }
+#: Of a message, what an assistant thinks and does beside its content, which alone is a solution.
+_BESIDE = ("reasoning_content", "reasoning", "thinking", "tool_calls")
+_SYSTEM = "system"  # beside conversations, the column of the system's message
 _WAY_OUT = "rewrite it, or give another question_column"
 _MOST_SHOWN = 200  # characters of a refused value
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -33,13 +37,31 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 class Problem:
     """One question, its answer where the source has one, and the source's own record of it."""
 
-    prompt: str | list[dict[str, str]]
+    prompt: str | list[dict[str, Any]]
     answer: str | None
     record: Mapping[str, Any] = field(repr=False)
 
-    def messages(self) -> list[dict[str, str]]:
+    def messages(self) -> list[dict[str, Any]]:
         """The prompt as a list of messages, for a tokenizer with a chat template."""
         return [{"role": "user", "content": self.prompt}] if isinstance(self.prompt, str) else self.prompt
+
+
+class _Row(Mapping[str, Any]):
+    """A row of a dataset, read when it is asked for: the texts of a large one take more memory than a model."""
+
+    def __init__(self, dataset: Any, index: int):
+        self.dataset, self.index = dataset, index
+
+    def __getitem__(self, column: str) -> Any:
+        if column not in self.dataset.column_names:
+            raise KeyError(column)
+        return self.dataset[self.index][column]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.dataset.column_names)
+
+    def __len__(self) -> int:
+        return len(self.dataset.column_names)
 
 
 def load_problems(
@@ -61,8 +83,9 @@ def load_problems(
 
     Returns:
         The problems in order. A question is a text or a list of messages, as ``{"role": "user", "content": "a text"}``
-        or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped. An
-        answer is a text or a number, or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``; None otherwise.
+        or, as in ShareGPT, ``{"from": "human", "value": "a text"}``; an assistant's messages at the end are dropped,
+        and a column ``system`` beside messages is the system's, unless they have one. An answer is a text or a number,
+        or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``; None otherwise.
 
     Raises:
         ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
@@ -79,7 +102,8 @@ def load_problems(
         if given:
             raise ValueError(f"{dataset_name} is a task without columns to name, got {given}")
         return _reasoning_gym(dataset_name)
-    columns, rows = _table(dataset_name, split, config)
+    table = _table(dataset_name, split, config)
+    columns = list(table.column_names)
     for name, column in given.items():
         if column not in columns:
             raise ValueError(f"{name} must be a column of {dataset_name}, {' or '.join(columns)}, got {column!r}")
@@ -91,26 +115,30 @@ def load_problems(
             f"{dataset_name} has none of the question columns {', '.join(QUESTION_COLUMNS)}; it has "
             f"{', '.join(columns) or 'no columns'}; give the one that holds the question as question_column"
         )
+    read = {question, *([answer] if answer else []), *([_SYSTEM] if _SYSTEM in columns else [])}
+    with _reading(dataset_name):  # which finds bytes that are not text
+        rows = list(table.select_columns(sorted(read)))
     return [
         Problem(
-            _prompt(row[question], f"row {index} of {dataset_name}"),
+            _prompt(row[question], row.get(_SYSTEM), f"row {index} of {dataset_name}"),
             None if answer is None else _answer(row[answer]),
-            row,
+            _Row(table, index),
         )
         for index, row in enumerate(rows)
     ]
 
 
 def solution_of(problem: Problem, index: int, column: str | None = None) -> str | None:
-    """The solution in a problem's record: a text, or the last of its messages, if that is the assistant's; None if the
-    place is empty, or the last message is another's.
+    """The solution in a problem's record: a text, or the last of its messages; None if the place is empty, or this
+    message is not the assistant's first after the problem's prompt.
 
     Args:
         index: of the problem, for what is raised.
         column: where it is; None: the first found of `SOLUTION_COLUMNS`.
 
     Raises:
-        ValueError: no such column, or neither a text nor messages in it.
+        ValueError: no such column, neither a text nor messages in it, or a message with thinking or calls of tools
+            beside its content.
     """
     record = problem.record
     name = column or next((name for name in SOLUTION_COLUMNS if name in record), None)
@@ -121,13 +149,28 @@ def solution_of(problem: Problem, index: int, column: str | None = None) -> str 
         )
     found, where = record[name], f"column {name} of problem {index}"
     if isinstance(found, list) and found:
-        last = _message(_renamed(found[-1], where), where)
-        found = last["content"] if last["role"] == "assistant" else None
+        messages = [_message(_renamed(each, where), where, "give another solution_column") for each in found]
+        found = _last_answer(messages, problem, where)
     if found and not isinstance(found, str):
         raise ValueError(
             f"{where} must hold a text, or messages, got {_shown(found)}; give another one as solution_column"
         )
     return found if found and found.strip() else None
+
+
+def _last_answer(messages: list[dict[str, Any]], problem: Problem, where: str) -> str | None:
+    """What the assistant says last; None if that does not follow the prompt: another speaks last, or the assistant's
+    messages before it are not all in the prompt."""
+    *before, last = messages
+    said, known = (sum(message["role"] == "assistant" for message in each) for each in (before, problem.messages()))
+    if last["role"] != "assistant" or said != known:
+        return None
+    if beside := [name for name in _BESIDE if last.get(name)]:
+        raise ValueError(
+            f"{where} must have all that the assistant says last in its content, got {', '.join(beside)} beside it; "
+            "put it into content as the student writes it, such as <think>...</think>, or give another solution_column"
+        )
+    return str(last["content"])
 
 
 def _reasoning_gym(name: str) -> list[Problem]:
@@ -148,26 +191,33 @@ def _reasoning_gym(name: str) -> list[Problem]:
     return [Problem(entry["question"], str(entry["answer"]), entry) for entry in dataset]
 
 
-def _table(name: str, split: str, config: str | None) -> tuple[list[str], list[dict[str, Any]]]:
-    """The columns of a dataset, and its rows."""
+def _table(name: str, split: str, config: str | None) -> Any:
+    """A dataset, whose rows are read as they are asked for."""
     import datasets
 
     path = Path(name)
     if not path.is_file():
         try:
-            rows = datasets.load_dataset(name, config, split=split)
+            return datasets.load_dataset(name, config, split=split)
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise ValueError(
                 f"{name!r} is neither a local file nor a dataset of the hub with split {split!r}: {error}"
             ) from error
-        return list(rows.column_names), list(rows)
     if path.suffix not in _READERS:
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
+    with _reading(name):
+        return datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Name the dataset, and what is wrong with it, where it cannot be read."""
+    import datasets
+
     try:
-        rows = datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
-        return list(rows.column_names), list(rows)  # reading the rows finds bytes that are not text
+        yield
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        got = _broken_line(path) if path.suffix == ".jsonl" else None
+        got = _broken_line(Path(name)) if name.endswith(".jsonl") and Path(name).is_file() else None
         got = got or str(error.__cause__ or error) or "no rows"  # for an empty file datasets gives no message
         raise ValueError(f"{name} must hold rows of one kind, each a problem, got {got}") from error
 
@@ -193,7 +243,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "..."
 
 
-def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
+def _prompt(question: Any, system: Any, where: str) -> str | list[dict[str, Any]]:
     if isinstance(question, str):
         if not question.strip():
             raise ValueError(f"{where} has an empty question, got {question!r}")
@@ -207,7 +257,10 @@ def _prompt(question: Any, where: str) -> str | list[dict[str, str]]:
         messages.pop()
     if not messages:
         raise ValueError(f"{where} has no message but the assistant's: a prompt must end with the user's")
-    return [_message(message, where) for message in messages]
+    found = [_message(message, where) for message in messages]
+    if isinstance(system, str) and system.strip() and all(message["role"] != "system" for message in found):
+        found.insert(0, {"role": "system", "content": system})
+    return found
 
 
 def _answer(answer: Any) -> str | None:
@@ -229,8 +282,9 @@ def _renamed(message: Any, where: str) -> Any:
     return {"role": role, "content": message.get("value")}
 
 
-def _message(message: Any, where: str) -> dict[str, str]:
-    """A message whose content is a text; a list of text parts is joined."""
+def _message(message: Any, where: str, way_out: str = _WAY_OUT) -> dict[str, Any]:
+    """A message whose content is a text, with what else a chat template may read of it; a list of text parts is
+    joined."""
     role, content = (message.get(name) if isinstance(message, Mapping) else None for name in ("role", "content"))
     if isinstance(content, list):
         is_text = [isinstance(part, Mapping) and part.get("type") == "text" for part in content]
@@ -238,6 +292,7 @@ def _message(message: Any, where: str) -> dict[str, str]:
         content = "".join(texts) if texts and all(isinstance(text, str) for text in texts) else None
     if not isinstance(role, str) or not isinstance(content, str):
         raise ValueError(
-            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got {_shown(message)}; {_WAY_OUT}'
+            f'{where} must have messages as {{"role": "user", "content": "a text"}}, got {_shown(message)}; {way_out}'
         )
-    return {"role": role, "content": content}
+    others = {name: value for name, value in message.items() if value is not None}  # a table has null for "not there"
+    return {**others, "role": role, "content": content}

@@ -123,7 +123,7 @@ def _passes(task: str, stated: str | None, record: Mapping[str, Any]) -> bool:
     if threading.current_thread() is threading.main_thread():  # which alone gets a signal
         score = timeout(_SECONDS)(score)
     try:
-        return bool(score(stated, record) == 1.0)
+        return bool(score(stated, dict(record)) == 1.0)
     except (Exception, TimeoutException):
         return False
 

@@ -71,6 +71,36 @@ def test_conversations_as_sharegpt_has_them(jsonl, column, user, assistant):
     assert problem.prompt == [{"role": role, "content": text} for role, (_, text) in zip(roles, said[:4], strict=True)]
 
 
+def test_a_column_of_the_system(jsonl):
+    """As Bespoke-Stratos and Sky-T1 have it: without, the student would be asked otherwise than the texts' writer."""
+    said = [{"from": "human", "value": "1+1?"}, {"from": "gpt", "value": "2"}]
+    rows = [{"system": system, "conversations": said} for system in ("Add.", " ", None)]
+    user = {"role": "user", "content": "1+1?"}
+    found = [problem.prompt for problem in load_problems(jsonl(*rows))]
+    assert found == [[{"role": "system", "content": "Add."}, user], [user], [user]]
+    (problem,) = load_problems(jsonl({"system": "Add.", "question": "1+1?"}))
+    assert problem.prompt == "1+1?"
+
+
+def test_what_a_template_may_read_beside_a_content(jsonl):
+    call = {"type": "function", "function": {"name": "add"}}
+    said = [
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "name": "add"},
+    ]
+    (problem,) = load_problems(jsonl({"messages": said}))
+    assert problem.prompt == said
+
+
+def test_rows_are_read_when_they_are_asked_for(jsonl):
+    first, second = load_problems(jsonl({"question": "a?", "n": 1}, {"question": "b?", "n": 2}))
+    assert (dict(second.record), len(second.record)) == ({"question": "b?", "n": 2}, 2)
+    assert "none" not in first.record
+    assert first.record.get("n") == 1
+    assert not any(isinstance(value, dict) for value in vars(first).values())
+
+
 def test_columns_of_other_names(jsonl):
     path = jsonl({"question": "no", "ask": "1+1?", "answer": "no", "gold": 2})
     load = lambda **columns: [(p.prompt, p.answer) for p in load_problems(path, **columns)]  # noqa: E731

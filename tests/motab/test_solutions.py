@@ -81,6 +81,8 @@ SHAREGPT = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "s"}]
         ({"messages": MESSAGES}, None, "m"),
         ({"conversations": SHAREGPT}, None, "s"),
         ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, None, "m"),
+        ({"messages": [{"role": "system", "content": "Add."}, *MESSAGES]}, None, "m"),
+        ({"messages": [{**MESSAGES[1], "thinking": None, "tool_calls": [], "reasoning_content": ""}]}, None, "m"),
         ({"problem": "q", "r1": " s\n"}, "r1", " s\n"),
     ],
 )
@@ -98,6 +100,13 @@ def test_where_a_solution_is(record, column, solution):
         ),
         ({"problem": "q", "solution": "s"}, "r1", "must have a column r1 with its solution, got problem, solution"),
         ({"solution": ["s"]}, None, "column solution of problem 4 must have messages as"),
+        (
+            {"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "r", "thinking": None}]},
+            None,
+            "column messages of problem 4 must have all .* in its content, got reasoning_content beside it; put",
+        ),
+        ({"messages": [{**MESSAGES[1], "thinking": "t", "tool_calls": [{}]}]}, None, "got thinking, tool_calls beside"),
+        ({"generations": ["s"]}, "generations", 'got "s"; give another solution_column'),
         ({"solution": 7}, None, "column solution of problem 4 must hold a text, or messages, got 7; give another"),
     ],
 )
@@ -111,6 +120,24 @@ def test_no_solution(record, column, message):
 )
 def test_an_empty_place(record):
     assert solution_of(Problem("q", None, record), 4) is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "record"),
+    [
+        ("q", {"messages": [*MESSAGES, MESSAGES[1]]}),  # of which a prompt holds neither
+        ("q", {"completion": [MESSAGES[1], *MESSAGES]}),
+        (MESSAGES[:1], {"completion": [MESSAGES[1], MESSAGES[0], MESSAGES[1]]}),
+    ],
+)
+def test_a_solution_of_another_prompt(prompt, record):
+    """What the assistant said before would be lost."""
+    assert solution_of(Problem(prompt, None, record), 4) is None
+
+
+def test_the_last_turn_of_several():
+    messages = [*MESSAGES, {"role": "user", "content": "r"}, {"role": "assistant", "content": "n"}]
+    assert solution_of(Problem(messages[:3], None, {"messages": messages}), 4) == "n"
 
 
 QUESTION = "State the final answer to the following arithmetic problem: 38 - 57 ="
@@ -165,13 +192,13 @@ def test_problems_without_a_solution_are_left_out(command, tmp_path, capsys):
     rows.insert(0, {**rows[0], "problem": "Another?", "solution": None})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(command) == 0
-    assert "1 of 3 problems have no solution and are left out" in capsys.readouterr().err
+    assert "1 of 3 problems have no solution, or one that" in capsys.readouterr().err
     found = motab.read_trajectories(tmp_path / "run" / "trajectories.jsonl")
     assert [(t.index, r"\boxed{-19}" in t.text) for t in found] == [(0, True), (1, False)]
     assert found[0].prompt_ids == found[1].prompt_ids
     path.write_text(json.dumps(rows[0]) + "\n")
     assert main([*command, "--output_dir", str(tmp_path / "none")]) == 2
-    assert "has no solution for any problem; give another --solution_column" in capsys.readouterr().err
+    assert "has no solution for any problem, a text or the assistant's first message after" in capsys.readouterr().err
 
 
 def test_a_solution_is_not_graded_by_itself(command, tmp_path, capsys):
