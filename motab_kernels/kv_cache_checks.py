@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import is_integer
+
 
 def refuse_inexact(cache: Any) -> None:
     """Raise if a layer does not hold exactly the keys and values of its tokens."""
@@ -42,14 +44,14 @@ def check_tail(tail: str) -> None:
 
 def lengths_tensor(new_lengths: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
     """``new_lengths`` as (B,) int64 on the device; negative ones are refused if the host can read them."""
-    if isinstance(new_lengths, int) and not isinstance(new_lengths, bool):
+    if not isinstance(new_lengths, Tensor):
+        if not is_integer(new_lengths):
+            raise ValueError(f"new_lengths: expected an int or a tensor, got {new_lengths!r}")
         if new_lengths < 0:
             raise ValueError(f"new_lengths: expected values >= 0, got {new_lengths}")
         return torch.full((batch_size,), new_lengths, dtype=torch.int64, device=device)
-    if not isinstance(new_lengths, Tensor):
-        raise ValueError(f"new_lengths: expected an int or a tensor, got {new_lengths!r}")
-    is_integer = not (new_lengths.is_floating_point() or new_lengths.is_complex() or new_lengths.dtype == torch.bool)
-    if not is_integer or tuple(new_lengths.shape) != (batch_size,):
+    is_whole = not (new_lengths.is_floating_point() or new_lengths.is_complex() or new_lengths.dtype == torch.bool)
+    if not is_whole or tuple(new_lengths.shape) != (batch_size,):
         raise ValueError(
             f"new_lengths: expected shape ({batch_size},) and an integer dtype, got {tuple(new_lengths.shape)} "
             f"{new_lengths.dtype}"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from motab_kernels.arguments import check_count, is_integer
 from motab_kernels.attention_checks import PAGE_MULTIPLE
 from motab_kernels.tensors import on_device
 
@@ -26,9 +27,8 @@ class PageTable:
     """
 
     def __init__(self, batch_size: int, max_length: int, num_pages: int, page_size: int, device: torch.device):
-        if not isinstance(num_pages, int) or num_pages < 1:
-            raise ValueError(f"num_pages: expected None or a positive int, got {num_pages!r}")
-        if not isinstance(page_size, int) or page_size < 1 or page_size % PAGE_MULTIPLE:
+        check_count("num_pages", num_pages)
+        if not is_integer(page_size) or page_size < 1 or page_size % PAGE_MULTIPLE:
             raise ValueError(f"page_size: expected a multiple of {PAGE_MULTIPLE} tokens, got {page_size!r}")
         self.num_pages, self.page_size, self.max_length = num_pages, page_size, max_length
         self.of_row: list[list[int]] = [[] for _ in range(batch_size)]

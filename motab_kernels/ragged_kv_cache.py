@@ -15,6 +15,7 @@ from packaging.version import Version
 from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
+from motab_kernels.arguments import check_count, is_integer
 from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, ForwardPass
 from motab_kernels.page_table import PageTable
@@ -102,9 +103,8 @@ class RaggedKVCache(Cache):
         num_pages: int | None = None,
         page_size: int = 256,
     ) -> None:
-        for name, size in (("batch_size", batch_size), ("max_length", max_length)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}: expected a positive int, got {size!r}")
+        check_count("batch_size", batch_size)
+        check_count("max_length", max_length)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError("config: expected a decoder-only model, got an encoder-decoder, with cross-attention")
         self.config = config.get_text_config(decoder=True)
@@ -246,10 +246,9 @@ class RaggedKVCache(Cache):
         return visible
 
     def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> ForwardPass:
-        if not isinstance(num_tokens, int) or num_tokens < 1:
-            raise ValueError(f"num_tokens: expected a positive int, got {num_tokens!r}")
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 0):
-            raise ValueError(f"max_length: expected None or an int of at least 0, got {max_length!r}")
+        check_count("num_tokens", num_tokens)
+        if max_length is not None:
+            check_count("max_length", max_length, 0)
         bound = self.visible_length if max_length is None else max_length
         visible_length = bound + num_tokens
         if visible_length > self.max_length:
@@ -303,7 +302,7 @@ class RaggedKVCache(Cache):
         if on_host and bool((lengths > self.lengths).any()):
             raise ValueError(f"new_lengths: expected at most lengths = {self.lengths.tolist()}, got {lengths.tolist()}")
         if max_length is not None:
-            if not isinstance(max_length, int) or max_length < 0 or (bound is not None and bound > max_length):
+            if not is_integer(max_length) or max_length < 0 or (bound is not None and bound > max_length):
                 raise ValueError(f"max_length: expected an int that bounds new_lengths, got {max_length!r}")
             bound = max_length if bound is None else bound
         lengths = torch.minimum(lengths, self.lengths).clamp_(min=0)  # where the host does not check
@@ -388,6 +387,6 @@ class RaggedKVCache(Cache):
 
 def _known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None:
     """The new lengths' values, if the host knows them without waiting for a device."""
-    if isinstance(new_lengths, int):
+    if not isinstance(new_lengths, Tensor):
         return [new_lengths]
     return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None

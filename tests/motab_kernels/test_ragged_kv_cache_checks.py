@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 import ragged_kv_cache_cases
 import torch
@@ -42,8 +43,8 @@ def test_wrong_pages(llama):
     with torch.no_grad():
         llama(torch.ones(BATCH, 3, dtype=torch.long), **cache.prepare(3))
     cache.prepare(1)  # a row without pages is padding
-    for wrong in ({"num_pages": 0}, {"num_pages": 2.0}):
-        with pytest.raises(ValueError, match="num_pages: expected None or a positive int, got"):
+    for wrong in ({"num_pages": 0}, {"num_pages": 2.0}, {"num_pages": True}):
+        with pytest.raises(ValueError, match="num_pages: expected an integer >= 1, got"):
             ragged_cache(llama, **wrong)
     for page_size in (0, 32, 64.0):
         with pytest.raises(ValueError, match="page_size: expected a multiple of 64 tokens, got"):
@@ -97,31 +98,43 @@ def test_wrong_lengths(llama, new_lengths, message):
     assert book.cache.lengths.tolist() == [7, 3, 9]
 
 
+def test_integers_of_numpy(llama):
+    cache = mk.RaggedKVCache(
+        llama.config, *np.array([2, 128]), num_pages=np.int64(2), page_size=np.int64(64), dtype=torch.float64
+    )
+    cache.reserve_(np.array([5, 5]))
+    with torch.no_grad():
+        llama(torch.ones(2, 5, dtype=torch.long), **cache.prepare(np.int64(5), max_length=np.int64(0)))
+    mk.truncate_kv_cache_(cache, np.int64(3), max_length=np.int64(3))
+    assert cache.lengths.tolist() == [3, 3]
+
+
 def test_wrong_arguments(llama):
     cache = ragged_cache(llama)
     with pytest.raises(ValueError, match='"keep" or "zero"'):
         mk.truncate_kv_cache_(cache, 0, tail="drop")
     with pytest.raises(ValueError, match="knows its lengths"):
         mk.truncate_kv_cache_(cache, 0, torch.ones(BATCH, 1))
-    with pytest.raises(ValueError, match="num_tokens: expected a positive int, got 0"):
+    with pytest.raises(ValueError, match="num_tokens: expected an integer >= 1, got 0"):
         cache.prepare(0)
     for rows in (torch.tensor([0, 0]), torch.tensor([3]), torch.tensor([-1]), torch.tensor([], dtype=torch.int64)):
         with pytest.raises(ValueError, match=r"rows: expected distinct ones within \[0, 3\)"):
             cache.prepare(1, rows=rows)
     with pytest.raises(ValueError, match="rows: expected None or"):
         cache.prepare(1, rows=[0])
-    with pytest.raises(ValueError, match="max_length: expected None or an int of at least 0, got -1"):
+    with pytest.raises(ValueError, match="max_length: expected an integer >= 0, got -1"):
         cache.prepare(1, max_length=-1)
     with pytest.raises(ValueError, match=r"keys: expected .* = \(\(3, 3\), torch.float64"):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(3) | {"position_ids": None})
     with pytest.raises(ValueError, match="no_grad"):
         llama(input_ids=torch.ones(BATCH, 2, dtype=torch.long), **cache.prepare(2))
-    with pytest.raises(ValueError, match="batch_size: expected a positive int"):
-        mk.RaggedKVCache(llama.config, 0, 4)
+    for batch_size in (0, True):
+        with pytest.raises(ValueError, match="batch_size: expected an integer >= 1"):
+            mk.RaggedKVCache(llama.config, batch_size, 4)
     for refused in (cache.reorder_cache, cache.batch_repeat_interleave, cache.batch_select_indices):
         with pytest.raises(ValueError, match="RaggedKVCache"):
             refused(None)
-    for max_length in (-1, 2.0):
+    for max_length in (-1, 2.0, True):
         with pytest.raises(ValueError, match=f"max_length: expected an int that bounds new_lengths, got {max_length}"):
             mk.truncate_kv_cache_(cache, 0, max_length=max_length)
     with (
