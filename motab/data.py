@@ -77,7 +77,8 @@ def load_problems(
     Args:
         dataset_name: ``reasoning-gym:TASK?size=N&seed=S`` (any other setting of the task may follow), the path of a
             JSONL, JSON or parquet file, or the name of a dataset on the hub.
-        split, config: split and configuration of a hub dataset; the latter is needed if there are several.
+        split, config: split and configuration of a hub dataset; the latter is needed if there are several. A file is
+            whatever split is named, so that ``train[:100]`` is its first 100 rows.
         question_column, answer_column: names of columns; None: the first found of `QUESTION_COLUMNS`, and of
             `ANSWER_COLUMNS` if there is one.
 
@@ -101,6 +102,8 @@ def load_problems(
     if dataset_name.startswith("reasoning-gym:"):
         if given:
             raise ValueError(f"{dataset_name} is a task without columns to name, got {given}")
+        if "[" in split:
+            raise ValueError(f"{dataset_name} has no splits to take a part of, got {split!r}; set its size")
         return _reasoning_gym(dataset_name)
     table = _table(dataset_name, split, config)
     columns = list(table.column_names)
@@ -206,7 +209,8 @@ def _table(name: str, split: str, config: str | None) -> Any:
     if path.suffix not in _READERS:
         raise ValueError(f"{name} must end in one of {', '.join(_READERS)}, got {path.suffix!r}")
     with _reading(name):
-        return datasets.load_dataset(_READERS[path.suffix], data_files=name, split="train")
+        whole = split.partition("[")[0]  # the file is the split that is asked for, of which a part may be
+        return datasets.load_dataset(_READERS[path.suffix], data_files={whole: name}, split=split)
 
 
 @contextmanager

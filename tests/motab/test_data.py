@@ -124,6 +124,21 @@ def test_parquet(tmp_path):
     assert [(p.prompt, p.answer) for p in load_problems(str(path))] == [("a?", "1"), ("b?", None)]
 
 
+@pytest.mark.parametrize(
+    ("split", "questions"), [("train", "abcd"), ("test", "abcd"), ("train[:2]", "ab"), ("test[50%:]", "cd")]
+)
+def test_a_part_of_a_file(jsonl, split, questions):
+    path = jsonl(*({"question": letter} for letter in "abcd"))
+    assert "".join(problem.prompt for problem in load_problems(path, split)) == questions
+
+
+def test_a_split_that_is_none(jsonl):
+    with pytest.raises(ValueError, match=r"got .*train\[:x\]"):
+        load_problems(jsonl({"question": "a"}), "train[:x]")
+    with pytest.raises(ValueError, match=r"has no splits to take a part of, got 'train\[:2\]'; set its size"):
+        load_problems("reasoning-gym:chain_sum?size=5&seed=1", "train[:2]")
+
+
 def test_a_configuration_is_asked_for(monkeypatch):
     asked = []
     table = datasets.Dataset.from_list([{"question": "1+1?", "answer": "2"}])
