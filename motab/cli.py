@@ -12,6 +12,7 @@ from typing import Any
 
 import transformers
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from rich.console import Console
 from rich.text import Text
 from safetensors import SafetensorError
@@ -155,6 +156,8 @@ def train(arguments: list[str], console: Console) -> None:
     teacher_name = args.teacher_model_name_or_path
     if config.loss_type != "cross_entropy" or (args.writes() and needs_teacher(args.make_policy())):
         require(teacher_model_name_or_path=teacher_name)
+    if config.push_to_hub:
+        Processes().from_main(lambda: _check_login(config))
     tokenizer = load_tokenizer(args.model_name_or_path, *([teacher_name] if teacher_name else []))
     data = args.train_file
     if data and args.writes():
@@ -210,6 +213,17 @@ def train(arguments: list[str], console: Console) -> None:
     processes.from_main(lambda: record(folder, settings, finished=True))
     loss = f", held-out loss {trainer.evaluate()['eval_loss']:.4f}" if held_out else ""
     console.print(f"{folder}: the trained model{loss}")
+
+
+def _check_login(config: MotabConfig) -> None:
+    """Refuse a push to a hub that cannot be reached, or that knows no user, before anything is trained."""
+    try:
+        HfApi(token=config.hub_token).whoami()
+    except Exception as error:  # the hub's client has had its errors from three packages
+        raise ValueError(
+            f"--push_to_hub needs the hub and a user known to it, got {' '.join(str(error).split())}; log in (hf auth "
+            "login), give --hub_token, or leave it out"
+        ) from error
 
 
 def evaluate(arguments: list[str], console: Console) -> None:

@@ -175,6 +175,22 @@ def test_a_teacher_that_is_missing_is_named_before_anything_is_loaded(capsys, mo
         assert "give --teacher_model_name_or_path" in capsys.readouterr().err
 
 
+def test_a_push_to_a_hub_that_is_not_reached(training, capsys, monkeypatch):
+    """Is refused before anything is loaded: after a training it would be too late."""
+
+    class ConnectError(Exception):  # as that of httpx, which is no OSError
+        pass
+
+    def whoami(api):
+        raise ConnectError("no\nname")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.whoami", whoami)
+    monkeypatch.setattr("motab.cli.load_model", lambda *_, **__: pytest.fail("loaded"))
+    assert main([*training[0], "--push_to_hub"]) == 2
+    told = capsys.readouterr().err
+    assert "--push_to_hub needs the hub and a user known to it, got no name; log in" in told
+
+
 def test_a_folder_that_cannot_be_made(training, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert main([*training[0][:-1], str(tmp_path / "file" / "model")]) == 2
