@@ -69,7 +69,8 @@ def trajectories_in(
             except ValueError as error:
                 raise ValueError(
                     f"line {number} of {path} must hold one whole trajectory, got {error}; rerun the motab "
-                    "synthesize that wrote the file, which rewrites the line, or remove the line"
+                    "synthesize that wrote the file, which rewrites the line, or remove the line; of a dataset with "
+                    "solutions motab import makes such a file, and train --dataset_name takes one with problems"
                 ) from error
             if not statistics:
                 trajectory.statistics = {}

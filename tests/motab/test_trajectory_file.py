@@ -52,6 +52,13 @@ def test_a_damaged_line(tmp_path, line, message):
         assert "\n" not in str(error.value)
 
 
+def test_a_dataset_is_no_file_of_trajectories(tmp_path):
+    path = tmp_path / "limo.jsonl"
+    path.write_text('{"question": "1+1?", "answer": "2"}\n')
+    with pytest.raises(ValueError, match=r"unknown question, answer; .*; of a dataset with solutions motab import"):
+        motab.read_trajectories(path)
+
+
 def test_bytes_that_are_no_text(tmp_path):
     path = tmp_path / "trajectories.jsonl"
     path.write_bytes(WHOLE.to_json().encode() + b"\n\xff\n")
