@@ -310,7 +310,9 @@ def show(arguments: list[str], console: Console) -> None:
     found, indices = None, []
     for each in some_trajectories_in(args.file, statistics=False):
         indices.append(each.index)
-        found = each if each.index == args.index else found
+        if each.index == args.index:  # the rest of a file of gigabytes need not be read
+            found = each
+            break
     if found is None:
         there = f"{len(indices)} from {min(indices)} to {max(indices)}"
         raise ValueError(f"--index must be that of a trajectory in {args.file}, {there}, got {args.index}")

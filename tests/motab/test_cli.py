@@ -119,6 +119,8 @@ def test_show_finds_a_trajectory_by_its_index(tmp_path, capsys):
     assert main(["show", "--output_dir", str(tmp_path), "--index", "0"]) == 2
     assert "of a trajectory in" in (err := capsys.readouterr().err)
     assert "2 from 2 to 5, got 0" in err
+    path.write_text(path.read_text() + "a line behind it\n")
+    assert main(["show", "--output_dir", str(tmp_path), "--index", "5"]) == 0  # what is behind it is not read
 
 
 def test_an_interrupted_command(config, tmp_path, capsys, monkeypatch):
