@@ -18,6 +18,17 @@ from transformers import HfArgumentParser
 from motab.yaml_values import load_yaml
 
 T = TypeVar("T")
+#: By names that TRL and transformers have, or had, for a setting, those that it has here.
+_ELSEWHERE = {
+    "max_completion_length": "max_new_tokens",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "no_cuda": "use_cpu",
+    "dataset": "dataset_name",
+    "dataset_train_split": "dataset_split",
+    "lr": "learning_rate",
+    "warmup_ratio": "warmup_steps",
+}
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -163,8 +174,13 @@ def _unknown_flags(rest: list[str], known: list[str], command: str) -> str:
 
 
 def _with_nearest(name: str, known: Iterable[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, 1)
-    return f"{name} (did you mean {nearest[0]}?)" if nearest else name
+    """A name, and the known one that is meant: by its name in TRL or transformers, its beginning, or its letters."""
+    bare = name.lstrip("-")
+    names = {each.lstrip("-"): each for each in known}
+    meant = [each for each in names if each == _ELSEWHERE.get(bare)]
+    meant += [each for each in names if each.startswith(f"{bare}_")]
+    meant += difflib.get_close_matches(bare, names, 1, 0.7)
+    return f"{name} (did you mean {names[meant[0]]}?)" if meant else name
 
 
 def require(**settings: str) -> None:

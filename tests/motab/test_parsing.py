@@ -110,6 +110,26 @@ def test_what_flags_cannot_say(flags, message):
         parse(EvaluateArguments, flags, "some")
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--max_completion_length", " (did you mean --max_new_tokens?)"),
+        ("--torch_dtype", " (did you mean --dtype?)"),
+        ("--warmup_ratio", " (did you mean --warmup_steps?)"),
+        ("--lr", " (did you mean --learning_rate?)"),
+        ("--dataset", " (did you mean --dataset_name?)"),
+        ("--model_name", " (did you mean --model_name_or_path?)"),
+        ("--use_vllm", ""),
+        ("--packing", ""),
+    ],
+)
+def test_flags_of_trl(given, meant):
+    """A flag is named that does the same; none rather than one whose letters are similar."""
+    with pytest.raises(ValueError, match="unknown flag") as error:
+        parse((TrainArguments, motab.MotabConfig), [given, "1"], "train")
+    assert str(error.value) == f"unknown flag {given}{meant}; see motab train --help"
+
+
 def test_numbers_in_settings_of_a_template():
     args = parse(EvaluateArguments, ["--chat_template_kwargs", "{a: 1e-3}"], "some")
     assert args.prompt_format().chat_template_kwargs == {"a": 1e-3}
