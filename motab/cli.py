@@ -232,6 +232,9 @@ def evaluate(arguments: list[str], console: Console) -> None:
     state = _state(console)
     bits = args.bits()
     require(model_name_or_path=args.model_name_or_path, dataset_name=args.dataset_name)
+    for name in ("output_file", "answers_file"):
+        if (path := getattr(args, name)) and Path(path).is_dir():
+            raise ValueError(f"--{name} must be a file to write, got the folder {path!r}; add a name")
     prompt_format = args.prompt_format()
     problems = args.load(args.dataset_name, args.dataset_split)
     check_answers(problems)

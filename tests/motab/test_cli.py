@@ -87,10 +87,10 @@ def test_from_synthesis_to_report(config, tmp_path, capsys, monkeypatch):
     assert [(json.loads(line)["index"], json.loads(line)["sample"]) for line in lines] == [
         (index, sample) for index in range(6) for sample in range(2)
     ]
-    assert main([*command, *answers, "--output_file", str(model)]) == 2  # a folder
+    assert main([*command, *answers, "--output_file", str(figures / "in_a_file")]) == 2
     printed, error = capsys.readouterr()
     assert "mean over 2 samples of 6 problems" in printed
-    assert "Is a directory" in error
+    assert "File exists" in error
 
 
 def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
@@ -104,6 +104,14 @@ def test_the_bar_begins_at_what_is_there(config, tmp_path, capsys, monkeypatch):
         capsys.readouterr()
         assert main(command) == 0
         assert " 6/6 " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["output_file", "answers_file"])
+def test_results_into_a_folder_are_refused_before_anything_is_read(tmp_path, capsys, name):
+    """After an evaluation they would be lost."""
+    command = ["evaluate", "--model_name_or_path", "none", "--dataset_name", "none", f"--{name}", str(tmp_path)]
+    assert main(command) == 2
+    assert f"--{name} must be a file to write, got the folder" in capsys.readouterr().err
 
 
 def test_show_finds_a_trajectory_by_its_index(tmp_path, capsys):
