@@ -14,7 +14,7 @@ from yaml import YAMLError
 
 from motab.yaml_values import load_yaml
 
-QUESTION_COLUMNS = ("question", "problem", "input", "prompt", "messages", "conversations")
+QUESTION_COLUMNS = ("question", "problem", "instruction", "input", "prompt", "messages", "conversations")
 ANSWER_COLUMNS = ("answer", "output", "solution", "reward_model")
 SOLUTION_COLUMNS = ("solution", "response", "completion", "messages", "conversations", "output")
 #: Roles in ShareGPT conversations; OpenThoughts-114k uses the role names of messages.
@@ -89,8 +89,8 @@ def load_problems(
         or, as in verl's ``reward_model``, ``{"ground_truth": "a text"}``; None otherwise.
 
     Raises:
-        ValueError: an unknown task or setting, another file type, no question column, a row without a question, a
-            configuration for something that is not on the hub.
+        ValueError: an unknown task or setting, another file type, no question column, or one that may be half of it, a
+            row without a question, a configuration for something that is not on the hub.
     """
     if not isinstance(dataset_name, str | Path) or not dataset_name:
         raise ValueError(f"dataset_name must be a task, a file or a dataset of the hub, got {dataset_name!r}")
@@ -111,6 +111,11 @@ def load_problems(
         if column not in columns:
             raise ValueError(f"{name} must be a column of {dataset_name}, {' or '.join(columns)}, got {column!r}")
     question = question_column or next((column for column in QUESTION_COLUMNS if column in columns), None)
+    if question_column is None and question == "instruction" and "input" in columns:
+        raise ValueError(
+            f"{dataset_name} has columns instruction and input, of which a question may be in both, as in Alpaca; put "
+            "them together in one column, or give the one that holds the question as question_column"
+        )
     others = (column for column in ANSWER_COLUMNS if column in columns and column != question)
     answer = answer_column or next(others, None)
     if question is None:

@@ -153,6 +153,15 @@ def test_a_configuration_of_what_has_none(jsonl):
             load_problems(name, config="main")
 
 
+def test_instructions(tmp_path):
+    """With an input beside it only where the column is named."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"instruction": "Add 1 and 2.", "output": "3"}) + "\n")
+    assert [(p.prompt, p.answer) for p in load_problems(path)] == [("Add 1 and 2.", "3")]
+    path.write_text(json.dumps({"instruction": "Add.", "input": "1, 2"}) + "\n")
+    assert [p.prompt for p in load_problems(path, question_column="instruction")] == ["Add."]
+
+
 def test_reasoning_gym():
     name = "reasoning-gym:chain_sum?size=5&seed=3&min_terms=4&max_terms=4"
     problems = load_problems(name)
@@ -165,6 +174,7 @@ def test_reasoning_gym():
 @pytest.mark.parametrize(
     ("rows", "name", "message"),
     [
+        ([{"instruction": "x", "input": "y"}], "data.jsonl", "has columns instruction and input, of which a question"),
         ([{"text": "x"}], "data.jsonl", "none of the question columns question, problem.* it has text"),
         ([{"question": " "}], "data.jsonl", "row 0 of .* has an empty question"),
         ([{"messages": [{"role": "assistant", "content": "x"}]}], "data.jsonl", "no message but the assistant's"),
