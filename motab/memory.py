@@ -56,8 +56,8 @@ def tokens_that_fit(models: Sequence[PreTrainedModel], batch_size: int) -> int |
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     sizes = [cache_bytes(model) for model in models]
-    # States are kept twice: as they were settled, and as passes change them.
-    left = max(0, int(SHARE * free) - 2 * batch_size * sum(size.of_row for size in sizes))
+    # States are kept up to three times: as passes change them, as they were settled, and as they were anchored.
+    left = max(0, int(SHARE * free) - 3 * batch_size * sum(size.of_row for size in sizes))
     tokens = left // sum(size.of_token for size in sizes)
     # Processes that share a model must run the same passes.
     return min(Processes().gather(tokens)) if any(processes_sharing(model) > 1 for model in models) else tokens
