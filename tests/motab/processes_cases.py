@@ -4,10 +4,7 @@ import contextlib
 import io
 import os
 import shutil
-import subprocess
-import sys
 from itertools import islice
-from pathlib import Path
 
 import pytest
 import test_synthesis
@@ -29,8 +26,6 @@ from motab.evaluation import evaluate
 from motab.files import write_whole
 from motab.models import load_model
 from motab.sharding import uses_zero3, whole_tensors
-
-RANKS = 2
 
 
 def trajectories():
@@ -210,11 +205,11 @@ def measure(file):
 def commands(folder, rank):
     """What the commands print; each process names files of its own, where it may."""
     pair = ["--model_name_or_path", str(TINY / "student"), "--teacher_model_name_or_path", str(TINY / "teacher")]
-    task = ["--dataset_name", TASK, "--max_new_tokens", "140", "--batch_size", "1"]
+    task = ["--dataset_name", TASK, "--max_new_tokens", "40"]
     file, model = folder / "commands" / "trajectories.jsonl", folder / f"model-{rank}"
     training = ["--train_file", str(file), "--loss_type", "jsd", "--num_train_epochs", "1", "--report_to", "none"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        assert main(["synthesize", *pair, *task, "--num_samples", "5", "--output_dir", str(file.parent)]) == 0
+        assert main(["synthesize", *pair, *task, "--num_samples", "2", "--output_dir", str(file.parent)]) == 0
         train = ["train", *pair, *training, "--output_dir", str(model)]
         assert main(train) == 0
         assert main(train) == 0  # as the main process finds in its own folder, for all
@@ -233,6 +228,8 @@ def join(rank, count, folder):
 
 
 def fail_in_one(rank, count, folder):
+    folder = folder / "failed"
+    folder.mkdir(exist_ok=True)
     join(rank, count, folder)
     for t in write(folder / "t.jsonl"):
         if t.index == 40:
@@ -278,26 +275,3 @@ def process_main(rank, count, folder):
     else:
         found["cut"] = [t.index for t in write(cut)]
     torch.save(found, folder / f"{count}-{rank}.pt")
-
-
-def start(rank, count, folder, call=process_main):
-    here = Path(call.__code__.co_filename).resolve()
-    path = os.pathsep.join(
-        [*map(str, (here.parents[2], here.parents[1], here.parent)), os.environ.get("PYTHONPATH", "")]
-    )
-    command = [sys.executable, str(here), call.__name__, str(rank), str(count), str(folder)]
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "300"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(running):
-    try:
-        written = [process.communicate(timeout=300)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [process.returncode for process in running], "\n".join(written)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

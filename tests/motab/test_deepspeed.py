@@ -1,29 +1,15 @@
 """Training under DeepSpeed in two processes, against one without it; where DeepSpeed is installed."""
 
 import os
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from conftest import make_model
-from processes_cases import (
-    PROMPTS,
-    RANKS,
-    TRAININGS,
-    few,
-    finish,
-    join,
-    make_models,
-    message,
-    start,
-    train,
-    train_few,
-    train_in_halves,
-)
+from forks import RANKS, run_ranks
+from processes_cases import PROMPTS, TRAININGS, few, join, make_models, message, train, train_few, train_in_halves
 from test_rollouts import Kept
 from test_trainer import TRAJECTORIES, config
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -49,13 +35,6 @@ def zero(stage):
 
 def names(folder):
     return tuple(str(folder / who) for who in ("student", "teacher"))
-
-
-def train_by_one(rank, count, folder):
-    for models, of in ((make_models("heads"), ""), (few(), " of few")):
-        for model, name in zip(models, names(folder), strict=True):
-            model.save_pretrained(name + of)
-    torch.save({kind: train(folder / "alone", count, kind, 2) for kind in TRAININGS}, folder / "alone.pt")
 
 
 def written():
@@ -125,21 +104,23 @@ def train_by_deepspeed(rank, count, folder):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("deepspeed")
-    for count, call in ((1, train_by_one), (RANKS, train_by_deepspeed)):
-        codes, written = finish([start(rank, count, folder, call) for rank in range(count)])
-        assert codes == [0] * count, written
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ranks(folder):
-    return [torch.load(folder / f"deepspeed-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return tmp_path_factory.mktemp("deepspeed")
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
-    return torch.load(folder / "alone.pt", weights_only=False)
+    """By this process, which saves the models for the others too."""
+    for models, of in ((make_models("heads"), ""), (few(), " of few")):
+        for model, name in zip(models, names(folder), strict=True):
+            model.save_pretrained(name + of)
+    return {kind: train(folder / "alone", 1, kind, 2) for kind in TRAININGS}
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, alone):
+    codes, written = run_ranks(folder, train_by_deepspeed)
+    assert codes == {"train_by_deepspeed": [0] * RANKS}, written
+    return [torch.load(folder / f"deepspeed-{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.mark.parametrize(("stage", "kind"), CASES)
@@ -190,7 +171,3 @@ def test_what_is_refused(ranks):
     for found in ranks:
         assert found["saved in parts"].startswith("ZeRO-3 must save whole models, got a file for DeepSpeed without it")
         assert all(found[stage, "evaluation"].startswith("evaluate must follow train") for stage in STAGES)
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]](int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

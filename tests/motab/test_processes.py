@@ -1,13 +1,14 @@
 """Training, synthesis and evaluation in two processes, against one.
 
-Two processes, started once, run what processes_cases says and write down what came out; then one alone runs the same.
+Two processes run what processes_cases says and write down what came out; then this one runs the same alone.
 """
 
 import json
 
 import pytest
 import torch
-from processes_cases import PROMPTS, RANKS, TRAININGS, fail_in_one, finish, start, train_few
+from forks import RANKS, run_ranks
+from processes_cases import PROMPTS, TRAININGS, fail_in_one, process_main, train_few
 from test_synthesis import assert_same
 
 from motab.trajectory_file import read_trajectories
@@ -17,21 +18,27 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("processes")
-    for count in (RANKS, 1):
-        codes, written = finish([start(rank, count, folder) for rank in range(count)])
-        assert codes == [0] * count, written
-    return folder
+    return tmp_path_factory.mktemp("processes")
 
 
 @pytest.fixture(scope="module")
-def ranks(folder):
+def ended(folder):
+    """The exit codes, and what was written."""
+    return run_ranks(folder, process_main, fail_in_one)
+
+
+@pytest.fixture(scope="module")
+def ranks(folder, ended):
     """What each of two found."""
+    codes, written = ended
+    assert codes["process_main"] == [0] * RANKS, written
     return [torch.load(folder / f"2-{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 @pytest.fixture(scope="module")
-def alone(folder):
+def alone(folder, ranks):
+    """What one finds, that goes on with what two have begun."""
+    process_main(0, 1, folder)
     return torch.load(folder / "1-0.pt", weights_only=False)
 
 
@@ -124,14 +131,14 @@ def test_fewer_prompts_than_processes(ranks):
     assert [found["few"] for found in ranks] == [[0], []]
 
 
-def test_no_process_waits_for_one_that_failed(tmp_path):
-    codes, written = finish([start(rank, RANKS, tmp_path, fail_in_one) for rank in range(RANKS)])
-    assert codes == [1, 1]
+def test_no_process_waits_for_one_that_failed(ended, folder):
+    codes, written = ended
+    assert codes["fail_in_one"] == [1, 1]
     assert "out of memory" in written
     assert "Connection closed by peer" in written
     # The first has kept what it wrote, up to where it failed, and nothing of the other's is lost.
     kept, others = (
-        [t.index for t in read_trajectories(tmp_path / name)] for name in ("t.jsonl", "t.jsonl.parts/1.jsonl")
+        [t.index for t in read_trajectories(folder / "failed" / name)] for name in ("t.jsonl", "t.jsonl.parts/1.jsonl")
     )
     assert kept[-1] == 40
     assert set(range(0, 30, 2)) < set(kept) < set(range(0, 90, 2))
@@ -151,7 +158,7 @@ def test_evaluation(ranks, alone, folder):
 def test_commands_print_and_save_once(ranks, folder):
     first, second = (found["printed"] for found in ranks)
     assert [line for line in second.splitlines() if "seed: 42 there, 5 now" not in line] == []
-    for line in ("30 trajectories", "the trained model", "already trained", "seed: 42 there, 5 now", "accuracy"):
+    for line in ("12 trajectories", "the trained model", "already trained", "seed: 42 there, 5 now", "accuracy"):
         assert first.count(line) == 1
     assert not (folder / "model-1" / "motab_training.json").exists()
     assert (folder / "model-0" / "model.safetensors").exists()

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import shutil
-import sys
 import warnings
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from conftest import tokenizer
-from processes_cases import RANKS, finish, join, message, start
+from forks import RANKS, run_ranks
+from processes_cases import join, message
 from test_quantization import TEACHER, asked, logits, needs_bitsandbytes  # noqa: F401, one is a fixture
 from test_trainer import StopAt, config, trajectory
 from torch.distributed.tensor import DTensor
@@ -215,8 +215,8 @@ def test_training_by_two_processes(names, tmp_path):
     """With FSDP2 as without, which shards what is not in 4 bits of the student, and nothing of such a teacher."""
     for name in names:
         shutil.copytree(name, tmp_path / pathlib.Path(name).name)
-    codes, written = finish([start(rank, RANKS, tmp_path, train_by_two) for rank in range(RANKS)])
-    assert codes == [0] * RANKS, written
+    codes, written = run_ranks(tmp_path, train_by_two)
+    assert codes == {"train_by_two": [0] * RANKS}, written
     for rank in range(RANKS):
         found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         for case in CASES:
@@ -227,7 +227,3 @@ def test_training_by_two_processes(names, tmp_path):
         losses, parts = found["rollouts"]
         assert len(losses) == 3
         assert parts == [True, False]
-
-
-if __name__ == "__main__":
-    train_by_two(int(sys.argv[2]), int(sys.argv[3]), pathlib.Path(sys.argv[4]))
