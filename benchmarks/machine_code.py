@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import struct
 import subprocess
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 TARGETS = {
@@ -23,10 +25,14 @@ TARGETS = {
 # The names of each kind of instruction: NVIDIA's SASS, then AMD's.
 SPECIAL = re.compile(r"MUFU|v_(exp|log|rcp|sqrt|rsq)_")
 WIDE_LOAD = re.compile(r"LDG(STS)?\.E(\.\w+)*\.128\b|(buffer|global)_load_dwordx4")
+INSTRUCTION = 16  # bytes, of NVIDIA's
 COPY = re.compile(r"LDGSTS")  # from global to shared memory, asynchronously
 LOAD = re.compile(r"LDG(STS)?\.|(buffer|global)_load")
 BARRIER = re.compile(r"BAR\.|s_barrier")
 SHUFFLE = re.compile(r"SHFL|LDS|STS|REDUX|ds_\w+|v_permlane|_dpp")
+
+#: By target what was compiled for NVIDIA's and not read since: it is disassembled together.
+UNREAD: defaultdict[str, list[Any]] = defaultdict(list)
 
 
 def count(pattern: re.Pattern[str], lines: list[str]) -> int:
@@ -48,21 +54,60 @@ def compiled(
     by_16 = [i for i, name in enumerate(names) if name.endswith("_ptr") or name in aligned]
     attributes = {(i,): [["tt.divisibility", 16]] for i in by_16}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **options})
+    binary = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps, **options})
+    UNREAD[target].append(binary)
+    return binary
 
 
 def lines_of(binary: Any, target: str, exits: int = 1) -> list[str]:
-    """Instructions and labels, in order; of AMD's code up to this exit, behind which lies what is seldom executed."""
+    """Instructions, in order; of AMD's code labels too, up to this exit, behind which lies what is seldom executed."""
     if target.startswith("gfx"):
         text = "".join(binary.asm["amdgcn"].split("s_endpgm")[:exits])
         lines = [re.sub(r"\s*;.*", "", line).strip() for line in text.splitlines()]
         return [line for line in lines if line and not re.match(r"\.(?!LBB)", line)]
-    return [line.split("\t")[-1].strip() for line in binary.asm["sass"].splitlines()[1:] if line.strip()]
+    if "lines" not in binary.asm:
+        disassemble(UNREAD.pop(target), target)
+    return binary.asm["lines"]
+
+
+def disassemble(binaries: list[Any], target: str) -> None:
+    """All at once, one behind the other, since nvdisasm takes 0.3 s to start."""
+    codes = [code_of(binary.asm["cubin"]) for binary in binaries]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "code")
+        path.write_bytes(b"".join(codes))
+        name = f"SM{TARGETS[target].arch}{'a' if TARGETS[target].arch >= 90 else ''}"
+        command = [triton.knobs.nvidia.nvdisasm.path, "--binary", name, path]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    lines = iter(re.findall(r"/\*[0-9a-f]+\*/\s+(.*?)\s*;", said))
+    start = 0
+    for binary, code in zip(binaries, codes, strict=True):
+        own = itertools.islice(lines, len(code) // INSTRUCTION)
+        binary.asm["lines"] = [moved(line, -start) for line in own]
+        start += len(code)
+
+
+def moved(line: str, by: int) -> str:
+    """With the target of a branch elsewhere."""
+    return re.sub(r"(?<=\b0x)\w+$", lambda to: f"{int(to[0], 16) + by:x}", line) if "BRA" in line else line
+
+
+def code_of(cubin: bytes) -> bytes:
+    """Of its one kernel: the section .text.NAME of the ELF file."""
+    (table,) = struct.unpack_from("<Q", cubin, 40)
+    size, count, names = struct.unpack_from("<3H", cubin, 58)
+    sections = [struct.unpack_from("<2I4Q", cubin, table + i * size) for i in range(count)]
+    (code,) = (
+        cubin[start : start + length]
+        for name, *_, start, length in sections
+        if cubin.startswith(b".text.", sections[names][4] + name)
+    )
+    return code
 
 
 def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
     """The instructions, and the places of branches and of their targets: labels, or addresses in NVIDIA's code, whose
-    instructions have 16 bytes each."""
+    instructions have one size."""
     labels: dict[str, int] = {}
     code: list[str] = []
     for line in lines:
@@ -72,9 +117,9 @@ def branches(lines: list[str]) -> tuple[list[str], list[tuple[int, int]]]:
             code.append(line)
     found = []
     for i, line in enumerate(code):
-        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.?LBB\w+)|0x([0-9a-f]+))", line)
+        branch = re.search(r"(?:BRA\S*|s_c?branch\S*)\s.*?(?:(\.LBB\w+)|0x([0-9a-f]+))", line)
         if branch:
-            found.append((i, labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // 16))
+            found.append((i, labels.get(branch[1], i) if branch[1] else int(branch[2], 16) // INSTRUCTION))
     return code, found
 
 
@@ -110,7 +155,7 @@ def executed(lines: list[str], tiles: int) -> int:
     targets = dict(places)
     way = [0] * (len(code) + 1)  # from each place to the end
     for i in reversed(range(end, len(code))):
-        ways = [] if re.match(r"(BRA\S*|s_branch)\s+(0x|\.?LBB)", code[i]) else [way[i + 1]]
+        ways = [] if re.match(r"(BRA\S*|s_branch)\s+(0x|\.LBB)", code[i]) else [way[i + 1]]
         if targets.get(i, 0) > i:
             ways.append(way[targets[i]])
         way[i] = 1 if re.search("EXIT|s_endpgm", code[i]) else 1 + min(ways, default=len(code))
@@ -118,16 +163,15 @@ def executed(lines: list[str], tiles: int) -> int:
 
 
 def registers_and_spills(binary: Any, target: str) -> tuple[int, int]:
+    """Spilled: AMD's registers, or bytes of NVIDIA's stack, on which our kernels have nothing else."""
     if target.startswith("gfx"):
-        code = binary.asm["amdgcn"]
-        found = [re.search(rf"\.{name}:\s+(\d+)", code) for name in ("vgpr_count", "vgpr_spill_count")]
+        said, names = binary.asm["amdgcn"], (r"\.vgpr_count:\s+", r"\.vgpr_spill_count:\s+")
     else:
-        architecture = TARGETS[target].arch
         with tempfile.TemporaryDirectory() as folder:
-            ptx = Path(folder, "kernel.ptx")
-            ptx.write_text(binary.asm["ptx"])
-            name = f"{target}a" if architecture >= 90 else target
-            command = [get_ptxas(architecture).path, "-v", f"--gpu-name={name}", ptx, "-o", f"{ptx}.cubin"]
-            said = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-        found = [re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)]
-    return tuple(int(match[1]) if match else 0 for match in found)  # type: ignore[return-value]
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(binary.asm["cubin"])
+            command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", path]
+            said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        names = "REG:", "STACK:"
+    registers, spilled = (int(re.findall(name + r"(\d+)", said)[0]) for name in names)
+    return registers, spilled

@@ -2,24 +2,25 @@
 
     python -m benchmarks.static [--json]
 
-Each kernel is compiled ahead of time for each target. Columns: registers per thread; bytes spilled; per column of one
-position (a pair of a student's and a teacher's logit) the instructions of a program, with what it executes before and
-after its loop, those of the main loop alone, the longest in the machine code, and its special functions; then how often
-one iteration loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes; then, *predicted* and not
-measured, for each device the time to issue a program's instructions and that of the special functions, over the time of
-the bytes. Sampling, which reads a row several times from cache, has its own table. So have the kernels of ragged
-attention: shared memory, and how often the main loop loads 128 bits, directly into shared memory or not, and fewer. Run
-it without TRITON_INTERPRET.
+Each kernel is compiled ahead of time for each target. Columns: registers per thread; those spilled, on NVIDIA bytes of
+stack; per column of one position (a pair of a student's and a teacher's logit) the instructions of a program, with what
+it executes before and after its loop, those of the main loop alone, the longest in the machine code, and its special
+functions; then how often one iteration loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes;
+then, *predicted* and not measured, for each device the time to issue a program's instructions and that of the special
+functions, over the time of the bytes. Sampling, which reads a row several times from cache, has its own table. So have
+the kernels of ragged attention: shared memory, and how often the main loop loads 128 bits, directly into shared memory
+or not, and fewer. Run it without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import triton
@@ -116,7 +117,11 @@ class AttentionReport:
     narrow_loads: int = 0
 
 
-def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, constants: dict[str, Any]) -> Report:
+#: Of a kernel that is compiled: its code is read when all are, see `machine_code.UNREAD`.
+Pending = Callable[[], Any]
+
+
+def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, constants: dict[str, Any]) -> Pending:
     """A pass over the vocabulary, whose logits are `dtype` and contiguous, with a temperature."""
     vector = 16 // BYTES[dtype]
     of_logits = ("student_ptr", "teacher_ptr", "out_ptr")
@@ -132,32 +137,36 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
         "TILES": settings.tiles,
     }
     binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
-    lines = lines_of(binary, target)
-    loop = body(lines)
-    threads = settings.num_warps * TARGETS[target].warp_size
-    pairs = settings.lanes * settings.per_lane / threads
-    return Report(
-        name,
-        dtype,
-        target,
-        *registers_and_spills(binary, target),
-        program=executed(lines, settings.tiles) / (settings.tiles * pairs),
-        instructions=len(loop) / pairs,
-        special=count(SPECIAL, loop) / pairs,
-        wide_loads=count(WIDE_LOAD, loop),
-        narrow_loads=count(LOAD, loop) - count(WIDE_LOAD, loop),
-        barriers=count(BARRIER, loop),
-        shuffles=count(SHUFFLE, loop),
-    )
+
+    def report() -> Report:
+        lines = lines_of(binary, target)
+        loop = body(lines)
+        threads = settings.num_warps * TARGETS[target].warp_size
+        pairs = settings.lanes * settings.per_lane / threads
+        return Report(
+            name,
+            dtype,
+            target,
+            *registers_and_spills(binary, target),
+            program=executed(lines, settings.tiles) / (settings.tiles * pairs),
+            instructions=len(loop) / pairs,
+            special=count(SPECIAL, loop) / pairs,
+            wide_loads=count(WIDE_LOAD, loop),
+            narrow_loads=count(LOAD, loop) - count(WIDE_LOAD, loop),
+            barriers=count(BARRIER, loop),
+            shuffles=count(SHUFFLE, loop),
+        )
+
+    return report
 
 
-def partial_report(dtype: str, target: str) -> Report:
+def partial_report(dtype: str, target: str) -> Pending:
     """The boundary's pass, with every output."""
     settings = boundary.HIP if target.startswith("gfx") else boundary.DEFAULT
     return loop_report(boundary.partial_kernel, "partial", dtype, target, settings, {})
 
 
-def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
+def divergence_reports(dtype: str, target: str) -> Iterator[Pending]:
     """Both forward passes and the gradient, for each kind that is compiled apart; "jsd leaning": beta is not 1/2."""
     settings = divergence.HIP if target.startswith("gfx") else divergence.DEFAULT
     for name in ("forward_kl", "reverse_kl", "normalisers"):
@@ -171,7 +180,7 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Report]:
         yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 
-def decide_report(kernel: Any, name: str, target: str, constants: dict[str, Any]) -> Report:
+def decide_report(kernel: Any, name: str, target: str, constants: dict[str, Any]) -> Pending:
     """What follows the boundary's pass, with every option; it reads only the token's logits."""
     settings = boundary.HIP if target.startswith("gfx") else boundary.DEFAULT
     division = boundary.division(V, BYTES["bf16"], settings)
@@ -192,12 +201,12 @@ def decide_report(kernel: Any, name: str, target: str, constants: dict[str, Any]
     }
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     binary = compiled(kernel, target, types, constants, num_warps=1)
-    return Report(name, "bf16", target, *registers_and_spills(binary, target))
+    return lambda: Report(name, "bf16", target, *registers_and_spills(binary, target))
 
 
 def attention_report(
     dtype: str, target: str, D: int, GROUP: int, T: int, HAS_WINDOW: bool, softcap: bool, PAGE: int = 0
-) -> AttentionReport:
+) -> Pending:
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.split_kernel
     split = attention.split_length(T * GROUP, settings)
@@ -220,36 +229,40 @@ def attention_report(
     if T == 1:
         constants["T"] = 1  # as in a launch
     binary = compiled(kernel, target, types, constants, num_warps, aligned, num_stages=settings.num_stages)
-    loop = body(lines_of(binary, target))
-    threads = num_warps * TARGETS[target].warp_size
-    options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}{', pages' if PAGE else ''}"
-    return AttentionReport(
-        f"attention D={D} GROUP={GROUP} T={T}{options}",
-        dtype,
-        target,
-        *registers_and_spills(binary, target),
-        binary.metadata.shared,
-        f"{tiles['M_BLOCK']} x {tiles['N_BLOCK']}",
-        2 * tiles["N_BLOCK"] * D * BYTES[dtype] // 16 // threads,
-        count(WIDE_LOAD, loop),
-        count(COPY, loop),
-        count(LOAD, loop) - count(WIDE_LOAD, loop),
-    )
+
+    def report() -> AttentionReport:
+        loop = body(lines_of(binary, target))
+        threads = num_warps * TARGETS[target].warp_size
+        options = f"{', window' if HAS_WINDOW else ''}{', softcap' if softcap else ''}{', pages' if PAGE else ''}"
+        return AttentionReport(
+            f"attention D={D} GROUP={GROUP} T={T}{options}",
+            dtype,
+            target,
+            *registers_and_spills(binary, target),
+            binary.metadata.shared,
+            f"{tiles['M_BLOCK']} x {tiles['N_BLOCK']}",
+            2 * tiles["N_BLOCK"] * D * BYTES[dtype] // 16 // threads,
+            count(WIDE_LOAD, loop),
+            count(COPY, loop),
+            count(LOAD, loop) - count(WIDE_LOAD, loop),
+        )
+
+    return report
 
 
-def combine_report(target: str) -> AttentionReport:
+def combine_report(target: str) -> Pending:
     settings = attention.HIP if target.startswith("gfx") else attention.DEFAULT
     kernel = attention.combine_kernel
     types = {"partial_ptr": "*fp32", "lengths_ptr": "*i64", "sinks_ptr": "*fp32", "out_ptr": "*bf16"}
     constants = {"HAS_SINKS": True, "GROUP": 4, "D": 128, "D_BLOCK": 128}
     constants |= {"SPLIT": settings.split, "S_BLOCK": settings.splits}
     binary = compiled(kernel, target, types, constants, settings.num_warps)
-    return AttentionReport(
+    return lambda: AttentionReport(
         "combine D=128", "bf16", target, *registers_and_spills(binary, target), binary.metadata.shared
     )
 
 
-def attention_reports() -> Iterator[AttentionReport]:
+def attention_reports() -> Iterator[Pending]:
     """A drafted token and a scored block for models like Qwen3, gpt-oss and Gemma 2; both with splits of several pages,
     and a prompt in pages, not split."""
     for target in TARGETS:
@@ -265,7 +278,7 @@ def attention_reports() -> Iterator[AttentionReport]:
 
 def sampling_report(
     dtype: str, target: str, name: str, HAS_TOP_K: bool, HAS_TOP_P: bool, of_rows: bool = False
-) -> SamplingReport:
+) -> Pending:
     settings = sampling.HIP if target.startswith("gfx") else sampling.DEFAULT
     kernel, vector = sampling.sample_kernel, 16 // BYTES[dtype]
     types = {"logits_ptr": f"*{dtype}", "uniforms_ptr": "*fp64", "tokens_ptr": "*i64", "valid_ptr": "*i1"}
@@ -276,22 +289,26 @@ def sampling_report(
     constants["TILES_BLOCK"] = triton.next_power_of_2(-(-V // (settings.lanes * vector)))
     aligned = ("V", "logits_stride_b", "logits_stride_t")
     binary = compiled(kernel, target, types, constants, settings.num_warps, aligned)
-    loops = [loop for loop in inner_loops(lines_of(binary, target, exits=2)) if count(LOAD, loop)]
-    # The first finds the largest logit. The sum for top-p has no barrier either, but is shorter.
-    searches = [len(loop) / count(LOAD, loop) for loop in loops[1:] if not count(BARRIER, loop)]
-    threads = settings.num_warps * TARGETS[target].warp_size
-    return SamplingReport(
-        f"sample {name}",
-        dtype,
-        target,
-        *registers_and_spills(binary, target),
-        search=max(searches, default=0) * threads / (settings.lanes * vector),
-        wide_loads=sum(count(WIDE_LOAD, loop) for loop in loops),
-        narrow_loads=sum(count(LOAD, loop) - count(WIDE_LOAD, loop) for loop in loops),
-    )
+
+    def report() -> SamplingReport:
+        loops = [loop for loop in inner_loops(lines_of(binary, target, exits=2)) if count(LOAD, loop)]
+        # The first finds the largest logit. The sum for top-p has no barrier either, but is shorter.
+        searches = [len(loop) / count(LOAD, loop) for loop in loops[1:] if not count(BARRIER, loop)]
+        threads = settings.num_warps * TARGETS[target].warp_size
+        return SamplingReport(
+            f"sample {name}",
+            dtype,
+            target,
+            *registers_and_spills(binary, target),
+            search=max(searches, default=0) * threads / (settings.lanes * vector),
+            wide_loads=sum(count(WIDE_LOAD, loop) for loop in loops),
+            narrow_loads=sum(count(LOAD, loop) - count(WIDE_LOAD, loop) for loop in loops),
+        )
+
+    return report
 
 
-def sampling_reports() -> Iterator[SamplingReport]:
+def sampling_reports() -> Iterator[Pending]:
     for target in TARGETS:
         for dtype in BYTES:
             yield sampling_report(dtype, target, "all", HAS_TOP_K=False, HAS_TOP_P=False)
@@ -311,7 +328,7 @@ def predicted(report: Report, name: str) -> str:
     return f"{report.program * pairs / device.lanes:.2f}, {report.special * pairs / device.special:.2f}"
 
 
-def reports() -> Iterator[Report]:
+def reports() -> Iterator[Pending]:
     for target in TARGETS:
         for dtype in BYTES:
             yield partial_report(dtype, target)
@@ -321,22 +338,23 @@ def reports() -> Iterator[Report]:
         yield decide_report(boundary.decide_kernel, "walk", target, {"COMBINE": False})
 
 
-def print_table(kind: type, rows: Iterator[Any], devices: Iterable[str] = ()) -> None:
+def finished(*stages: Iterator[Pending]) -> list[Any]:
+    return [report() for report in list(itertools.chain(*stages))]
+
+
+def print_table(kind: type, rows: Iterator[Pending], devices: Iterable[str] = ()) -> None:
     names = [field.name for field in dataclasses.fields(kind)] + [f"{name} issue, special" for name in devices]
     print("| " + " | ".join(names) + " |")
     print("| " + " | ".join(["---"] * len(names)) + " |")
-    for report in rows:
+    for report in finished(rows):
         cells = [f"{x:.1f}" if isinstance(x, float) else str(x) for x in dataclasses.astuple(report)]
-        print("| " + " | ".join(cells + [predicted(report, name) for name in devices]) + " |", flush=True)
+        print("| " + " | ".join(cells + [predicted(report, name) for name in devices]) + " |")
 
 
 def main() -> None:
     if "--json" in sys.argv:
-        print(
-            json.dumps(
-                [dataclasses.asdict(report) for report in (*reports(), *sampling_reports(), *attention_reports())]
-            )
-        )
+        found = finished(reports(), sampling_reports(), attention_reports())
+        print(json.dumps([dataclasses.asdict(report) for report in found]))
         return
     print_table(Report, reports(), DEVICES)
     print()
