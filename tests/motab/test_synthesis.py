@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -21,34 +22,31 @@ FOLDER = pathlib.Path(__file__).parent
 SETTINGS = {"max_new_tokens": 30, "batch_size": 2, "block_size": 4, "temperature": 1.0, "seed": 3}
 POLICY = motab.MotabPolicy(epsilon0=0.3, theta=0.5, stitch="ab,")
 
-RUN = """
-import sys
-import conftest, test_synthesis as here
-import motab
-from motab.lock import Lock
-tokenizer = conftest.tokenizer.__wrapped__()
-student = conftest.make_model(1).float()
-teacher = conftest.teacher.__wrapped__(conftest.make_model(1)).float()
-print("ready", flush=True)
-for _ in motab.synthesize_to_file(sys.argv[1], student, teacher, tokenizer, here.PROMPTS, policy=here.POLICY,
-                                  **here.SETTINGS):
-    pass
-"""
 PROMPTS = [[1 + (7 * i + j) % 11 for j in range(1 + i % 6)] for i in range(90)]
 
 
-def run(path, kill_at=None):
-    """Run to the end, or kill the process as soon as the file holds so many bytes."""
-    command = [sys.executable, "-c", RUN, str(path)]
+def write(path, pair, tokenizer):
+    for _ in motab.synthesize_to_file(path, *pair, tokenizer, PROMPTS, policy=POLICY, **SETTINGS):
+        pass
+
+
+WRITE = """
+import pathlib, sys
+import conftest, test_synthesis as here
+pair = conftest.make_model(1).float(), conftest.teacher.__wrapped__(conftest.make_model(1)).float()
+here.write(pathlib.Path(sys.argv[1]), pair, conftest.tokenizer.__wrapped__())
+"""
+
+
+def write_and_be_killed(path, size):
+    """In another process, as soon as the file holds so many bytes."""
     places = os.pathsep.join([str(FOLDER.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, cwd=FOLDER, stdout=subprocess.PIPE, env=environment) as process:
-        process.stdout.readline()
-        if kill_at is not None:
-            while not (path.exists() and path.stat().st_size >= kill_at) and process.poll() is None:
-                time.sleep(0.001)
-            process.send_signal(signal.SIGKILL)
-        assert process.wait() == (0 if kill_at is None else -signal.SIGKILL)
+    with subprocess.Popen([sys.executable, "-c", WRITE, str(path)], cwd=FOLDER, env=environment) as process:
+        while not (path.exists() and path.stat().st_size >= size) and process.poll() is None:
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
 
 
 def in_order(trajectories):
@@ -69,14 +67,15 @@ def assert_same(found, expected):
         assert values[0] == pytest.approx(values[1], rel=1e-4, abs=1e-6)
 
 
-def test_killed_and_restarted(tmp_path):
+def test_killed_and_restarted(tmp_path, student, teacher, tokenizer):
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
-    run(whole)
-    run(killed, kill_at=random.uniform(0.01, 0.6) * whole.stat().st_size)
+    pair = [copy.deepcopy(model).float() for model in (student, teacher)]
+    write(whole, pair, tokenizer)
+    write_and_be_killed(killed, random.uniform(0.01, 0.6) * whole.stat().st_size)
     kept = killed.read_bytes()
     kept = kept[: kept.rfind(b"\n") + 1]
     assert 0 < len(kept) < whole.stat().st_size
-    run(killed)
+    write(killed, pair, tokenizer)
     assert set(kept.splitlines()) <= set(killed.read_bytes().splitlines())
     expected = motab.read_trajectories(whole)
     assert [t.index for t in expected] == list(range(len(PROMPTS)))
@@ -298,21 +297,23 @@ def test_a_setting_that_was_not_recorded(tmp_path, student, teacher, tokenizer, 
         motab.synthesize_to_file(path, student, teacher, tokenizer, prompts[:2], policy=POLICY, **SETTINGS)
 
 
-HOLD = """
-import pathlib, sys
-from motab.lock import Lock
-lock = Lock(pathlib.Path(sys.argv[1]))
-print("held", flush=True)
-input()
-"""
+def hold(path, connection):
+    """Until told to end."""
+    lock = Lock(path)
+    connection.send("held")
+    connection.recv()
+    lock.release()
 
 
+@pytest.mark.filterwarnings("ignore:This process")  # Python 3.12, of a fork
 def test_a_file_is_written_by_one_process_at_a_time(tmp_path, student, teacher, tokenizer):
     """The second would rename a file into the place of that to which the first appends."""
     path = tmp_path / "t.jsonl"
-    command = [sys.executable, "-c", HOLD, str(path)]
-    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
+    fork = multiprocessing.get_context("fork")
+    ours, theirs = fork.Pipe()
+    other = fork.Process(target=hold, args=(path, theirs))
+    other.start()
+    assert ours.recv() == "held"
 
     def write():
         return motab.synthesize_to_file(path, student, teacher, tokenizer, [[1], [2]], max_new_tokens=4)
@@ -320,7 +321,8 @@ def test_a_file_is_written_by_one_process_at_a_time(tmp_path, student, teacher, 
     with pytest.raises(ValueError, match=rf"is being written by another process \({other.pid}\)"):
         write()
     assert [file.name for file in tmp_path.iterdir()] == ["t.jsonl.lock"]
-    other.communicate("\n")
+    ours.send("end")
+    other.join()
     unfinished = write()
     next(unfinished)
     assert len(list(write())) == 1  # this process's own lock does not stop it

@@ -3,16 +3,11 @@
 Two processes, started once, run every call of vocab_parallel_cases and write down what came out; the tests look it up.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-import vocab_parallel_cases
 from divergence_cases import BACKENDS, every_kind, logits, relative_error
-from vocab_parallel_cases import RANKS, bfloat16_heads, every_call, head_of_trl, of_heads, of_logits
+from forks import RANKS, run_ranks
+from vocab_parallel_cases import bfloat16_heads, every_call, head_of_trl, of_heads, of_logits, rank_main
 
 import motab_kernels as mk
 from motab_kernels import interop
@@ -24,25 +19,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 def ranks(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
-    here = Path(vocab_parallel_cases.__file__).resolve()
-    path = os.pathsep.join([str(here.parents[2]), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::FutureWarning", str(here), str(rank), str(folder)],
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(RANKS)
-    ]
-    try:
-        written = [process.communicate(timeout=600)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert [process.returncode for process in running] == [0] * RANKS, "\n".join(written)
+    codes, written = run_ranks(folder, rank_main, TRITON_INTERPRET="1", PYTHONWARNINGS="error::FutureWarning")
+    assert codes == {"rank_main": [0] * RANKS}, written
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 

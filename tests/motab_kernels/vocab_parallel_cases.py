@@ -1,13 +1,13 @@
 """The losses with a vocabulary that two ranks share, and with the whole of it: what a rank runs, and writes down."""
 
 import math
-import sys
 import types
 from functools import partial
 
 import pytest
 import torch
 from divergence_cases import BACKENDS, KINDS, logits, options
+from forks import RANKS
 
 import motab_kernels as mk
 from motab_kernels import interop
@@ -16,7 +16,6 @@ from motab_kernels.vocab_parallel import SlicedVocabulary
 
 INF, NAN = math.inf, math.nan
 WIDTH = 70  # columns a rank: with `settings`, a split and a part of one
-RANKS = 2
 
 
 def logit_cases():
@@ -100,7 +99,7 @@ def every_call(op):
     return pytest.mark.parametrize(("case", "backend"), [call[1:] for call in CALLS if call[0] is op])
 
 
-def rank_main(rank, folder):
+def rank_main(rank, count, folder):
     if HAS_TRITON:
         from conftest import round_as_a_gpu_rounds
 
@@ -108,8 +107,8 @@ def rank_main(rank, folder):
 
         round_as_a_gpu_rounds(pytest.MonkeyPatch())
         gpu.settings_for = lambda device: gpu.Settings(lanes=2, tiles=2, rows=4)
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=RANKS)
-    group = torch.distributed.new_group(range(RANKS))
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
+    group = torch.distributed.new_group(range(count))
     columns, whole = slice(rank * WIDTH, (rank + 1) * WIDTH), slice(None)
     found = {"alone": {}}
     for op, case, backend in CALLS:
@@ -267,7 +266,3 @@ RANK_CALLS = {
         messages,
     )
 }
-
-
-if __name__ == "__main__":
-    rank_main(int(sys.argv[1]), sys.argv[2])
