@@ -249,8 +249,10 @@ class _Reader:
             # Lane (g, t) holds of a its rows g and g + 8, columns 2 t, 2 t + 1 and 8 on; of b the same of column g; of
             # the result rows g and g + 8, columns 2 t and 2 t + 1.
             a, b = ([numbers(x) for x in xs] for xs in (a, b))
-            left, right = np.block([[a[0], a[2]], [a[1], a[3]]]), np.block(b)
-            product = left.astype(np.float64) @ right.swapaxes(1, 2)
+            left, right = np.empty((len(a[0]), 16, 16)), np.empty((len(a[0]), 8, 16))
+            left[:, :8, :8], left[:, 8:, :8], left[:, :8, 8:], left[:, 8:, 8:] = a
+            right[..., :8], right[..., 8:] = b
+            product = left @ right.swapaxes(1, 2)
             for i, write in enumerate(writers):
                 rows = product[:, 8 * (i // 2) :][:, :8, i % 2 :: 2]
                 write(group, (rows + c[i]).astype(np.float32).reshape(-1, group.threads))

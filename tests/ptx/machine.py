@@ -36,7 +36,8 @@ class Group:
 
     def everywhere(self, x: Array) -> Array:
         """(C * N,)"""
-        return np.broadcast_to(x, (len(self.ids), self.threads)).ravel()
+        shape = (len(self.ids), self.threads)
+        return (x if x.shape == shape else np.broadcast_to(x, shape)).ravel()
 
     def whole_programs(self, mask: Array) -> Array:
         """(C,) of which programs all threads are in a mask; raises where only some are."""

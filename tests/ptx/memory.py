@@ -63,13 +63,13 @@ class Region:
         unit = int(np.gcd.reduce([access.width for access in self.accesses]))
         touched = _Touched(self.accesses, unit)
         starts, ends = touched.runs("at")
-        parted = touched.field("program")[starts] != touched.field("program")[ends]
+        parted = touched.field("program", starts) != touched.field("program", ends)
         bad = starts[parted & np.logical_or.reduceat(touched.field("writes"), starts)]
         if len(bad):
-            byte = touched.field("at")[bad[0]] * unit
+            byte = touched.field("at", bad[0]) * unit
             raise GpuError(f"race in {name}: two programs touched byte {byte}, and one of them wrote it")
         starts, ends = touched.runs("epoch")
-        several = touched.field("warp")[starts] != touched.field("warp")[ends]
+        several = touched.field("warp", starts) != touched.field("warp", ends)
         unclear = several & np.logical_or.reduceat(touched.field("writes"), starts)
         if not unclear.any():
             return
@@ -83,7 +83,7 @@ class Region:
         last = np.maximum.reduceat(np.where(writes, number, -1), starts)
         bad = starts[((writers & (writers - 1) != 0) & (first != last)) | (readers & ~writers != 0)]
         if len(bad):
-            byte = touched.field("at")[bad[0]] * unit
+            byte = touched.field("at", bad[0]) * unit
             raise GpuError(f"race in {name}: two warps touched byte {byte} without a barrier between, and one wrote it")
 
 
@@ -109,14 +109,14 @@ class _Touched:
         at = column["at"][:, None] // unit + np.arange(column["width"] // unit)
         return (at << self.shifts["at"] | rest[:, None]).ravel()
 
-    def field(self, name: str) -> Array:
-        return self.numbers >> self.shifts[name] & (1 << self.bits[name]) - 1
+    def field(self, name: str, places: Any = ...) -> Array:
+        return self.numbers[places] >> self.shifts[name] & (1 << self.bits[name]) - 1
 
     def runs(self, name: str) -> tuple[Array, Array]:
         """The first and the last of those that agree in this field and all before it."""
         x = self.numbers >> self.shifts[name]
-        ends = np.flatnonzero(np.append(x[1:] != x[:-1], True))
-        return np.append(0, ends[:-1] + 1), ends
+        changes = np.flatnonzero(x[1:] != x[:-1])
+        return np.append(0, changes + 1), np.append(changes, len(x) - 1)
 
 
 def allow(x: torch.Tensor, allowed: Array) -> None:
