@@ -76,12 +76,25 @@ def check_place(name: str, parameter: Tensor, B: int, device: torch.device) -> N
         raise ValueError(f"{name}: expected a number or a tensor, 0-d or ({B},), on {device}, got {got}")
 
 
+def check_whole(name: str, x: object) -> None:
+    """A dense tensor, all of which this process has."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if type(x) is not Tensor and (placements := getattr(x, "placements", None)) is not None:
+        raise ValueError(
+            f"{name}: expected a tensor that this process has whole, got a DTensor of {placements}: unshard() the "
+            "FSDP2 module that holds it; where tensor parallelism splits the vocabulary, a loss takes to_local() and a "
+            "group"
+        )
+    if x.layout != torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got {x.layout}")
+
+
 def check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
+        check_whole(name, logits)
         if logits.dtype not in DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
-        if logits.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got {logits.layout}")
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape (B, V) or (B, T, V), got {tuple(logits.shape)}")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DIVISORS, check_count, is_number
+from motab_kernels.arguments import DIVISORS, check_count, check_whole, is_number
 from motab_kernels.tensors import DTYPES
 
 PAGE_MULTIPLE = 64  # of a page's slots, if rows have several pages: a tile of slots lies in one page
@@ -21,6 +21,7 @@ def check_tensors(
     sinks: Tensor | None,
 ) -> None:
     for name, x in (("query", query), ("keys", keys), ("values", values)):
+        check_whole(name, x)
         if x.dim() != 4 or x.dtype not in DTYPES or (x.shape[-1] > 1 and x.stride(-1) != 1):
             expected = "4 dimensions, the last contiguous, of float32, bfloat16, float16 or float64"
             raise ValueError(f"{name}: expected {expected}, got {tuple(x.shape)} {x.dtype} with strides {x.stride()}")

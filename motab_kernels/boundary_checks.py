@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DIVISORS, check_logits, check_values_of
+from motab_kernels.arguments import DIVISORS, check_logits, check_values_of, check_whole
 from motab_kernels.boundary_state import BoundaryState
 
 
@@ -32,6 +32,7 @@ def check_tensors(student: Tensor, teacher: Tensor, token_ids: Tensor, step_ends
 
 
 def _check(name: str, x: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    check_whole(name, x)
     if x.shape != shape or x.dtype != dtype or x.device != device:
         expected = f"{dtype} of shape {tuple(shape)} on {device}"
         got = f"{x.dtype} of shape {tuple(x.shape)} on {x.device}"

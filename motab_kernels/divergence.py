@@ -124,8 +124,8 @@ def divergence_loss(
     DistiLLM (arXiv 2402.03898, equations 4 and 5); tvd, f-Distill (arXiv 2307.15190).
     """
     kind, lam = resolve(divergence, beta, alpha)
-    refuse_forward_mode("divergence_loss", student_logits)
     V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
+    refuse_forward_mode("divergence_loss", student_logits)
     tau = temperature_tensor(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
     backend = choose_backend(backend, student_logits, teacher_logits)

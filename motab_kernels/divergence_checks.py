@@ -12,6 +12,7 @@ from motab_kernels.arguments import (
     check_number,
     check_parameter,
     check_place,
+    check_whole,
     shared_columns,
 )
 from motab_kernels.divergence_sums import DIVERGENCES
@@ -66,6 +67,7 @@ def check_position_tensors(
     for name, x, kind in (("mask", mask, "bool"), ("weights", weights, "floating-point")):
         if x is None:
             continue
+        check_whole(name, x)
         fits = x.dtype == torch.bool if name == "mask" else x.dtype.is_floating_point
         if x.shape != leading or not fits or x.device != device:
             expected = f"{kind} of shape {tuple(leading)} on {device}"
@@ -106,6 +108,15 @@ def divisor(reduction: str, num_items: int | Tensor | None, mask: Tensor | None,
     if reduction == "mean":
         return max(1, student.shape[:-1].numel()) if mask is None else mask.sum().clamp_min(1)
     return 1
+
+
+def check_whole_heads(*heads: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    """Hidden states, weight and bias, if there is one, of the student and of the teacher."""
+    for side, (hidden, weight, bias) in zip(("student", "teacher"), heads, strict=True):
+        check_whole(f"{side}_hidden", hidden)
+        check_whole(f"{side}_weight", weight)
+        if bias is not None:
+            check_whole(f"{side}_bias", bias)
 
 
 def check_heads(

@@ -16,6 +16,7 @@ from motab_kernels.backend import choose_backend
 from motab_kernels.divergence_checks import (
     check_finite_gradient,
     check_heads,
+    check_whole_heads,
     divisor,
     refuse_forward_mode,
     refuse_second_derivative,
@@ -113,6 +114,7 @@ def fused_linear_divergence(
     linear cross-entropy (arXiv 2410.10989).
     """
     kind, lam = resolve(divergence, beta, alpha)
+    check_whole_heads((student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias))
     refuse_forward_mode("fused_linear_divergence", student_hidden, student_weight, student_bias)
     student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
     teacher_hidden, teacher_weight, teacher_bias = as_autocast(teacher_hidden, teacher_weight, teacher_bias)

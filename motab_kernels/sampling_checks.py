@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from motab_kernels.arguments import DIVISORS, check_place, is_integer, is_number
+from motab_kernels.arguments import DIVISORS, check_place, check_whole, is_integer, is_number
 from motab_kernels.tensors import DTYPES
 
 
@@ -51,9 +51,10 @@ def check_row_settings(logits: Tensor, *settings: Any) -> None:
 
 
 def check_tensors(logits: Tensor, uniforms: Tensor) -> None:
-    if logits.dtype not in DTYPES or logits.layout != torch.strided:
-        expected = "a dense tensor of float32, bfloat16, float16 or float64"
-        raise ValueError(f"logits: expected {expected}, got {logits.dtype}, {logits.layout}")
+    check_whole("logits", logits)
+    check_whole("uniforms", uniforms)
+    if logits.dtype not in DTYPES:
+        raise ValueError(f"logits: expected float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() not in (2, 3) or logits.shape[-1] == 0:
         raise ValueError(f"logits: expected shape (B, V) or (B, T, V) with V > 0, got {tuple(logits.shape)}")
     shape = logits.shape[:-1]

@@ -220,6 +220,7 @@ def test_is_an_op_to_torch():
     ("changes", "message"),
     [
         ({"query": torch.zeros(2, 4, 16)}, r"query: expected 4 dimensions.* got \(2, 4, 16\)"),
+        ({"keys": None}, "keys: expected a tensor, got NoneType"),
         ({"query": torch.zeros(2, 4, 1, 16).long()}, "query: expected .*, got .* torch.int64"),
         ({"query": torch.zeros(2, 3, 1, 16)}, "a multiple of the keys' 2, got 3"),
         ({"query": torch.zeros(2, 4, 30, 16)}, "at most the 19 tokens that the keys have slots for, got 30"),

@@ -44,6 +44,7 @@ GOOD = {
             {"token_ids": torch.zeros(2, 3, dtype=torch.int32)},
             "token_ids: .* torch.int64.*got torch.int32",
         ),
+        ({"token_ids": [[0] * 3] * 2}, "token_ids: expected a tensor, got list"),
         ({"token_ids": torch.zeros(2, dtype=torch.int64)}, r"token_ids: expected .*\(2, 3\).*got .*\(2,\)"),
         ({"token_ids": torch.full((2, 3), 8)}, "token_ids: expected -1 or 0 to 7, got 8"),
         ({"token_ids": torch.full((2, 3), -2)}, "token_ids: expected -1 or 0 to 7, got -2"),

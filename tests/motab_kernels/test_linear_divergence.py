@@ -267,6 +267,8 @@ def test_check_finite():
         ({"student_weight": torch.ones(9, 4, device="meta")}, "student_weight: expected .* on cpu.* on meta"),
         ({"teacher_bias": torch.ones(9, device="meta")}, "teacher_bias: expected .* on cpu, got .* on meta"),
         ({"teacher_bias": torch.ones(9).double()}, r"teacher_bias: expected torch.float32 .*got torch.float64"),
+        ({"student_weight": torch.nn.Linear(4, 9)}, "student_weight: expected a tensor, got Linear"),
+        ({"teacher_bias": True}, "teacher_bias: expected a tensor, got bool"),
         ({"divergence": "mse"}, "divergence: expected one of"),
         (
             {"teacher_hidden": torch.ones(3, 4, requires_grad=True)},

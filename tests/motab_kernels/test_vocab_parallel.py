@@ -154,6 +154,14 @@ def test_a_sharded_head_gets_the_mean_gradient(ranks):
 @pytest.mark.parametrize(
     ("call", "expected"),
     [
+        (
+            "sharded weight",
+            "student_weight: expected a tensor that this process has whole, got a DTensor of (Shard(dim=0)",
+        ),
+        (
+            "sharded logits",
+            "teacher_logits: expected a tensor that this process has whole, got a DTensor of (Shard(dim=0)",
+        ),
         ("not a group", "group: expected a torch.distributed.ProcessGroup that this rank belongs to, got 'tp'"),
         ("sides", "group: expected the same slice of the vocabulary of student and teacher, got 70 and 60 columns"),
         ("heads", "group: expected the same slice of the vocabulary of student and teacher, got 9 and 8 columns"),

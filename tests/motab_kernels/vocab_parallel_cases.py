@@ -236,7 +236,11 @@ def messages(group, rank, columns):
     bad[1] = NAN
     narrow = slice(0, 70 - rank)
     linear = mk.fused_linear_divergence
+    mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu")
+    shards = torch.distributed.tensor.distribute_tensor(bad, mesh, [torch.distributed.tensor.Shard(0)])
     return {
+        "sharded weight": message(linear, bad, shards, bad, bad),
+        "sharded logits": message(mk.divergence_loss, bad, shards),
         "not a group": message(mk.divergence_loss, student, teacher, group="tp"),
         "sides": message(mk.divergence_loss, student, teacher[:, :60], group=group),
         "heads": message(linear, bad, torch.ones(9, 4), bad, torch.ones(8, 4), group=group),
