@@ -88,7 +88,7 @@ def ragged_attention(
     window, visible_length = check_settings(scale, window, softcap, visible_length, S, T)
     backend = choose_backend(backend, query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    is_registered = is_traced(query, keys, values, lengths, page_table, sinks)
+    is_registered = query.is_meta or is_traced(query, keys, values, lengths, page_table, sinks)
     run = ragged_attention_op if is_registered else _ragged_attention
     query, keys, values = query.detach(), keys.detach(), values.detach()
     return run(query, keys, values, lengths, page_table, sinks, scale, window, softcap or 0.0, visible_length, backend)

@@ -139,7 +139,7 @@ def fused_kl_boundary(
     states = [] if state is None else list(state.tensors)
     # The overhead of a registered op is longer than the computation of one row on a CPU.
     inputs = (student_logits, teacher_logits, token_ids, step_ends, temperature, criterion.scale, criterion.theta)
-    is_registered = is_traced(*inputs, *states, *(out or ()))
+    is_registered = student_logits.is_meta or is_traced(*inputs, *states, *(out or ()))
     run = fused_kl_boundary_op if is_registered else _fused_kl_boundary
     given = out
     if out is None:

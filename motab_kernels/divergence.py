@@ -15,13 +15,13 @@ from motab_kernels.divergence_checks import (
     check_finite_gradient,
     check_tensors,
     divisor,
-    refuse_forward_mode,
     refuse_second_derivative,
+    refuse_transforms,
     resolve,
     temperature_tensor,
 )
 from motab_kernels.divergence_kernels import divergence_forward, weighted
-from motab_kernels.tensors import as_normal, is_traced, wide_dtype, with_tokens
+from motab_kernels.tensors import as_normal, is_batched, is_traced, wide_dtype, with_tokens
 from motab_kernels.vocab_parallel import columns_here, kernels_of
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def divergence_loss(
     The gradient is the only new tensor of the size of the logits: the forward pass saves its inputs and 24 bytes a
     position, from which the backward pass recomputes. forward_kl and reverse_kl read the logits once, the others
     twice, because they need the normalisers first; the backward pass reads them once. Differentiable once, by
-    backward(): second derivatives and forward-mode derivatives are refused, and `torch.func` has no transform of it.
+    backward(): second derivatives, and those of `torch.func`, are refused.
 
     Args:
         student_logits: (B, V_student) or (B, T, V_student); float32, bfloat16 or float16; "torch" also takes
@@ -125,7 +125,7 @@ def divergence_loss(
     """
     kind, lam = resolve(divergence, beta, alpha)
     V = check_tensors(student_logits, teacher_logits, mask, weights, vocab_size)
-    refuse_forward_mode("divergence_loss", student_logits)
+    refuse_transforms("divergence_loss", student_logits)
     tau = temperature_tensor(temperature, student_logits.shape[0], student_logits.device)
     divide = divisor(reduction, num_items, mask, student_logits)
     backend = choose_backend(backend, student_logits, teacher_logits)
@@ -258,7 +258,7 @@ def _backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ..
     kind, lam, vocab_size, inplace, check_finite, backend, group = ctx.options
     refuse_second_derivative("divergence_loss")
     arguments = (grad_loss, student, teacher, mask, tau, saved, kind, lam, vocab_size, check_finite, backend, group)
-    if is_traced(student, teacher, grad_loss):
+    if is_traced(student, teacher, grad_loss) or is_batched(grad_loss):
         gradient = divergence_backward_op(*arguments)
     else:
         # Rows of an expanded tensor share memory; so may both sides, as shifted views of one tensor.

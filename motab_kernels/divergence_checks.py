@@ -181,12 +181,19 @@ def refuse_second_derivative(name: str) -> None:
         )
 
 
-def refuse_forward_mode(name: str, *inputs: Tensor | None) -> None:
-    """Raise for a dual tensor, whose tangent would be lost silently."""
+def refuse_transforms(name: str, *inputs: Tensor | None) -> None:
+    """Raise for a tensor of a transform that a registered op has none of: a dual tensor, whose tangent would be lost
+    silently, or one that torch.func tracks."""
     if torch.compiler.is_compiling():
         return
-    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+    for x in inputs:
+        if x is None:
+            continue
+        kind = "forward-mode derivatives, got a dual tensor (torch.func.jvp)"
+        if forward_ad.unpack_dual(x).tangent is None:
+            if not torch._C._functorch.is_gradtrackingtensor(x):
+                continue
+            kind = "transform, got a tensor that torch.func.grad, vjp or jacrev tracks"
         raise ValueError(
-            f"{name}: expected no forward-mode derivatives, got a dual tensor (torch.func.jvp): take the gradient by "
-            "backward(), or write the divergence in PyTorch"
+            f"{name}: expected no {kind}: take the gradient by backward(), or write the divergence in PyTorch"
         )

@@ -18,15 +18,15 @@ from motab_kernels.divergence_checks import (
     check_heads,
     check_whole_heads,
     divisor,
-    refuse_forward_mode,
     refuse_second_derivative,
+    refuse_transforms,
     resolve,
     temperature_tensor,
 )
 from motab_kernels.divergence_kernels import weighted
 from motab_kernels.divergence_sums import by_position
-from motab_kernels.linear_head import CHUNKS, Head, HeadDivergence, as_autocast, chunk_size_for
-from motab_kernels.tensors import as_normal, wide_dtype
+from motab_kernels.linear_head import CHUNKS, Head, HeadDivergence, as_autocast, chunk_size_for, without_autocast
+from motab_kernels.tensors import as_normal, is_batched, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here, kernels_of
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def fused_linear_divergence(
     gradient of each position is known. The gradient by the logits is rounded to the hidden states' dtype, once. The
     weight's gradient is summed in the weight's own dtype over five chunks at a time, except for float16: it is summed
     in float32, so that nothing is lost to its narrow range before the upstream gradient, as from a GradScaler, is
-    applied. Differentiable once, by backward(): second derivatives and forward-mode derivatives are refused. A reduced
+    applied. Differentiable once, by backward(): second derivatives, and those of `torch.func`, are refused. A reduced
     loss hands its gradients out in place: a second backward pass (``retain_graph=True``) raises.
 
     Args:
@@ -115,7 +115,7 @@ def fused_linear_divergence(
     """
     kind, lam = resolve(divergence, beta, alpha)
     check_whole_heads((student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias))
-    refuse_forward_mode("fused_linear_divergence", student_hidden, student_weight, student_bias)
+    refuse_transforms("fused_linear_divergence", student_hidden, student_weight, student_bias)
     student_hidden, student_weight, student_bias = as_autocast(student_hidden, student_weight, student_bias)
     teacher_hidden, teacher_weight, teacher_bias = as_autocast(teacher_hidden, teacher_weight, teacher_bias)
     heads = (student_hidden, student_weight, student_bias), (teacher_hidden, teacher_weight, teacher_bias)
@@ -152,7 +152,9 @@ def fused_linear_divergence(
     if weights is not None:
         scale = scale * weights.detach().reshape(-1)
     scale = scale / divisor(reduction, num_items, mask, student_hidden)
-    needs_grad = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in heads[0]]
+    # Of a tensor under vmap the flag does not show.
+    needs = [x is not None and (x.requires_grad or is_batched(x)) for x in heads[0]]
+    needs_grad = [torch.is_grad_enabled() and need for need in needs]
     return total_op(*tensors, *others, keep, tau, scale, needs_grad, *options)[0]
 
 
@@ -322,9 +324,10 @@ def _backward_total(ctx: Any, upstream: Tensor, *_: Any) -> tuple[Tensor | None,
             "fused_linear_divergence: expected one backward pass, which hands out the gradients in place, got another "
             'one; call the op again, or take the sum of reduction="none"'
         )
-    ctx.is_handed_out = True
+    in_place = not (torch.compiler.is_compiling() or is_batched(upstream))
+    ctx.is_handed_out = in_place
     *gradients, unit = ctx.saved_tensors
-    return _scaled(gradients, ctx.needs_input_grad, upstream * unit, ctx.dtype)
+    return _scaled(gradients, ctx.needs_input_grad, upstream * unit, ctx.dtype, in_place)
 
 
 def _setup_positions(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -336,27 +339,25 @@ def _backward_positions(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]
     refuse_second_derivative("fused_linear_divergence")
     needs_grad = list(ctx.needs_input_grad[:3])
     tensors = ctx.saved_tensors  # once: checkpoints compute them for one look only
-    with torch.autocast(upstream.device.type, enabled=False):  # whatever the backward pass runs under
+    with without_autocast(upstream.device):  # whatever the backward pass runs under
         _, *gradients, unit = total_op(*tensors, upstream.contiguous(), needs_grad, *ctx.options)
     _, weight, *_ = tensors
     factor = unit if weight.dtype == torch.float16 else None
-    return _scaled(gradients, ctx.needs_input_grad, factor, weight.dtype)
+    return _scaled(gradients, ctx.needs_input_grad, factor, weight.dtype, in_place=False)
 
 
 def _scaled(
-    gradients: Sequence[Tensor], needs: Sequence[bool], factor: Tensor | None, dtype: torch.dtype
+    gradients: Sequence[Tensor], needs: Sequence[bool], factor: Tensor | None, dtype: torch.dtype, in_place: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients times the factor, rounded to the dtype; None for each input of the op that needs none."""
 
     def scaled(x: Tensor) -> Tensor:
         if factor is None:
             return x.to(dtype)
-        # For float16 the factor may be larger than it holds. In place, because a weight's gradient is large; a second
-        # backward pass then raises, as its tensors have changed.
-        if torch.compiler.is_compiling():
-            return (x * factor if x.dtype == factor.dtype else x.to(factor.dtype) * factor).to(dtype)
-        x = x.copy_(x.float() * factor) if x.dtype == torch.float16 else x.mul_(factor.to(x.dtype))
-        return x.to(dtype)
+        # With a dimension the factor, which may be larger than float16 holds, is not rounded to the gradient's dtype.
+        wide = factor.reshape(1)
+        # In place, because a weight's gradient is large.
+        return (x.mul_(wide) if in_place else x * wide).to(dtype)
 
     needed = [scaled(x) if need else None for x, need in zip(gradients, needs[: len(gradients)], strict=True)]
     return (*needed, *(None,) * (len(needs) - len(needed)))

@@ -32,6 +32,13 @@ def is_traced(*arguments: Any) -> bool:
     )
 
 
+def is_batched(x: Tensor) -> bool:
+    """Whether vmap, or autograd with `is_grads_batched`, has added a dimension that the tensor does not show."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
+
+
 def _is_special(x: Any) -> bool:
     return isinstance(x, Tensor) and type(x) not in _PLAIN
 

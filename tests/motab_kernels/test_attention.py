@@ -216,6 +216,11 @@ def test_is_an_op_to_torch():
     assert torch.equal(compiled(query, keys, values, lengths, rows=rows), out)
 
 
+def test_shapes_on_a_meta_device():
+    query, keys = torch.zeros(2, 4, 1, 16, device="meta"), torch.zeros(2, 2, 19, 16, device="meta")
+    assert mk.ragged_attention(query, keys, keys, torch.zeros(2, dtype=torch.int64, device="meta")).shape == query.shape
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

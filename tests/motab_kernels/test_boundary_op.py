@@ -116,6 +116,12 @@ def test_nothing_of_a_transform_outlives_it():
     assert_equal(mk.fused_kl_boundary(*inputs, boundary=boundary), expected)
 
 
+def test_shapes_on_a_meta_device():
+    out = mk.fused_kl_boundary(*(x.to("meta") for x in random_inputs(2, 3, 50)), backend="torch")
+    assert [x.shape for x in out] == [(2, 3)] * len(out)
+    assert out.stray.is_meta
+
+
 def test_a_trace_sees_the_op():
     """A plain call goes round it."""
 

@@ -177,15 +177,29 @@ def test_a_second_derivative_is_refused(backend):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by jvp itself
-def test_a_forward_mode_derivative_is_refused():
-    """Which came out as 0."""
+def test_a_derivative_by_torch_func_is_refused():
+    """That of forward mode came out as 0."""
     student, teacher = logits(3, 20, seed=20)
     loss = lambda x: mk.divergence_loss(x, teacher)  # noqa: E731
     assert loss(student) > 0
     with pytest.raises(ValueError, match=r"divergence_loss: expected no forward-mode .* backward\(\)"):
         torch.func.jvp(loss, (student,), (torch.ones_like(student),))
+    with pytest.raises(
+        ValueError, match=r"divergence_loss: expected no transform, got .* torch\.func\.grad.* backward\(\)"
+    ):
+        torch.func.grad(loss)(student)
     with torch.autograd.forward_ad.dual_level():
         assert loss(student) > 0
+
+
+def test_gradients_in_a_batch(backend):
+    """Of each position's loss, as `torch.autograd.functional.jacobian(vectorize=True)` takes them."""
+    student, teacher = (x.to(DEVICE) for x in logits(3, 20, seed=20))
+    loss = mk.divergence_loss(student.requires_grad_(), teacher, reduction="none", backend=backend)
+    upstream = torch.eye(3, device=DEVICE)
+    one_by_one = [torch.autograd.grad(loss, student, x, retain_graph=True)[0] for x in upstream]
+    (batch,) = torch.autograd.grad(loss, student, upstream, is_grads_batched=True)
+    torch.testing.assert_close(batch, torch.stack(one_by_one), rtol=0, atol=0)
 
 
 def test_logits_that_share_memory_are_not_written_over(backend):

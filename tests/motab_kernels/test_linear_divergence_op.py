@@ -127,7 +127,7 @@ def test_a_second_derivative_is_refused():
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # by jvp itself
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_a_forward_mode_derivative_is_refused(which):
+def test_a_derivative_by_torch_func_is_refused(which):
     hidden, weight, bias = torch.randn(3, 4), torch.randn(9, 4), torch.randn(9)
 
     def loss(x):
@@ -137,6 +137,59 @@ def test_a_forward_mode_derivative_is_refused(which):
     x = (hidden, weight, bias)[which]
     with pytest.raises(ValueError, match="fused_linear_divergence: expected no forward-mode"):
         torch.func.jvp(loss, (x,), (torch.ones_like(x),))
+    with pytest.raises(ValueError, match=r"fused_linear_divergence: expected no transform, got .* torch\.func\.grad"):
+        torch.func.grad(loss)(x)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_gradients_in_a_batch(reduction):
+    student, teacher = heads(dtype=torch.float32)
+    loss, leaves = fused(student, teacher, reduction=reduction)
+    upstream = torch.randn(3, *loss.shape, generator=torch.Generator().manual_seed(3))
+    batch = torch.autograd.grad(loss, leaves, upstream, is_grads_batched=True, retain_graph=True)
+    for i, x in enumerate(upstream):
+        loss, leaves = fused(student, teacher, reduction=reduction)
+        torch.testing.assert_close([x[i] for x in batch], list(torch.autograd.grad(loss, leaves, x)))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # vmap calls the op for each
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_vmap_keeps_the_gradients(reduction):
+    student, teacher = heads(dtype=torch.float32)
+    expected_loss, expected = fused(student, teacher, reduction=reduction)
+    expected_loss.sum().backward()
+    leaves = [x.clone().requires_grad_() for x in student]
+    stacked = torch.stack((leaves[0], leaves[0].detach()))
+
+    def one(hidden):
+        return mk.fused_linear_divergence(
+            hidden, leaves[1], *teacher[:2], student_bias=leaves[2], teacher_bias=teacher[2], reduction=reduction
+        )
+
+    loss = torch.func.vmap(one)(stacked)
+    torch.testing.assert_close(loss, torch.stack((expected_loss, expected_loss)))
+    loss[0].sum().backward()
+    torch.testing.assert_close([x.grad for x in leaves], [x.grad for x in expected])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_shapes_on_a_meta_device(reduction):
+    """Which has no autocast to ask for."""
+    student, teacher = ([x.to("meta") for x in side] for side in heads(dtype=torch.bfloat16))
+    loss, leaves = fused(student, teacher, reduction=reduction)
+    loss.sum().backward()
+    assert loss.dtype == torch.float32
+    assert [x.grad.shape for x in leaves] == [x.shape for x in student]
+
+
+def test_an_upstream_gradient_is_not_rounded():
+    """A third in bfloat16 is 0.2 % more, and so was every gradient."""
+    student, teacher = heads(dtype=torch.bfloat16)
+    (loss, leaves), (other, thirds) = (fused(student, teacher) for _ in range(2))
+    loss.backward()
+    (other / 3).backward()
+    for x, third in zip(leaves[:2], thirds, strict=False):
+        assert torch.equal(third.grad, (x.grad.float() * torch.tensor(1 / 3)).bfloat16())
 
 
 def test_autocast_takes_what_a_linear_layer_takes():
