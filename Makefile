@@ -23,7 +23,7 @@ $(READY): pyproject.toml setup.py $(wildcard motab_kernels/cpu/*.cpp motab_kerne
 # two thirds of whose time is one file's.
 COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py boundary_triton.py \
 	boundary_triton_decisions.py divergence.py divergence_arguments.py divergence_op.py divergence_terms.py \
-	attention_triton.py kv_cache.py sampling.py)
+	attention_triton.py kv_cache.py sampling.py far_apart.py)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	MOTAB_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -k "not torch and not cpu and not large_voc" $(COMPILED)

@@ -99,6 +99,12 @@ def ragged_attention(
     page = S if pages > 1 else 0
     piece = math.gcd(split, page)  # a tile lies in one split and one page
     tiles = blocks(queries, D, query.element_size(), piece, settings)
+    for name, x in (("keys", keys), ("values", values)):
+        if x.stride(2) * tiles["N_BLOCK"] >= 1 << 31:
+            raise ValueError(
+                f"{name}: expected slots less than {(1 << 31) // tiles['N_BLOCK']} numbers apart, got a stride of "
+                f'{x.stride(2)}: copy them by contiguous(), or use backend "torch"'
+            )
     splits = 1 if T > settings.split_tokens else -(-visible_length // split)
     is_split = splits > 1  # else the numbers are the same: combining one split changes none
     # (b, H, T, GROUP, splits, D + 4): acc, top, total, and two that keep rows aligned to 16 bytes.

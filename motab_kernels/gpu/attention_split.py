@@ -110,7 +110,7 @@ def split_kernel(
     token, member = m // GROUP, m % GROUP
     inside = (token[:, None] < T) & (d[None, :] < D)
     query_ptr += i * query_stride_b + head * GROUP * query_stride_h + d[None, :]
-    offsets = token.to(tl.int64) * query_stride_t + member * query_stride_h
+    offsets = token.to(tl.int64) * query_stride_t + member.to(tl.int64) * query_stride_h
     query = tl.load(query_ptr + offsets[:, None], mask=inside, other=0.0)
     keys_ptr += head * keys_stride_h
     values_ptr += head * values_stride_h
@@ -123,6 +123,7 @@ def split_kernel(
         # Slots are counted from the row's first one, wherever the page lies.
         keys_ptr += page * keys_stride_b - place * PAGE * keys_stride_s
         values_ptr += page * values_stride_b - place * PAGE * values_stride_s
+    # In 32 bits, for which the launcher sees to it that they are enough: in 64 registers spill on an A100.
     keys_offsets = n[:, None] * keys_stride_s + d[None, :]
     values_offsets = n[:, None] * values_stride_s + d[None, :]
 
