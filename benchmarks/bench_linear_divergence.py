@@ -117,7 +117,7 @@ def products_of(*leaves):
     found = {"products": lambda: functools.partial(products, *leaves)}
     for chunks in (1, 2, 3, linear_head.CHUNKS, 8):
         with mock.patch.object(linear_head, "CHUNKS", chunks):
-            rows = linear_head.chunk_size_for(leaves[1], leaves[3], has_softcap=False)
+            rows = linear_head.chunk_size_for(leaves[1], leaves[3])
         found[f"products, {chunks} x {rows}"] = functools.partial(products_in_chunks, rows, chunks, *leaves)
     return found
 

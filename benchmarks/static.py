@@ -126,7 +126,7 @@ def loop_report(kernel: Any, name: str, dtype: str, target: str, settings: Any, 
     vector = 16 // BYTES[dtype]
     of_logits = ("student_ptr", "teacher_ptr", "out_ptr")
     types = {n: f"*{dtype}" if n in of_logits else "*fp32" for n in kernel.arg_names if n.endswith("_ptr")}
-    types |= {"token_ptr": "*i64", "keep_ptr": "*i1", "lam": "fp32", "rest": "fp32"}
+    types |= {"token_ptr": "*i64", "keep_ptr": "*i1", "lam": "fp32", "rest": "fp32", "per_cap": "fp32"}
     aligned = tuple(n for n in kernel.arg_names if re.match(r"(student|teacher|out)_stride_|V$", n))
     constants = constants | {
         "HAS_TEMPERATURE": True,
@@ -176,7 +176,7 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Pending]:
         constants = {"HAS_KEEP": True, "KIND": kind.split()[0], "EVEN": kind == "jsd"}
         yield loop_report(divergence.terms_kernel, f"terms {kind}", dtype, target, settings, constants)
     for kind in ("forward_kl", "reverse_kl", "jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd"}
+        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd", "HAS_SOFTCAP": False}
         yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 

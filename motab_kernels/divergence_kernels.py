@@ -58,10 +58,12 @@ class DivergenceKernels(Protocol):
         kind: str,
         lam: float,
         out: Tensor,
+        softcap: float = 0.0,
         /,
     ) -> None:
         """Write d(sum of scale * divergence) / d(student) to `out` (B, T, V), contiguous in V, which may be the
-        student's own logits. A position whose scale (R,) is 0 gets 0, whatever its logits."""
+        student's own logits. A position whose scale (R,) is 0 gets 0, whatever its logits. With a softcap the logits
+        are softcap * tanh(x / softcap), and the derivative is that by x."""
 
 
 if TYPE_CHECKING:  # mypy compares their functions with those above

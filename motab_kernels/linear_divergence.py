@@ -130,7 +130,7 @@ def fused_linear_divergence(
         tau = by_position(tau, leading[1:].numel())
     keep = None if mask is None else as_normal(mask).reshape(-1).contiguous()
     if chunk_size is None:
-        chunk_size = chunk_size_for(student_weight, teacher_weight, student_softcap is not None)
+        chunk_size = chunk_size_for(student_weight, teacher_weight)
     check_count("chunk_size", chunk_size)
     if group is not None:
         widths = student_weight.shape[0], teacher_weight.shape[0]

@@ -63,15 +63,11 @@ class HeadDivergence(NamedTuple):
 
     def write_gradient(self, part: slice, s: Tensor, t: Tensor, saved: Tensor, scale: Tensor, out: Tensor) -> None:
         """d(sum of scale * divergence) by the head's matrix product, rounded once to the dtype of `out` (n, V)."""
-        softcap = self.student.softcap
-        target = torch.empty_like(s) if softcap else out
         shared = self._shared(s), self._shared(t)
+        scale, softcap = scale * self.student.scale, self.student.softcap
         self.kernels.divergence_gradient(
-            *shared, self._tau(part), saved, scale * self.student.scale, self.kind, self.lam, self._shared(target)
+            *shared, self._tau(part), saved, scale, self.kind, self.lam, self._shared(out), softcap
         )
-        if softcap:
-            target.mul_(1 - (s / softcap).square_())
-            out.copy_(target.masked_fill_((scale == 0)[:, None], 0))  # logits that do not count may be NaN
         out[:, self.vocab_size :].zero_()
 
     def _shared(self, x: Tensor) -> Tensor:
@@ -82,12 +78,12 @@ class HeadDivergence(NamedTuple):
         return self.tau if self.tau is None or self.tau.dim() == 0 else self.tau[part]
 
 
-def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor, has_softcap: bool) -> int:
+def chunk_size_for(student_weight: Tensor, teacher_weight: Tensor) -> int:
     """The number of positions whose logits, with the student's gradients, fit into the budget."""
     V, item = student_weight.shape[0], student_weight.element_size()
     wide = wide_dtype(student_weight).itemsize
     copies = 2 if item == 2 and student_weight.device.type == "cpu" else 1  # PyTorch's 16-bit product there makes one
-    position = (V * (2 if has_softcap else 1) + teacher_weight.shape[0]) * wide + V * item * CHUNKS * copies
+    position = (V + teacher_weight.shape[0]) * wide + V * item * CHUNKS * copies
     size = max(1, BUDGET // position)
     return size if size < 64 else size // 64 * 64  # a matrix product works in tiles
 

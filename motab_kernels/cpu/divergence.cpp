@@ -31,6 +31,11 @@ struct Shares {
     float p, q;
 };
 
+// What a position's gradient is multiplied by, and 1 / softcap: 0 for none.
+struct Upstream {
+    float scale, per_cap;
+};
+
 // Saved at each position for the backward pass.
 struct Saved {
     float top_t, top_s, reciprocal_t, reciprocal_s, log_ratio, centre;
@@ -129,8 +134,8 @@ extern "C" void motab_divergence_terms(const DivergenceCall* call, float lam, fl
     });
 }
 
-// To `out`, of any type; 0 where the position's scale is 0, whatever its logits.
-extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam, float rest) {
+// To `out`, of any type; 0 where the position's scale is 0, whatever its logits. per_cap is 1 / softcap, 0 for none.
+extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam, float rest, float per_cap) {
     const auto gradient_of = AT_LEVEL(split_gradient);
     prefer_large_pages(call->out.at(0, 0, 0), call->out.at(call->B - 1, call->T - 1, call->V));
     for_each_split(*call, [&](int64_t position, int64_t index, const Split& split) {
@@ -139,6 +144,6 @@ extern "C" void motab_divergence_gradient(const DivergenceCall* call, float lam,
         if (scale == 0)
             std::memset(out, 0, split.columns * bytes_of(call->out.type));
         else
-            gradient_of(call->kind, split, call->saved[position], {lam, rest}, scale, call->out.type, out);
+            gradient_of(call->kind, split, call->saved[position], {lam, rest}, {scale, per_cap}, call->out.type, out);
     });
 }

@@ -93,7 +93,9 @@ def divergence_gradient(
     kind: str,
     lam: float,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
     B, T, V = student.shape
     sides, scale = (student, teacher), scale.float()
-    _call("gradient", (B, T, V), tau, kind, *_shares(lam), sides=sides, saved=saved, scale=scale, out=out)
+    numbers = *_shares(lam), ctypes.c_float(1 / softcap if softcap else 0)
+    _call("gradient", (B, T, V), tau, kind, *numbers, sides=sides, saved=saved, scale=scale, out=out)

@@ -183,10 +183,10 @@ KERNEL Floats gradient_of(Floats s, Floats t, const Row& row, Floats centre, Sha
 
 template <int64_t KIND>
 ENTRY void gradient_of_kind(
-    const Split& split, const Saved& saved, Shares in_m, float scale, int64_t out_type, char* out) {
+    const Split& split, const Saved& saved, Shares in_m, Upstream upstream, int64_t out_type, char* out) {
     alignas(64) float room_s[BLOCK], room_t[BLOCK], room_out[BLOCK];
     const Row row = row_of(saved, split.inverse_temperature);
-    const Floats centre = all(saved.centre), factor = all(scale * split.inverse_temperature);
+    const Floats centre = all(saved.centre), factor = all(upstream.scale * split.inverse_temperature);
     for (int64_t start = 0; start < split.columns; start += BLOCK) {
         const Block block = block_of(split, start, room_s, room_t);
         char* target = out + start * bytes_of(out_type);
@@ -196,21 +196,23 @@ ENTRY void gradient_of_kind(
         float* room = at_once ? reinterpret_cast<float*>(target) : room_out;
         for (int64_t i = 0; i < block.columns; i += LANES) {
             block.prefetch(i);
-            store(room + i, gradient_of<KIND>(load(block.s + i), load(block.t + i), row, centre, in_m, factor));
+            const Floats s = load(block.s + i), share = s * upstream.per_cap;
+            const Floats by_logit = gradient_of<KIND>(s, load(block.t + i), row, centre, in_m, factor);
+            store(room + i, upstream.per_cap ? by_logit * (1.0f - share * share) : by_logit);
         }
         if (!at_once) from_floats(out_type, room, block.columns, target);
     }
 }
 
 ENTRY void split_gradient(
-    int64_t kind, const Split& split, const Saved& saved, Shares in_m, float scale, int64_t out_type, char* out) {
+    int64_t kind, const Split& split, const Saved& saved, Shares in_m, Upstream upstream, int64_t out_type, char* out) {
     switch (kind) {
-        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, in_m, scale, out_type, out);
-        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, in_m, scale, out_type, out);
-        case JSD: return gradient_of_kind<JSD>(split, saved, in_m, scale, out_type, out);
-        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, in_m, scale, out_type, out);
-        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, in_m, scale, out_type, out);
-        default: return gradient_of_kind<TVD>(split, saved, in_m, scale, out_type, out);
+        case FORWARD_KL: return gradient_of_kind<FORWARD_KL>(split, saved, in_m, upstream, out_type, out);
+        case REVERSE_KL: return gradient_of_kind<REVERSE_KL>(split, saved, in_m, upstream, out_type, out);
+        case JSD: return gradient_of_kind<JSD>(split, saved, in_m, upstream, out_type, out);
+        case SKEW_FORWARD_KL: return gradient_of_kind<SKEW_FORWARD_KL>(split, saved, in_m, upstream, out_type, out);
+        case SKEW_REVERSE_KL: return gradient_of_kind<SKEW_REVERSE_KL>(split, saved, in_m, upstream, out_type, out);
+        default: return gradient_of_kind<TVD>(split, saved, in_m, upstream, out_type, out);
     }
 }
 

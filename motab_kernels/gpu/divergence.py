@@ -149,6 +149,7 @@ def divergence_gradient(
     kind: str,
     lam: float,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
     student, teacher = _contiguous_vocabulary(student), _contiguous_vocabulary(teacher)
     settings = settings_for(student.device)
@@ -164,6 +165,8 @@ def divergence_gradient(
         "rest": 1 - lam,
         "KIND": kind,
         "EVEN": lam == 0.5,
+        "HAS_SOFTCAP": softcap > 0,
+        "per_cap": 1 / softcap if softcap else 0.0,
     }
     with launched_on(student.device):
         launch(gradient_kernel, (B * T, splits(V, settings)), arguments, num_warps=settings.num_warps)

@@ -195,19 +195,20 @@ def _gradient(
     s,
     c,
     factor,
+    per_cap,
     centre,
     lam,
     rest,
-    m_t,
-    m_s,
-    reciprocal_t,
-    reciprocal_s,
-    offset,
+    row,
     KIND: tl.constexpr,
     EVEN: tl.constexpr,
     FAST: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
 ):
+    m_t, m_s, reciprocal_t, reciprocal_s, offset = row
     w, e, gap, p_leads = _pair(t, s, c, m_t, m_s, reciprocal_t, reciprocal_s, offset)
+    if HAS_SOFTCAP:
+        factor *= 1 - (s * per_cap) * (s * per_cap)
     if KIND == "forward_kl":
         apart = w * (1 - e)
         # A column that the student excludes has no gradient, even if the teacher gives it probability.
@@ -239,9 +240,11 @@ def gradient_kernel(
     V,
     lam,
     rest,  # 1 - lam, from the host: in float32 1 - (1 - 1e-9) would be 0
+    per_cap,  # 1 / softcap
     KIND: tl.constexpr,
     EVEN: tl.constexpr,  # lam is 1/2
     FAST: tl.constexpr,  # see `log2` and `in_float32`
+    HAS_SOFTCAP: tl.constexpr,  # the student's logits are softcap * tanh(x / softcap), and the gradient is by x
     HAS_TEMPERATURE: tl.constexpr,
     GROUPS: tl.constexpr,
     LANES: tl.constexpr,
@@ -272,20 +275,16 @@ def gradient_kernel(
     c = inverse_temperature(temperature_ptr + b * temperature_stride_b, HAS_TEMPERATURE)
     factor = scale * (c * ln_2())
     saved_ptr += position * 6
-    m_t, m_s, reciprocal_t, reciprocal_s, offset = _row(saved_ptr, c)
+    row = _row(saved_ptr, c)
     centre = tl.load(saved_ptr + column("centre"))
     for start in range(first, whole, TILE):
         t = in_float32(tl.load(teacher_ptr + start + columns), FAST)
         s = in_float32(tl.load(student_ptr + start + columns), FAST)
-        result = _gradient(
-            t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
-        )
+        result = _gradient(t, s, c, factor, per_cap, centre, lam, rest, row, KIND, EVEN, FAST, HAS_SOFTCAP)
         tl.store(out_ptr + start + columns, result.to(out_ptr.dtype.element_ty))
     if whole < end:
         inside = whole + columns < end
         t = in_float32(tl.load(teacher_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
         s = in_float32(tl.load(student_ptr + whole + columns, mask=inside, other=-float("inf")), FAST)
-        result = _gradient(
-            t, s, c, factor, centre, lam, rest, m_t, m_s, reciprocal_t, reciprocal_s, offset, KIND, EVEN, FAST
-        )
+        result = _gradient(t, s, c, factor, per_cap, centre, lam, rest, row, KIND, EVEN, FAST, HAS_SOFTCAP)
         tl.store(out_ptr + whole + columns, result.to(out_ptr.dtype.element_ty), mask=inside)

@@ -143,6 +143,7 @@ def divergence_gradient(
     kind: str,
     lam: float,
     out: Tensor,
+    softcap: float = 0.0,
 ) -> None:
     flat = out if out.is_contiguous() else torch.empty(out.shape, dtype=out.dtype, device=out.device)
     rows = flat.view(-1, out.shape[-1])
@@ -156,6 +157,8 @@ def divergence_gradient(
             result = torch.where(q == 0, 0.0, q * torch.where(gap == -torch.inf, torch.inf, -gap - centre))
         else:
             result = q * (terms_and_slopes(p, q, gap, kind, lam)[1] - centre)
+        if softcap:
+            result = result * (1 - (s / softcap) ** 2)
         factor = scale[part, None].to(result.dtype)
         result = torch.where((factor == 0) | (s == -torch.inf), 0.0, result * (factor / tau_r))
         rows[part] = result.to(out.dtype)

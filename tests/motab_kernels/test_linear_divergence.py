@@ -1,5 +1,7 @@
 """`fused_linear_divergence` against `divergence_loss` of materialised logits, and against float64."""
 
+from collections import Counter
+
 import linear_divergence_cases
 import pytest
 import torch
@@ -198,22 +200,31 @@ def test_gradients_of_several_chunks_go_into_one_product(backend):
     assert_same(found, materialised(student, teacher, mask=keep))
 
 
-@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels, which call no op of PyTorch")
+def count_of_kernels(chunk_size, softcap=0.0):
+    """PyTorch's, by name, of a loss of 12 positions and its gradients; the C++ kernels call none."""
+    student, teacher = (Head(torch.randn(12, 4), torch.randn(50, 4), None, 1.0, cap) for cap in (softcap, 0.0))
+    kernels = implementation("divergence", "cpu", torch.device("cpu"))
+    heads = HeadDivergence(student, teacher, None, None, "forward_kl", 0.0, 50, kernels)
+    with profile() as found:
+        _total(heads, torch.ones(12), [True, True, False], chunk_size, False, "")
+    return Counter({event.key.removeprefix("aten::"): event.count for event in found.key_averages()})
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
 def test_few_kernels_between_two_products():
     """Each costs a GPU a pause: those that can take all positions at once are not a chunk's."""
-    student, teacher = (Head(torch.randn(12, 4), torch.randn(50, 4)) for _ in range(2))
-    kernels = implementation("divergence", "cpu", torch.device("cpu"))
-
-    def count(chunk_size):
-        heads = HeadDivergence(student, teacher, None, None, "forward_kl", 0.0, 50, kernels)
-        with profile() as found:
-            _total(heads, torch.ones(12), [True, True, False], chunk_size, False, "")
-        return {event.key.removeprefix("aten::"): event.count for event in found.key_averages()}
-
-    four, two = count(3), count(6)
+    four, two = count_of_kernels(3), count_of_kernels(6)
     assert four["mm"] - two["mm"] == 2 * 2  # of two chunks more
     names = ("eq", "where", "sum", "add_", "div", "lift_fresh")
-    assert {name: four.get(name, 0) for name in names} == {name: two.get(name, 0) for name in names}
+    assert {name: four[name] for name in names} == {name: two[name] for name in names}
+
+
+@pytest.mark.skipif(not HAS_LIBRARY, reason="needs the C++ kernels")
+def test_a_softcap_s_gradient_takes_no_pass_of_its_own():
+    """Of the logits, each of which costs as much as the loss's."""
+    more = count_of_kernels(12, softcap=3.0) - count_of_kernels(12)
+    of_numbers = ("to", "_to_copy", "copy_", "empty_strided")  # the cap as a tensor, of which PyTorch speaks too
+    assert {name: more[name] for name in more if name not in of_numbers} == {"div_": 1, "tanh_": 1, "mul_": 1}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
