@@ -25,7 +25,7 @@ from motab_kernels.divergence_checks import (
 )
 from motab_kernels.divergence_kernels import weighted
 from motab_kernels.divergence_sums import by_position
-from motab_kernels.linear_head import CHUNKS, Head, HeadDivergence, as_autocast, chunk_size_for, without_autocast
+from motab_kernels.linear_head import CHUNKS, SLICE, Head, HeadDivergence, as_autocast, chunk_size_for, without_autocast
 from motab_kernels.tensors import as_normal, is_batched, wide_dtype
 from motab_kernels.vocab_parallel import add_ranks_, columns_here, kernels_of
 
@@ -95,7 +95,8 @@ def fused_linear_divergence(
         chunk_size: how many positions' logits exist at a time, of both sides, besides the student's gradient at five
             times this number. None: as many as fit into 1 GiB. No other memory is needed beyond inputs and gradients.
         divergence, beta, alpha, temperature, mask, weights, reduction, num_items, vocab_size, check_finite, backend:
-            see `divergence_loss`.
+            see `divergence_loss`. Positions that the mask leaves out take the same matrix products: where they are
+            many, pass the hidden states of the others alone, ``hidden[mask]``, for which the host waits.
         group: see `divergence_loss`; each rank has all the hidden states, and the same slice of both heads' weight and
             bias. The gradients of weight and bias are the slice's. That of the hidden states is complete on each rank,
             and must not be summed over the ranks again. Its parts, in the hidden states' dtype as in a column-parallel
@@ -356,8 +357,11 @@ def _scaled(
             return x.to(dtype)
         # With a dimension the factor, which may be larger than float16 holds, is not rounded to the gradient's dtype.
         wide = factor.reshape(1)
-        # In place, because a weight's gradient is large.
-        return (x.mul_(wide) if in_place else x * wide).to(dtype)
+        if not in_place:
+            return (x * wide).to(dtype)
+        for part in x.split(SLICE):  # because a weight's gradient is large, and a CPU makes wide copies
+            part.mul_(wide)
+        return x.to(dtype)
 
     needed = [scaled(x) if need else None for x, need in zip(gradients, needs[: len(gradients)], strict=True)]
     return (*needed, *(None,) * (len(needs) - len(needed)))

@@ -20,7 +20,7 @@ from motab_kernels.tensors import wide_dtype
 BUDGET = 1 << 30
 CHUNKS = 5
 
-#: Rows of a weight that are converted at a time where no matrix product takes 16 bits and returns 32.
+#: Rows of a weight, or of a gradient, that are converted to float32 at a time.
 SLICE = 4096
 
 

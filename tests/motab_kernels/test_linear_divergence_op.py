@@ -192,6 +192,16 @@ def test_an_upstream_gradient_is_not_rounded():
         assert torch.equal(third.grad, (x.grad.float() * torch.tensor(1 / 3)).bfloat16())
 
 
+def test_an_upstream_gradient_makes_no_copy_of_a_weight_s():
+    """On a CPU PyTorch copies what it multiplies in another dtype: three slices of a weight, and one of the rest."""
+    student, teacher = heads(N=2, H=3, V=9000, V_teacher=9000, dtype=torch.bfloat16)
+    loss, leaves = fused(student, teacher)
+    with torch.profiler.profile() as found:
+        (loss / 3).backward()
+    assert {event.key: event.count for event in found.key_averages()}["aten::mul_"] == 3 + 1 + 3
+    assert all(x.grad is not None for x in leaves)
+
+
 def test_autocast_takes_what_a_linear_layer_takes():
     student, teacher = heads(dtype=torch.float32)
     low = [[x.bfloat16() for x in side] for side in (student, teacher)]
