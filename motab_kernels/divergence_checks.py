@@ -136,6 +136,8 @@ def check_heads(
             raise ValueError(f"{side}_hidden: expected shape (B, H) or (B, T, H), got {tuple(hidden.shape)}")
         expected = f"{hidden.dtype} of shape (V, {hidden.shape[-1]}) on {hidden.device}, as its hidden states"
         got = f"{weight.dtype} of shape {tuple(weight.shape)} on {weight.device}"
+        if weight.shape == (0,):  # what a process has of it between forward passes
+            got += ", as of a weight that ZeRO-3 or FSDP has partitioned: gather it"
         if weight.dim() != 2 or weight.shape[0] == 0 or weight.shape[1] != hidden.shape[-1]:
             raise ValueError(f"{side}_weight: expected {expected}, got {got}")
         if weight.dtype != hidden.dtype or weight.device != hidden.device:

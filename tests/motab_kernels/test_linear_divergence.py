@@ -278,6 +278,10 @@ def test_check_finite():
         ({"student_weight": torch.ones(9, 4, device="meta")}, "student_weight: expected .* on cpu.* on meta"),
         ({"teacher_bias": torch.ones(9, device="meta")}, "teacher_bias: expected .* on cpu, got .* on meta"),
         ({"teacher_bias": torch.ones(9).double()}, r"teacher_bias: expected torch.float32 .*got torch.float64"),
+        (
+            {"teacher_weight": torch.ones(0)},
+            r"teacher_weight: .* got torch.float32 of shape \(0,\) .* ZeRO-3 .* gather it",
+        ),
         ({"student_weight": torch.nn.Linear(4, 9)}, "student_weight: expected a tensor, got Linear"),
         ({"teacher_bias": True}, "teacher_bias: expected a tensor, got bool"),
         ({"divergence": "mse"}, "divergence: expected one of"),
