@@ -7,7 +7,7 @@ import pytest
 import torch
 from divergence_cases import BACKENDS, every_kind, logits, relative_error
 from forks import RANKS, run_ranks
-from vocab_parallel_cases import bfloat16_heads, every_call, head_of_trl, of_heads, of_logits, rank_main
+from vocab_parallel_cases import Model, bfloat16_heads, every_call, head_of_trl, of_heads, of_logits, rank_main
 
 import motab_kernels as mk
 from motab_kernels import interop
@@ -149,6 +149,21 @@ def test_a_sharded_head_gets_the_mean_gradient(ranks):
     for rank, (loss, gradient) in enumerate(found["sharded_head"] for found in ranks):
         close(loss, losses[rank].detach())
         close(gradient, weight.grad)
+
+
+def test_an_unsharded_head_gets_the_mean_gradient(ranks):
+    hidden, weight, teacher_hidden, teacher_weight = head_of_trl()
+    model = Model(weight)
+    losses = [
+        mk.fused_linear_divergence(model(x), model.head.weight, y, teacher_weight)
+        for x, y in zip(hidden, teacher_hidden, strict=True)
+    ]
+    torch.stack(losses).mean().backward()
+    for rank, (loss, *gradients) in enumerate(found["unsharded_head"] for found in ranks):
+        close(loss, losses[rank].detach())
+        for gradient, x in zip(gradients, model.parameters(), strict=True):
+            assert x.grad.norm() > 0.01  # else any gradient would be near enough
+            close(gradient, x.grad)
 
 
 @pytest.mark.parametrize(

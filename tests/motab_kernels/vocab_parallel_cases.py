@@ -8,6 +8,7 @@ import pytest
 import torch
 from divergence_cases import BACKENDS, KINDS, logits, options
 from forks import RANKS
+from torch.distributed.fsdp import fully_shard
 
 import motab_kernels as mk
 from motab_kernels import interop
@@ -221,6 +222,32 @@ def sharded_head(group, rank, columns):
     return loss.detach(), shards.grad.full_tensor()
 
 
+class Model(torch.nn.Module):
+    """Its forward pass leaves the head to the loss."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.body, self.head = torch.nn.Linear(6, 6, bias=False), torch.nn.Linear(6, 9, bias=False)
+        with torch.no_grad():
+            self.body.weight.copy_(torch.eye(6))
+            self.head.weight.copy_(weight)
+
+    def forward(self, x):
+        return self.body(x)
+
+
+def unsharded_head(group, rank, columns):
+    """Of FSDP2, whose ranks have positions of their own: the loss, and the gradients of body and head."""
+    hidden, weight, teacher_hidden, teacher_weight = head_of_trl()
+    mesh = torch.distributed.device_mesh.DeviceMesh.from_group(group, "cpu")
+    model = fully_shard(Model(weight), mesh=mesh, reshard_after_forward=True)
+    states = model(hidden[rank])
+    model.unshard()
+    loss = mk.fused_linear_divergence(states, model.head.weight, teacher_hidden[rank], teacher_weight)
+    loss.backward()
+    return loss.detach(), *(x.grad.full_tensor() for x in model.parameters())
+
+
 def messages(group, rank, columns):
     """Of the errors; every rank must come out of every call."""
 
@@ -267,6 +294,7 @@ RANK_CALLS = {
         low_precision,
         compiled,
         sharded_head,
+        unsharded_head,
         messages,
     )
 }
