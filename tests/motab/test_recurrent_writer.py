@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +17,7 @@ import motab
 from motab import memory
 from motab.recurrent_writer import RecurrentWriter
 from motab.speculation import drafts_for
-from tests.recurrent_models import recurrent_model
+from tests.recurrent_models import VOCAB, recurrent_model
 
 KINDS = ["qwen3_5_text", "falcon_h1", "lfm2", "granitemoehybrid"]
 POLICIES = {
@@ -144,6 +145,47 @@ def test_texts_are_read_without_padding(reading):
     assert writer.anchored == writer.cache.states.anchored_lengths.tolist() == [0, 6]
     writer.rollback({1: 0})
     assert writer.anchored == writer.cache.states.anchored_lengths.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "falcon_h1"])
+@torch.no_grad()
+def test_any_operations_in_any_order(name, seed):
+    """Every logit is that of a pass over the whole text, and host and device agree on what the cache holds."""
+    random, rows = Random(seed), 4
+    torch.manual_seed(seed)
+    model = recurrent_model(name)
+    writer = RecurrentWriter(model, rows, 128, VOCAB)
+
+    def new_text():
+        return [random.randrange(3, VOCAB) for _ in range(random.randint(1, 20))]
+
+    texts = [new_text() for _ in range(rows)]
+    writer.start(dict(enumerate(texts)))
+    for _ in range(12):
+        fed, count = sorted(random.sample(range(rows), random.randint(1, rows))), random.randint(1, 5)
+        behind = {row: texts[row][writer.lengths[row] :] for row in fed if writer.lengths[row] < len(texts[row]) - 1}
+        writer.catch_up(behind, 4)
+        pending, tokens = torch.tensor([texts[row][-1] for row in fed]), torch.randint(3, VOCAB, (len(fed), count))
+        if random.random() < 0.5:
+            _, logits = writer.draft(fed, pending, count, lambda step, offset, tokens=tokens: tokens[:, offset])
+        else:
+            logits = writer.score(fed, pending, tokens)
+        for place, row in enumerate(fed):
+            texts[row] = texts[row] + tokens[place].tolist()
+            fresh = model(torch.tensor([texts[row][:-1]]), use_cache=False).logits[0, -count:]
+            torch.testing.assert_close(logits[place], fresh, rtol=0, atol=1e-4)
+            # All is kept, a part of the block or of the text.
+            least = len(texts[row]) - random.choice([0, 0, count, len(texts[row]) - 1])
+            texts[row] = texts[row][: random.randint(max(1, least), len(texts[row]))]
+        safe = {row: random.randrange(len(texts[row])) for row in fed} if random.random() < 0.7 else None
+        writer.rollback({row: len(texts[row]) - 1 for row in fed}, safe)
+        if random.random() < 0.3 or len(texts[fed[0]]) > 80:
+            texts[fed[0]] = new_text()
+            writer.start({fed[0]: texts[fed[0]]})
+        states = writer.cache.states
+        assert writer.cache.lengths.tolist() == writer.lengths
+        assert states.settled_lengths.tolist() == writer.settled
+        assert states.anchored_lengths.tolist() == writer.anchored
 
 
 def test_a_model_that_begins_anew_with_each_part_is_refused(tokenizer, prompts):
