@@ -7,6 +7,8 @@ writes or judges there (`Writer.catch_up`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -31,15 +33,8 @@ class RecurrentWriter(Writer):
         ValueError: the model does not go on from its states where it reads several tokens.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        batch_size: int,
-        max_length: int,
-        vocab_size: int,
-        pages: memory.Pages | None = None,
-    ):
-        super().__init__(model, batch_size, max_length, vocab_size, pages)
+    def __init__(self, model: PreTrainedModel, batch_size: int, *sizes: Any):
+        super().__init__(model, batch_size, *sizes)
         self.settled, self.anchored = [0] * batch_size, [0] * batch_size
         _check_states(model)
 
