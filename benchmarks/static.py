@@ -1,20 +1,16 @@
 """The machine code of the Triton kernels, inspected on a machine without a GPU.
 
-    python -m benchmarks.static [--json]
+    python -m benchmarks.static > benchmarks/results/static.md
+    python -m benchmarks.static --json
 
-Each kernel is compiled ahead of time for each target. Columns: registers per thread; those spilled, on NVIDIA bytes of
-stack; per column of one position (a pair of a student's and a teacher's logit) the instructions of a program, with what
-it executes before and after its loop, those of the main loop alone, the longest in the machine code, and its special
-functions; then how often one iteration loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes;
-then, *predicted* and not measured, for each device the time to issue a program's instructions and that of the special
-functions, over the time of the bytes. Sampling, which reads a row several times from cache, has its own table. So have
-the kernels of ragged attention: shared memory, and how often the main loop loads 128 bits, directly into shared memory
-or not, and fewer. Run it without TRITON_INTERPRET.
+Each kernel is compiled ahead of time for each target; the page says what the columns are. Run it without
+TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import math
@@ -23,6 +19,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
 import triton
 
 from benchmarks.machine_code import (
@@ -167,7 +164,8 @@ def partial_report(dtype: str, target: str) -> Pending:
 
 
 def divergence_reports(dtype: str, target: str) -> Iterator[Pending]:
-    """Both forward passes and the gradient, for each kind that is compiled apart; "jsd leaning": beta is not 1/2."""
+    """Both forward passes and the gradient, for each kind that is compiled apart; "jsd leaning": beta is not 1/2, and
+    "softcap": the student's logits are capped."""
     settings = divergence.HIP if target.startswith("gfx") else divergence.DEFAULT
     for name in ("forward_kl", "reverse_kl", "normalisers"):
         constants = {"HAS_KEEP": True, "FORWARD": name == "forward_kl", "REVERSE": name == "reverse_kl"}
@@ -175,8 +173,9 @@ def divergence_reports(dtype: str, target: str) -> Iterator[Pending]:
     for kind in ("jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
         constants = {"HAS_KEEP": True, "KIND": kind.split()[0], "EVEN": kind == "jsd"}
         yield loop_report(divergence.terms_kernel, f"terms {kind}", dtype, target, settings, constants)
-    for kind in ("forward_kl", "reverse_kl", "jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd"):
-        constants = {"KIND": kind.split()[0], "EVEN": kind == "jsd", "HAS_SOFTCAP": False}
+    kinds = ("forward_kl", "reverse_kl", "jsd", "jsd leaning", "skew_forward_kl", "skew_reverse_kl", "tvd")
+    for kind in (*kinds, *(f"{kind} softcap" for kind in kinds if kind != "jsd leaning")):
+        constants = {"KIND": kind.split()[0], "EVEN": kind in ("jsd", "jsd softcap"), "HAS_SOFTCAP": "softcap" in kind}
         yield loop_report(divergence.gradient_kernel, f"gradient {kind}", dtype, target, settings, constants)
 
 
@@ -342,6 +341,32 @@ def finished(*stages: Iterator[Pending]) -> list[Any]:
     return [report() for report in list(itertools.chain(*stages))]
 
 
+OF_PAIRS = """\
+# Machine code of the Triton kernels, and the pace it predicts
+
+{versions}, no GPU: `python -m benchmarks.static`.
+
+Registers are those of a thread, and what is spilled is on NVIDIA bytes of stack. For one column of one position (a pair
+of a student's and a teacher's logit): the instructions of a program, with what it executes before and after its loop,
+those of the main loop alone, the longest in the machine code, and its special functions. Then how often one iteration
+loads 128 bits, loads fewer, waits at a barrier or passes a value between lanes. The last columns are **predicted** from
+the code and the makers' data sheets, not measured: the time to issue a program's instructions, then that of the special
+functions, over the time of the bytes at nine tenths of the data sheet's bandwidth. Below 1, memory sets the pace.
+"""
+
+OF_SAMPLING = """
+Sampling, one program a row of at most {V} logits, which it reads several times from cache: `search` are the
+instructions of a logit in one of the passes that look for the least logit to keep, of which each filter needs about
+four for bfloat16 and twelve for float32; the loads are those of all passes.
+"""
+
+OF_ATTENTION = """
+Ragged attention, which drafts a token (T = 1) or scores a block (T = 16): shared memory, a tile's queries x slots, the
+128-bit loads that a thread needs for a tile of keys and one of values, and the loads of the longest loop, which on
+sm_100 may be more than the main loop's turn; copies go straight to shared memory while the tile before is worked on.
+"""
+
+
 def print_table(kind: type, rows: Iterator[Pending], devices: Iterable[str] = ()) -> None:
     names = [field.name for field in dataclasses.fields(kind)] + [f"{name} issue, special" for name in devices]
     print("| " + " | ".join(names) + " |")
@@ -356,10 +381,12 @@ def main() -> None:
         found = finished(reports(), sampling_reports(), attention_reports())
         print(json.dumps([dataclasses.asdict(report) for report in found]))
         return
+    versions = f"torch {torch.__version__.split('+')[0]}, triton {triton.__version__}, {datetime.date.today()}"
+    print(OF_PAIRS.format(versions=versions))
     print_table(Report, reports(), DEVICES)
-    print()
+    print(OF_SAMPLING.format(V=V))
     print_table(SamplingReport, sampling_reports())
-    print()
+    print(OF_ATTENTION)
     print_table(AttentionReport, attention_reports())
 
 
