@@ -22,6 +22,7 @@ from motab.yaml_values import load_yaml
 #: Settings of policies with another name as a flag: --top_k is a setting of sampling.
 _FLAG = {"top_k": "teacher_top_k"}
 DATASET = "Hub name, JSONL, JSON or parquet file, or reasoning-gym:TASK?size=N&seed=S."
+SPLIT = "Split of the hub dataset, or a part of it or of a file: train[:100]."
 ATTENTION = "Attention of the models: sdpa, flash_attention_2, eager, ... (default: transformers' choice)"
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from motab.argument_groups import (
     ATTENTION,
     DATASET,
+    SPLIT,
     BitsArguments,
     GenerationArguments,
     PolicyArguments,
@@ -36,7 +37,7 @@ class SynthesizeArguments(PolicyArguments, PromptArguments, GenerationArguments,
     model_name_or_path: str = setting("", "The student; teacher_only needs none, and a small one makes it faster.")
     teacher_model_name_or_path: str = setting("", "The teacher.")
     dataset_name: str = setting("", DATASET)
-    dataset_split: str = setting("train", "Split of the hub dataset, or a part of it or of a file: train[:100].")
+    dataset_split: str = setting("train", SPLIT)
     output_dir: str = setting("runs/synthesize", "Folder for trajectories.jsonl.")
     num_samples: int = setting(1, "Trajectories per question.")
     grade: bool = setting(
@@ -61,7 +62,7 @@ class ImportArguments(PromptArguments):
 
     model_name_or_path: str = setting("", "The student, whose tokenizer and chat template are used.")
     dataset_name: str = setting("", "Hub name, JSONL, JSON or parquet file.")
-    dataset_split: str = setting("train", "Split of the hub dataset, or a part of it or of a file: train[:100].")
+    dataset_split: str = setting("train", SPLIT)
     solution_column: str | None = unset(
         "Column of the solution: a text, or messages of which the last is the assistant's.", first_of(SOLUTION_COLUMNS)
     )
@@ -75,7 +76,7 @@ class EvaluateArguments(PromptArguments, GenerationArguments, BitsArguments):
 
     model_name_or_path: str = setting("", "The model.")
     dataset_name: str = setting("", DATASET)
-    dataset_split: str = setting("test", "Split of the hub dataset, or a part of it or of a file: train[:100].")
+    dataset_split: str = setting("test", SPLIT)
     num_samples: int = setting(1, "Answers per problem.")
     output_file: str | None = setting(None, "JSON file for the results and these settings.")
     answers_file: str | None = setting(None, "JSONL file for the answers; with it an interrupted evaluation resumes.")
@@ -109,7 +110,7 @@ class TrainArguments(PolicyArguments, PromptArguments, TeacherBitsArguments):
     dataset_name: str = setting(
         "", "Instead of train_file: problems on which the student writes at every step. " + DATASET
     )
-    dataset_split: str | None = unset("Split of the hub dataset, or a part of it or of a file: train[:100].", "train")
+    dataset_split: str | None = unset(SPLIT, "train")
     max_new_tokens: int | None = unset("Rollouts: tokens to write after the prompt, at most.", Rollouts.max_new_tokens)
     rollout_batch_size: int | None = unset("Rollouts: trajectories in progress at a time.", Rollouts.batch_size)
     block_size: int | None = unset(

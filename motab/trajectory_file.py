@@ -30,15 +30,18 @@ def check_trajectories(path: str | Path) -> int:
         ValueError: the file is damaged, empty or unfinished; an index is out of order, tokens and authors differ in
             number, or a step was judged against its value and boundary.
     """
-    missing, seen, count = unfinished(path), set[int](), 0
+    missing, seen, count, last = unfinished(path), set[int](), 0, -1
+    whole = settings_file(path).exists()  # a synthesis, that of a trajectory for each prompt
     for place, t in enumerate(some_trajectories_in(path)):
         breach = next((at for at, step in enumerate(t.steps) if not step.accepted), None)
         wrong = [
             at for at, s in enumerate(t.steps) if t.score and not agrees(t.score, s.value, s.threshold, s.accepted)
         ]
-        # An unfinished file has its trajectories as they were finished, of several processes the main one's.
+        # An unfinished file has its trajectories as they were finished, of several processes the main one's; the file
+        # of a step of training has those of one process.
+        misplaced = t.index in seen if missing else t.index != place if whole else t.index <= last
         problems = [
-            (t.index in seen if missing else t.index != place, f"has index {t.index}"),
+            (misplaced, f"has index {t.index}"),
             (len(t.author) != len(t.token_ids), f"has {len(t.token_ids)} tokens and {len(t.author)} authors"),
             (bool(wrong), f"judges step {wrong and wrong[0]} against its value and boundary"),
             (t.breach_step != breach, f"has breach_step {t.breach_step} where step {breach} is the first to breach"),
@@ -46,7 +49,7 @@ def check_trajectories(path: str | Path) -> int:
         if found := [text for bad, text in problems if bad]:
             raise ValueError(f"trajectory {place} {' and '.join(found)}")
         seen.add(t.index)
-        count += 1
+        count, last = count + 1, t.index
     if missing:
         raise ValueError(missing)
     return count

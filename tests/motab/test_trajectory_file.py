@@ -12,7 +12,7 @@ from motab.cli import main
 from motab.dataset import TrajectoryDataset
 from motab.models import load_tokenizer
 from motab.trajectory import STATISTICS
-from motab.trajectory_file import check_trajectories, trajectories_in
+from motab.trajectory_file import check_trajectories, settings_file, trajectories_in
 
 TINY = pathlib.Path(__file__).parents[2] / "examples" / "tiny"
 WHOLE = motab.Trajectory(0, [1], [2, 3], ["student"] * 2, "a", [motab.Step(0, 2, 0.5, 0.1, True)], None, None, "eos")
@@ -74,8 +74,20 @@ def test_the_commands_name_it(tmp_path, capsys, command):
 
 
 def test_a_finished_file_is_in_order(tmp_path):
+    """A synthesis has a trajectory for each prompt; a step of training may have gaps between those of its process."""
     path = tmp_path / "trajectories.jsonl"
-    path.write_text("".join(replace(WHOLE, index=index).to_json() + "\n" for index in (0, 2, 1)))
+
+    def write(*indices):
+        path.write_text("".join(replace(WHOLE, index=index).to_json() + "\n" for index in indices))
+
+    write(3, 5)
+    assert check_trajectories(path) == 2
+    for repeated in ([3, 5, 4], [3, 4, 4]):
+        write(*repeated)
+        with pytest.raises(ValueError, match="trajectory 2 has index 4"):
+            check_trajectories(path)
+    settings_file(path).write_text('{"prompts": 3}')
+    write(0, 2, 1)
     with pytest.raises(ValueError, match="trajectory 1 has index 2"):
         check_trajectories(path)
 
