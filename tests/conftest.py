@@ -1,9 +1,11 @@
 """Without a GPU, Triton kernels run in Triton's interpreter, which is asked for before triton is imported; or, with
-MOTAB_PTX=80, as they are compiled for such a GPU, see `ptx`."""
+MOTAB_PTX=80, as they are compiled for such a GPU, see `ptx`. With MOTAB_MOCK_GPU=1 the tests that need a GPU have one
+in name, see `mock_gpu`, if there is a compiler to make it with."""
 
 import gc
 import importlib
 import os
+import shutil
 import warnings
 
 import numpy as np
@@ -20,6 +22,10 @@ if "MOTAB_PTX" in os.environ:
     motab_kernels.gpu.INTERPRETED = True  # so that they take tensors on the CPU
 elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if "MOTAB_MOCK_GPU" in os.environ and shutil.which("g++"):
+    import mock_gpu
+
+    mock_gpu.install()
 
 from motab_kernels.backend import HAS_LIBRARY, HAS_TRITON, warn_once
 
@@ -87,6 +93,25 @@ def what_is_there_stays():
 
 
 @pytest.fixture(autouse=True)
+def triton_is_patched_once_a_launch(monkeypatch):
+    """The interpreter puts its own functions in triton.language, and again for each function that a kernel calls, which
+    took almost half of its time."""
+    if not in_the_interpreter():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patched(function):
+        used = [x for x in function.__globals__.values() if x is tl or x is tl.core]
+        is_patched = not any(tl.core.is_builtin(x.load) for x in used)
+        return interpreter._LangPatchScope() if is_patched else patch(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patched)
+
+
+@pytest.fixture(autouse=True)
 def round_as_a_gpu_does(monkeypatch):
     round_as_a_gpu_rounds(monkeypatch)
 
@@ -94,6 +119,8 @@ def round_as_a_gpu_does(monkeypatch):
 @pytest.fixture(autouse=True)
 def kernels_stay_within_their_tensors(monkeypatch):
     """In the interpreter, which reads past a tensor's end in silence, each address is looked up, as `ptx` does."""
+    if "MOTAB_MOCK_GPU" in os.environ:  # the same kernels
+        return
     if in_the_interpreter():
         lookup = Sanitizer()
         lookup.patch(monkeypatch)
