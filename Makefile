@@ -20,13 +20,15 @@ $(READY): pyproject.toml setup.py $(wildcard motab_kernels/cpu/*.cpp motab_kerne
 # Of demo and test the models are tiny: a second thread gains a sixth on an idle machine, and spins on a busy one, where
 # it made them many times slower.
 # Then the Triton kernels again, as they are compiled for an A100, on the machine of tests/ptx: tests that share nothing,
-# two thirds of whose time is one file's.
+# two thirds of whose time is one file's. And what needs a GPU, on one in name.
 COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py boundary_triton.py \
 	boundary_triton_decisions.py divergence.py divergence_arguments.py divergence_op.py divergence_terms.py \
 	attention_triton.py kv_cache.py sampling.py far_apart.py)
+ON_A_GPU := tests/motab/test_gpu_runs.py $(addprefix tests/motab_kernels/test_, gpu.py gpu_graphs.py)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	MOTAB_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -k "not torch and not cpu and not large_voc" $(COMPILED)
+	MOTAB_MOCK_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ON_A_GPU)
 
 # Not a part of `test`: where DeepSpeed is installed, accelerate imports it in every process that trains.
 deepspeed: $(READY)

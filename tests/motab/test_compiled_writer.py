@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from engine_cases import check_same
 from test_speculation import deeper
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
@@ -46,16 +47,6 @@ def pair_of(student, teacher, backend, device="cpu"):
 def run(pair, tokenizer, prompts, policy, **settings):
     settings = {"max_new_tokens": 40, "batch_size": 3, "block_size": 4, "temperature": 0.7, "seed": 5, **settings}
     return list(motab.synthesize(*pair, tokenizer, prompts, policy=policy, **settings))
-
-
-def check_same(found, expected):
-    for ours, theirs in zip(found, expected, strict=True):
-        assert (ours.token_ids, ours.author, ours.breach_step) == (theirs.token_ids, theirs.author, theirs.breach_step)
-        assert (ours.rollback_step, ours.finish_reason) == (theirs.rollback_step, theirs.finish_reason)
-        for name, numbers in ours.statistics.items():
-            pairs = [pair for pair in zip(numbers, theirs.statistics[name], strict=True) if None not in pair]
-            both = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
-            torch.testing.assert_close(*both, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernels

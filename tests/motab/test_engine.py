@@ -320,30 +320,3 @@ def test_ragged_attention_writes_what_the_models_own_would(student, teacher, tok
         assert (ours.token_ids, ours.author, ours.breach_step) == (theirs.token_ids, theirs.author, theirs.breach_step)
         values = ([step.value for step in t.steps] for t in (ours, theirs))
         torch.testing.assert_close(*(torch.tensor(x) for x in values), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
-def test_the_host_waits_where_it_is_counted(student, teacher, tokenizer, prompts, monkeypatch):
-    """Once a block, and nowhere else in a run; kernels have been compiled before."""
-    pair = [copy.deepcopy(model).float().cuda() for model in (student, teacher)]
-    expected = run(*pair, tokenizer, prompts, POLICY)
-    to_host, waits = Engine._to_host, []
-
-    def waiting(engine, *tensors):
-        torch.cuda.set_sync_debug_mode("default")
-        found = to_host(engine, *tensors)
-        waits.append(engine.waits)
-        torch.cuda.set_sync_debug_mode("error")
-        return found
-
-    monkeypatch.setattr(Engine, "_to_host", waiting)
-    trajectories = motab.synthesize(*pair, tokenizer, prompts, policy=POLICY, **SETTINGS)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = list(trajectories)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert waits == [*range(1, len(waits) + 1)]
-    assert [t.token_ids for t in found] == [t.token_ids for t in expected]
