@@ -32,11 +32,16 @@ class RecurrentLayer(LinearAttentionLayer):
         self.settled: dict[tuple[str, int], Tensor] = {}
         self.anchored: dict[tuple[str, int], Tensor] = {}
 
+    def lazy_initialization(self, **states: Any) -> None:
+        with torch.inference_mode(False):  # else they could not be written outside of that mode
+            super().lazy_initialization(**states)
+
     def load(self, rows: Tensor | None) -> None:
         """Make the working copy of these rows, (b,) or None for all, from what is settled."""
         self._forget()
         for (kind, number), storage in self.settled.items():
-            getattr(self, kind)[number] = storage.clone() if rows is None else storage.index_select(0, rows)
+            with torch.inference_mode(False):
+                getattr(self, kind)[number] = storage.clone() if rows is None else storage.index_select(0, rows)
             getattr(self, f"is_{kind}_initialized")[number] = True
             self.has_previous_state[number] = True  # that of a row without tokens is zero, as if there were none
 
@@ -47,7 +52,7 @@ class RecurrentLayer(LinearAttentionLayer):
                 if working is None:
                     continue
                 if (kind, number) not in self.settled:
-                    with torch.inference_mode(False):  # else it could not be written outside of that mode
+                    with torch.inference_mode(False):
                         self.settled[kind, number] = working.new_zeros(self.num_rows, *working.shape[1:])
                 storage = self.settled[kind, number]
                 before = storage if rows is None else storage.index_select(0, rows)
@@ -122,7 +127,8 @@ class RecurrentStates:
 
     def __init__(self, layers: Sequence[RecurrentLayer], lengths: Tensor) -> None:
         self.layers = layers
-        self.settled_lengths, self.anchored_lengths = lengths.clone(), lengths.clone()
+        with torch.inference_mode(False):
+            self.settled_lengths, self.anchored_lengths = lengths.clone(), lengths.clone()
         # Whether there is a working copy, and of which rows.
         self.has_copy = False
         self.copied_rows: Tensor | None = None

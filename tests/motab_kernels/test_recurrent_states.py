@@ -180,6 +180,21 @@ def test_states_made_in_inference_mode():
     book.append(1)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h"])
+def test_states_used_within_and_outside_of_inference_mode(name):
+    with torch.inference_mode():
+        book = Book(recurrent_model(name))
+        book.append(3)
+    book.append(2)
+    book.truncate(5, 5, 5)
+    with torch.inference_mode():
+        book.append(2)
+        book.append(1, [1])
+    book.append(1, [1])
+    book.truncate(7, 9, 7)
+    book.append(2)
+
+
 def test_how_much_states_take():
     model = recurrent_model("qwen3_5_text", dtype=torch.float32)
     book = Book(model)
