@@ -181,7 +181,8 @@ class RaggedKVCache(Cache):
         Args:
             num_tokens: q, the width of the coming ``input_ids``.
             rows: (b,) int64 on the cache's device, distinct: the rows that ``input_ids`` (b, q) feeds, in its order.
-                None: all rows in order, which saves a copy of the visible keys and values.
+                None: all rows in order, which saves a copy of the visible keys and values. In a model with recurrent
+                states pass the same tensor, unchanged, as long as the same rows are fed.
             max_length: a bound on these rows' lengths that the host knows; slots beyond it and the new tokens are not
                 read. A bound below ``visible_length`` saves time where these rows are shorter than others; one bound
                 for many passes saves compilations (`torch.compile`). None: ``visible_length``.

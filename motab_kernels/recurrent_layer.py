@@ -129,9 +129,10 @@ class RecurrentStates:
         self.layers = layers
         with torch.inference_mode(False):
             self.settled_lengths, self.anchored_lengths = lengths.clone(), lengths.clone()
-        # Whether there is a working copy, and of which rows.
+        # Whether there is a working copy, of which rows, and these as `begin_` was given them.
         self.has_copy = False
         self.copied_rows: Tensor | None = None
+        self.given_rows: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -142,12 +143,18 @@ class RecurrentStates:
     def begin_(self, rows: Tensor | None, lengths: Tensor) -> None:
         """Before a pass that feeds these rows of the given lengths, (B,): the working copy becomes theirs, and that of
         other rows is settled."""
-        if self.has_copy and rows is self.copied_rows:
+        if self.has_copy and self._is_copy_of(rows):
             return
         self.settle_(lengths, lengths)
         for layer in self.layers:
             layer.load(rows)
-        self.has_copy, self.copied_rows = True, rows
+        self.has_copy, self.given_rows = True, rows
+        self.copied_rows = None if rows is None else rows.clone()
+
+    def _is_copy_of(self, rows: Tensor | None) -> bool:
+        if rows is None or self.copied_rows is None or rows is not self.given_rows:
+            return rows is self.given_rows
+        return rows.device.type != "cpu" or torch.equal(rows, self.copied_rows)  # looking makes the host wait
 
     def restorable(self, new_lengths: Tensor, lengths: Tensor) -> Tensor:
         """(B,): the most tokens that rows of these lengths can keep, up to the new ones."""

@@ -195,6 +195,20 @@ def test_states_used_within_and_outside_of_inference_mode(name):
     book.append(2)
 
 
+def test_rows_that_change_in_their_tensor():
+    """A pass with other rows in the same tensor, and a truncation after the tensor has changed."""
+    book = Book(recurrent_model("lfm2"))
+    book.append(3)
+    rows = torch.tensor([0])
+    book.numbers = {(0,): rows, (1,): rows}
+    book.append(1, [0])
+    rows[0] = 1
+    book.append(1, [1])
+    rows[0] = 2
+    book.truncate(4, 4, 3)
+    book.append(1)
+
+
 def test_how_much_states_take():
     model = recurrent_model("qwen3_5_text", dtype=torch.float32)
     book = Book(model)
