@@ -42,6 +42,13 @@ def check_tail(tail: str) -> None:
         raise ValueError(f'tail: expected "keep" or "zero", got {tail!r}')
 
 
+def known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None:
+    """The new lengths' values, if the host knows them without waiting for a device."""
+    if not isinstance(new_lengths, Tensor):
+        return [new_lengths]
+    return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None
+
+
 def lengths_tensor(new_lengths: int | Tensor, batch_size: int, device: torch.device) -> Tensor:
     """``new_lengths`` as (B,) int64 on the device; negative ones are refused if the host can read them."""
     if not isinstance(new_lengths, Tensor):

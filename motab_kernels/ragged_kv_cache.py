@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DummyLayer
 
 from motab_kernels.arguments import check_count, is_integer
-from motab_kernels.kv_cache_checks import check_tail, lengths_tensor
+from motab_kernels.kv_cache_checks import check_tail, known_to_host, lengths_tensor
 from motab_kernels.model_attention import RAGGED_ATTENTION, ForwardPass
 from motab_kernels.page_table import PageTable
 from motab_kernels.ragged_kv_cache_checks import (
@@ -64,7 +64,8 @@ class RaggedKVCache(Cache):
     A recurrent or convolutional state sums up all tokens of its row. In a model with such layers (Qwen3.5, Granite 4,
     Nemotron-H, ...) a row can keep all of its tokens, those that it had at the last truncation, those that
     ``states.anchor_`` anchored, or none, and nothing between: keep one of these, and feed the rest of what it should
-    keep again. Feed such a model no padding.
+    keep again. Feed such a model no padding. A forward pass that raises leaves its tokens in a part of the states: then
+    keep one of the other three.
 
     Args:
         config: the model's configuration. Its attention must be one of these when ``prepare`` is called.
@@ -244,7 +245,15 @@ class RaggedKVCache(Cache):
                 self.lengths[step.rows] = step.slots[:, -1] + 1
                 self._is_uniform = False
             self._step = None
+            if self.states is not None:
+                self.states.awaits_attention = False
         return visible
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        """Called by the model where a layer with states begins."""
+        if self.states is not None:
+            self.states.reach_(self.layers[layer_idx])
+        return super().get_conv_state(layer_idx, state_idx)
 
     def _begin(self, num_tokens: int, rows: Tensor | None, max_length: int | None) -> ForwardPass:
         check_count("num_tokens", num_tokens)
@@ -296,7 +305,7 @@ class RaggedKVCache(Cache):
         check_tail(tail)
         lengths = lengths_tensor(new_lengths, len(self.lengths), self.device)
         on_host = self.device.type == "cpu"
-        known = _known_to_host(new_lengths, on_host)
+        known = known_to_host(new_lengths, on_host)
         bound = max(known) if known is not None else None
         if bound is not None and bound > self.visible_length:
             raise ValueError(f"new_lengths: expected at most {self.visible_length}, got {bound}")
@@ -384,10 +393,3 @@ class RaggedKVCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Refused: the number of rows is fixed."""
         raise ValueError("RaggedKVCache has a fixed batch_size: choose rows with prepare(num_tokens, rows=)")
-
-
-def _known_to_host(new_lengths: int | Tensor, on_host: bool) -> list[int] | None:
-    """The new lengths' values, if the host knows them without waiting for a device."""
-    if not isinstance(new_lengths, Tensor):
-        return [new_lengths]
-    return new_lengths.tolist() if on_host or new_lengths.device.type == "cpu" else None

@@ -8,7 +8,7 @@ state can be anchored, to go back to it later.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -35,6 +35,10 @@ class RecurrentLayer(LinearAttentionLayer):
     def lazy_initialization(self, **states: Any) -> None:
         with torch.inference_mode(False):  # else they could not be written outside of that mode
             super().lazy_initialization(**states)
+
+    def working(self) -> Iterator[Tensor]:
+        """The working copy."""
+        return (state for kind in _KINDS for state in getattr(self, kind).values() if state is not None)
 
     def load(self, rows: Tensor | None) -> None:
         """Make the working copy of these rows, (b,) or None for all, from what is settled."""
@@ -133,16 +137,30 @@ class RecurrentStates:
         self.has_copy = False
         self.copied_rows: Tensor | None = None
         self.given_rows: Tensor | None = None
+        # Of the last forward pass: to which of these layers it came last, and whether the last attention is to come.
+        self.reached: RecurrentLayer | None = None
+        self.awaits_attention = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all layers sum up the same tokens; not after a forward pass that raised on its way through them."""
+        return not self.has_copy or self.reached is (None if self.awaits_attention else self.layers[-1])
 
     @property
     def nbytes(self) -> int:
         """Bytes of the working copy."""
-        copies = (state for layer in self.layers for kind in _KINDS for state in getattr(layer, kind).values())
-        return sum(state.nbytes for state in copies if state is not None)
+        return sum(state.nbytes for layer in self.layers for state in layer.working())
 
     def begin_(self, rows: Tensor | None, lengths: Tensor) -> None:
         """Before a pass that feeds these rows of the given lengths, (B,): the working copy becomes theirs, and that of
         other rows is settled."""
+        if not self.is_whole:
+            raise ValueError(
+                "cache: expected the last forward pass to have reached the last layer, got one that raised before, and "
+                f"left its tokens in a part of the states: go back to lengths = {self.settled_lengths.tolist()} first, "
+                "by truncate_kv_cache_"
+            )
+        self.reached, self.awaits_attention = None, True
         if self.has_copy and self._is_copy_of(rows):
             return
         self.settle_(lengths, lengths)
@@ -156,11 +174,17 @@ class RecurrentStates:
             return rows is self.given_rows
         return rows.device.type != "cpu" or torch.equal(rows, self.copied_rows)  # looking makes the host wait
 
+    def reach_(self, layer: RecurrentLayer) -> None:
+        """A forward pass comes to this layer."""
+        if any(state.requires_grad for state in layer.working()):
+            raise ValueError("states: expected tensors without gradient, got requires_grad=True: use torch.no_grad()")
+        self.reached = layer
+
     def restorable(self, new_lengths: Tensor, lengths: Tensor) -> Tensor:
         """(B,): the most tokens that rows of these lengths can keep, up to the new ones."""
         anchored = torch.where(new_lengths >= self.anchored_lengths, self.anchored_lengths, 0)
         settled = torch.where(new_lengths >= self.settled_lengths, self.settled_lengths, anchored)
-        return torch.where(new_lengths == lengths, lengths, settled)
+        return torch.where((new_lengths == lengths) & self.is_whole, lengths, settled)
 
     def anchor_(self, safe_lengths: Tensor) -> None:
         """Anchor the settled states of rows that are of at most these lengths, (B,), which later rollbacks keep; what
@@ -170,10 +194,11 @@ class RecurrentStates:
             layer.anchor_(rows)
         self.anchored_lengths.copy_(torch.where(rows, self.settled_lengths, self.anchored_lengths))
 
+    @torch.no_grad()
     def settle_(self, new_lengths: Tensor, lengths: Tensor) -> None:
         """Keep the states of rows that keep all of their tokens, go back to those of the others, which must be
         `restorable`, and forget those of rows that keep none; (B,) both."""
-        keeps = new_lengths == lengths
+        keeps = (new_lengths == lengths) & self.is_whole
         goes_back = ~keeps & (new_lengths < self.settled_lengths)
         is_empty = new_lengths == 0
         for layer in self.layers:

@@ -209,6 +209,56 @@ def test_rows_that_change_in_their_tensor():
     book.append(1)
 
 
+@pytest.mark.parametrize("layer", range(4))
+@pytest.mark.parametrize("when", ["register_forward_pre_hook", "register_forward_hook"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_pass_that_raises(layer, when, count):
+    """In a model of two Mamba layers, the first and the last, around experts and attention."""
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    model = recurrent_model("nemotron_h")
+    book = Book(model)
+    book.append(4)
+    book.truncate(4, 4, 4)
+    book.append(2)
+    hook = getattr(model.model.layers[layer], when)(fail)
+    with pytest.raises(KeyboardInterrupt):
+        book.append(count)
+    hook.remove()
+    book.tokens = [tokens[:6] for tokens in book.tokens]
+    if (layer, when) == (0, "register_forward_pre_hook"):  # nothing has happened
+        book.append(2)
+        return
+    if (layer, when) == (3, "register_forward_hook"):  # all has
+        assert book.cache.lengths.tolist() == [6 + count] * 3
+    else:
+        with pytest.raises(ValueError, match=r"expected the last forward pass .* go back to lengths = \[4, 4, 4\]"):
+            book.cache.prepare(1)
+        with pytest.raises(ValueError, match=r"expected lengths of which there are recurrent states, as \[4, 4, 0\]"):
+            mk.truncate_kv_cache_(book.cache, torch.tensor([*book.cache.lengths[:2], 0]))
+    book.truncate(4, 0, 4)
+    book.append(3)
+
+
+def test_states_with_gradient():
+    """Of a layer behind the last attention, whose keys have none. The graph is not kept by what is settled."""
+    model = recurrent_model("nemotron_h")
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.model.layers[3].mixer.A_log.requires_grad_()
+    cache = mk.RaggedKVCache(model.config, BATCH, 8, dtype=torch.float64)
+    ids = torch.ones(BATCH, 2, dtype=torch.long)
+    model(ids, **cache.prepare(2))
+    with pytest.raises(ValueError, match="states: expected tensors without gradient, got requires_grad=True"):
+        model(ids, **cache.prepare(2))
+    cache.reset()
+    model(ids, **cache.prepare(2))
+    cache.truncate_(2)
+    assert not any(state.requires_grad for layer in cache.states.layers for state in layer.settled.values())
+
+
 def test_how_much_states_take():
     model = recurrent_model("qwen3_5_text", dtype=torch.float32)
     book = Book(model)
