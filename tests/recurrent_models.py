@@ -41,6 +41,9 @@ MODELS = {
     "olmo_hybrid": DELTA,
     "kimi_linear": DELTA | LATENT | EXPERTS | dict(num_experts=4, linear_head_dim=8, linear_num_heads=4),
     "lfm2": dict(layer_types=["conv", "full_attention"]),
+    "lfm3": dict(layer_types=["conv", "sliding_attention", "full_attention", "conv"], sliding_window=5),
+    "zaya": EXPERTS
+    | dict(layer_types=["hybrid", "hybrid"], num_experts=4, num_experts_per_tok=1, router_hidden_size=8),
     "granitemoehybrid": MAMBA
     | EXPERTS
     | dict(layer_types=["mamba", "attention"], num_local_experts=4, shared_intermediate_size=16),
@@ -65,6 +68,9 @@ def recurrent_model(name, seed=0, attention=None, dtype=torch.float64, **sizes):
     settings["num_hidden_layers"] = len(kinds) if kinds else 2
     config = AutoConfig.for_model(name, **settings)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+    for parameter in model.parameters():
+        if not parameter.any():  # what it multiplies would have no effect
+            torch.nn.init.normal_(parameter, std=0.1)
     code = importlib.import_module(type(model).__module__)
     for function, wrapped in [(key, getattr(x, "__wrapped__", None)) for key, x in vars(code).items()]:
         if "delta" in function and wrapped is not None:
