@@ -191,8 +191,48 @@ def test_any_operations_in_any_order(name, seed):
 def test_a_model_that_begins_anew_with_each_part_is_refused(tokenizer, prompts):
     """transformers' Mamba layers do, where several tokens are read."""
     pair = pair_of("jamba", tokenizer)
-    with pytest.raises(ValueError, match="must go on from them where it reads several tokens, got JambaForCausalLM"):
+    with pytest.raises(ValueError, match="go on from them where it reads several tokens, got JambaForCausalLM"):
         run(*pair, tokenizer, prompts, POLICY)
+
+
+def test_a_model_whose_states_do_not_begin_with_zeros_is_refused():
+    """Zaya's, if its projections have biases: a row that begins beside others would be wrong."""
+    RecurrentWriter(recurrent_model("zaya"), 2, 64, VOCAB)
+    biased = recurrent_model("zaya", attention_bias=True)
+    for layer in biased.model.layers:
+        layer.self_attn.qkv_proj.v_proj_delayed.bias.data.fill_(1)
+    with pytest.raises(ValueError, match=r"must begin with zeros, and go on from them .*, got ZayaForCausalLM"):
+        RecurrentWriter(biased, 2, 64, VOCAB)
+
+
+def test_another_expert_for_a_token_is_no_reason_to_refuse(monkeypatch):
+    """As rounding in low precision has it."""
+    model = recurrent_model("lfm2", dtype=torch.bfloat16)
+    forward = model.forward
+
+    def disturbed(input_ids, **inputs):
+        out = forward(input_ids=input_ids, **inputs)
+        if input_ids.shape[1] == 12:
+            out.logits[:, 9, 3] += out.logits.std()
+        return out
+
+    monkeypatch.setattr(model, "forward", disturbed)
+    RecurrentWriter(model, 2, 64, VOCAB)
+
+
+@pytest.mark.parametrize("broken", ["student", "teacher"])
+def test_weights_that_are_not_finite_are_named(broken, tokenizer, prompts):
+    """Not the states, which cannot be compared."""
+    student, teacher = pair_of("lfm2", tokenizer)
+    {"student": student, "teacher": teacher}[broken].model.layers[0].conv.in_proj.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=f"infinity or only -inf from the {broken} .*: look for NaN in its weights"):
+        run(student, teacher, tokenizer, prompts, motab.StepSKD(0.7))
+
+
+def test_a_router_whose_loss_is_asked_for(tokenizer, prompts):
+    """It cannot be taken from a mask of four dimensions."""
+    pair = pair_of("qwen3_next", tokenizer, output_router_logits=True)
+    assert run(*pair, tokenizer, prompts[:2], POLICY)
 
 
 def test_a_model_of_states_alone_is_refused(teacher, tokenizer, prompts):
