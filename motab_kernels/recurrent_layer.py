@@ -199,7 +199,7 @@ class RecurrentStates:
         """Keep the states of rows that keep all of their tokens, go back to those of the others, which must be
         `restorable`, and forget those of rows that keep none; (B,) both."""
         keeps = (new_lengths == lengths) & self.is_whole
-        goes_back = ~keeps & (new_lengths < self.settled_lengths)
+        goes_back = new_lengths < self.settled_lengths
         is_empty = new_lengths == 0
         for layer in self.layers:
             if self.has_copy:

@@ -75,7 +75,7 @@ def test_each_kind(name, attention):
 
 
 @pytest.mark.skipif(not HAS_LIBRARY, reason="without kernels for the CPU there is no ragged_attention")
-@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1", "lfm2", "nemotron_h", "granitemoehybrid"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "falcon_h1", "lfm3", "nemotron_h", "granitemoehybrid", "zaya"])
 @pytest.mark.parametrize("pages", [{}, {"num_pages": 3, "page_size": 64}])
 def test_ragged_attention(name, pages):
     torch.manual_seed(2)
@@ -134,6 +134,13 @@ def test_anchored_states():
     book.append(2)
     book.truncate(0, 6, 2)
     assert book.cache.states.anchored_lengths.tolist() == [0, 4, 0]
+    book.append(2)
+    book.truncate(2, 8, 4)
+    book.cache.states.anchor_(torch.tensor([2, 8, 4]))
+    book.append(1)
+    book.truncate(3, 9, 5)
+    book.append(1)
+    book.truncate(2, 9, 4)  # a single token behind
     book.append(2)
 
 
