@@ -273,14 +273,16 @@ def test_how_much_states_take():
     book.append(1, [0])
     # The last four inputs of 64 channels, and 4 heads of 8 x 8, in float32.
     assert book.cache.states.nbytes == (64 * 4 + 4 * 8 * 8) * 4
+    book.truncate(1, 0, 0)
+    assert book.cache.states.nbytes == 0  # until the next pass there is no working copy
 
 
 def test_a_plain_forward_pass_is_refused():
-    """Its first layers would begin before the cache is asked."""
-    model = recurrent_model("lfm2")
-    cache = mk.RaggedKVCache(model.config, BATCH, 8, dtype=torch.float64)
+    """Its first layers begin before the cache is asked. What they leave is forgotten."""
+    book = Book(recurrent_model("lfm2"))
     with pytest.raises(ValueError, match=r"expected a forward pass with what prepare gives, in a model with recurrent"):
-        model(torch.ones(BATCH, 2, dtype=torch.long), **{mk.ragged_kv_cache.CACHE_ARGUMENT: cache})
+        book.model(torch.ones(BATCH, 2, dtype=torch.long), **{mk.ragged_kv_cache.CACHE_ARGUMENT: book.cache})
+    book.append(3)
 
 
 def test_older_versions_of_transformers(monkeypatch):
