@@ -147,6 +147,17 @@ def test_texts_are_read_without_padding(reading):
     assert writer.anchored == writer.cache.states.anchored_lengths.tolist() == [0, 0]
 
 
+@torch.no_grad()
+def test_a_pass_reads_a_limited_number_of_tokens(reading, monkeypatch):
+    """Of a row, and of all."""
+    writer, passes = reading
+    monkeypatch.setattr("motab.recurrent_writer.PREFILL", 4)
+    writer.start({row: [*range(1, 12)] for row in (0, 1)})
+    first, second, last = [1, 2, 3, 4], [5, 6, 7, 8], [9, 10]
+    assert passes == [[first], [second], [first], [second], [last, last]]
+    assert writer.lengths == writer.cache.lengths.tolist() == [10, 10]
+
+
 @pytest.mark.parametrize("name", ["lfm2", "qwen3_5_text", "falcon_h1"])
 @torch.no_grad()
 def test_any_operations_in_any_order(name, seed):
