@@ -95,8 +95,10 @@ def test_a_student_does_not_draft_for_a_teacher(student, teacher, tokenizer):
     """Each would read again what the teacher confirms of a draft. Where they keep no states, it is worth it."""
     small, _ = pair_of("lfm2", tokenizer)
     _, large = pair_of("lfm2", tokenizer, layer_types=["conv", "full_attention"] * 8)
-    assert not drafts_for(small, large, 4, False)
-    assert drafts_for(student, deeper(teacher, 16), 4, False)
+    plain = deeper(teacher, 16)
+    for pair in ((small, large), (student, large), (small, plain)):
+        assert not drafts_for(*pair, 4, False)
+    assert drafts_for(student, plain, 4, False)
 
 
 def test_beside_a_model_without_states(student, tokenizer, prompts):
@@ -270,6 +272,15 @@ def test_states_count_where_memory_is_shared_out(tokenizer, monkeypatch):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     assert memory.tokens_that_fit([on_gpu, on_gpu], 6) == (80_000 - 3 * 6 * 2 * size.of_row) // (2 * size.of_token)
     assert memory.tokens_that_fit([on_gpu], 600) == 0
+
+
+def test_rows_without_a_prompt_take_no_states(tokenizer, prompts, monkeypatch):
+    student, teacher = pair_of("lfm2", tokenizer)
+    asked = []
+    monkeypatch.setattr(memory, "tokens_that_fit", lambda models, rows: asked.append(rows))
+    motab.synthesize(student, teacher, tokenizer, prompts[:2], batch_size=8, max_new_tokens=9)
+    motab.synthesize(student, teacher, tokenizer, prompts[:3], batch_size=2, max_new_tokens=9)
+    assert asked == [2, 2]
 
 
 def test_training_on_what_it_writes(tmp_path, tokenizer, prompts):
