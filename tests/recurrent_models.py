@@ -22,6 +22,7 @@ SIZES = dict(
     pad_token_id=0,
     bos_token_id=1,
     eos_token_id=2,
+    initializer_range=0.1,  # so that what a layer keeps counts for much in the logits
 )
 DELTA = dict(
     linear_num_key_heads=2,

@@ -187,7 +187,7 @@ def test_states_made_in_inference_mode():
     book.append(1)
 
 
-@pytest.mark.parametrize("name", ["qwen3_5_text", "nemotron_h"])
+@pytest.mark.parametrize("name", ["qwen3_5_text", "bamba"])
 def test_states_used_within_and_outside_of_inference_mode(name):
     with torch.inference_mode():
         book = Book(recurrent_model(name))
