@@ -26,6 +26,10 @@ _UNFIT = {
     "bloom": "adds a bias by distance (ALiBi)",
     "mpt": "adds a bias by distance (ALiBi)",
     "gpt_neo": "counts the windows of its local attention from the end of the cache",
+    **dict.fromkeys(
+        ("inkling_text", "inkling2_text", "inkling2_loop_text"),
+        "counts distances from the end of the cache, for all rows",
+    ),
     "openai-gpt": "takes no cache",
     "rwkv": "keeps a recurrent state",
     "minimax": "keeps its states in a cache of its own",

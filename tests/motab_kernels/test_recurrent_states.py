@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from transformers import AutoConfig
 from transformers.cache_utils import Cache
 
 import motab_kernels as mk
@@ -283,6 +284,29 @@ def test_a_plain_forward_pass_is_refused():
     with pytest.raises(ValueError, match=r"expected a forward pass with what prepare gives, in a model with recurrent"):
         book.model(torch.ones(BATCH, 2, dtype=torch.long), **{mk.ragged_kv_cache.CACHE_ARGUMENT: book.cache})
     book.append(3)
+
+
+def test_several_states_in_a_layer():
+    """As a model's configuration says how many there are."""
+    config = recurrent_model("lfm2").config
+    config.number_of_conv_states = 2
+    cache = mk.RaggedKVCache(config, 2, 8)
+    layer, _ = cache.states.layers[0], cache.prepare(1)
+    states = torch.randn(2, 2, 3, 4)
+    for number, state in enumerate(states):
+        layer.update_conv_state(state, number)
+    layer.settle_(None, torch.tensor([True, False]))
+    layer.load(torch.tensor([1, 0]))
+    for number, state in enumerate(states):
+        assert torch.equal(layer.conv_states[number], torch.stack([torch.zeros(3, 4), state[0]]))
+
+
+@pytest.mark.parametrize("name", ["inkling_text", "inkling2_text", "inkling2_loop_text"])
+def test_distances_from_the_end_of_the_cache_are_refused(name):
+    """Rows of other lengths would be read wrongly."""
+    config = AutoConfig.for_model(name, layer_types=["hybrid"] * 2, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=f"got '{name}', which counts distances from the end of the cache"):
+        mk.RaggedKVCache(config, BATCH, 8)
 
 
 def test_older_versions_of_transformers(monkeypatch):
