@@ -31,6 +31,7 @@ from motab.padding import reads_rows_apart, without_padding
 from motab.processes import Processes
 from motab.quantization import method
 from motab.rollouts import Rollouts
+from motab.rollouts_file import RolloutsFile
 from motab.sharding import (
     copy_weights_,
     is_sharded,
@@ -50,8 +51,6 @@ from motab.trainer_input import (
     refuse_of_trainer,
     refuse_to_overwrite,
 )
-from motab.trajectory import Trajectory
-from motab.trajectory_file import cut_from
 
 
 def _collate_or_list(examples: list[Any]) -> Any:
@@ -124,7 +123,7 @@ class MotabTrainer(Trainer):
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
         self.written = Summary()  # since the last entry of the log, as the seconds
         self.writing_seconds, self.logged_at = 0.0, math.nan
-        self.saves_to: Path | None = None  # the file of rollouts, once it has been begun
+        self.saved = RolloutsFile(Path(args.output_dir) / "rollouts", processing_class)
         self.held_out: TrajectoryDataset | None = None  # those of the last evaluation
         self.divergence: Divergence | None = None
         if args.loss_type != "cross_entropy":
@@ -326,18 +325,9 @@ class MotabTrainer(Trainer):
         for trajectory in trajectories:
             self.written.add(trajectory)
         if self.args.save_rollouts and self.is_world_process_zero():
-            self._save_rollouts(trajectories, place)
+            self.saved.add(trajectories, self.state.global_step, place)
         examples = self.rollouts.examples(found, places, self.args.ignore_authors)
         return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
-
-    def _save_rollouts(self, trajectories: Sequence[Trajectory], first_index: int) -> None:
-        if self.saves_to is None or not first_index:
-            folder = Path(self.args.output_dir) / "rollouts"
-            self.saves_to = folder / "trajectories.jsonl"
-            cut_from(self.saves_to, first_index)  # what a run wrote that was interrupted after its checkpoint
-            self.processing_class.save_pretrained(folder)
-        with self.saves_to.open("a", encoding="utf-8") as file:
-            file.writelines(trajectory.to_json() + "\n" for trajectory in trajectories)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's method, with the figures of the trajectories written since the last entry, how many seconds that

@@ -15,7 +15,6 @@ from transformers import GenerationConfig
 
 import motab
 import motab_kernels as mk
-from motab.cli import main
 from motab.trajectory_file import read_trajectories
 
 POLICIES = {
@@ -199,18 +198,6 @@ def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
 
 def rollouts_of(folder):
     return folder / "rollouts" / "trajectories.jsonl"
-
-
-def test_kept_rollouts_are_shown(tmp_path, student, teacher, tokenizer, prompts, capsys):
-    settings = {"max_steps": 2, "loss_type": "jsd", "save_rollouts": True}
-    trainer = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], **settings)
-    assert main(["show", "--output_dir", str(tmp_path / "rollouts"), "--index", "3"]) == 0
-    (_, [*_, last], *_) = trainer.steps[1]
-    assert tokenizer.decode(last.prompt_ids).strip() in capsys.readouterr().out
-    # A training anew begins the file anew.
-    again = train(tmp_path, student, teacher, tokenizer, prompts, POLICIES["motab"], **{**settings, "max_steps": 1})
-    again.train()
-    assert [t.index for t in read_trajectories(rollouts_of(tmp_path))] == [0, 1]
 
 
 @pytest.mark.parametrize("fuses_head", [True, False])
