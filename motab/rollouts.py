@@ -109,16 +109,16 @@ class Rollouts(Dataset[int]):
         places: Sequence[int],
         *,
         seed: int,
-        first_index: int,
+        indices: Sequence[int],
     ) -> list[Trajectory | None]:
         """A trajectory for each of these places in `prompts`, written with the student in evaluation mode; None where
-        the given one is to be trained on.
+        the given one is to be trained on. ``indices``, ascending, are what sets them apart from all others of a
+        training.
 
         Raises:
             ValueError: all that `synthesize` refuses.
         """
-        indices = range(first_index, first_index + len(places))
-        # By seed and index alone: the same in a training that is resumed.
+        # By seed and index alone: the same in a training that is resumed, and in any number of processes.
         writes = [np.random.default_rng((seed, index)).random() < self.lmbda for index in indices]
         chosen = list(compress(places, writes))
         settings = {name: getattr(self, name) for name in SETTINGS if name != "seed"}

@@ -277,8 +277,8 @@ class MotabTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The micro-batches of one optimizer step; for prompts, of the trajectories that the student writes now."""
-        if self.rollouts is not None:  # a prompt that accelerate repeats gets a trajectory of its own
-            epoch_iterator = self._write(list(itertools.islice(epoch_iterator, num_batches)))
+        if self.rollouts is not None:
+            epoch_iterator = iter(self._write(list(itertools.islice(epoch_iterator, num_batches))))
         else:
             epoch_iterator = map(self._training_batch, epoch_iterator)
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -305,12 +305,14 @@ class MotabTrainer(Trainer):
             count *= self.accelerator.num_processes  # as the loss will be
         return (labels != IGNORED).any(1).sum().clamp(min=1) * count
 
-    def _write(self, batches: Sequence[list[int]]) -> Iterator[dict[str, Tensor]]:
+    def _write(self, batches: Sequence[list[int]]) -> list[dict[str, Tensor]]:
         assert self.rollouts is not None
         places = [place for batch in batches for place in batch]
-        # No index is used twice, by any process: each trajectory has its own random numbers.
-        step = self.state.global_step * self.accelerator.num_processes + self.accelerator.process_index
-        place = step * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        # A row's place among those of all steps, however they are split: each trajectory has its own random numbers.
+        first = self.state.global_step * self.args.gradient_accumulation_steps
+        rank, count, size = self.args.process_index, self.args.world_size, self.args.train_batch_size
+        starts = [(number * count + rank) * size for number in range(first, first + len(batches))]
+        indices = [start + row for start, batch in zip(starts, batches, strict=True) for row in range(len(batch))]
         student, began = self.model, time.perf_counter()
         if math.isnan(self.logged_at):
             self.logged_at = began
@@ -319,15 +321,17 @@ class MotabTrainer(Trainer):
             student = self.writer
         writers = (student, self.teacher_model, self.processing_class)
         with self.accelerator.autocast():  # in the precision of the training
-            found = self.rollouts.write(*writers, places, seed=self.args.seed, first_index=place)
+            found = self.rollouts.write(*writers, places, seed=self.args.seed, indices=indices)
         self.writing_seconds += time.perf_counter() - began
         trajectories = [t for t in found if t is not None]
         for trajectory in trajectories:
             self.written.add(trajectory)
         if self.args.save_rollouts and self.is_world_process_zero():
-            self.saved.add(trajectories, self.state.global_step, place)
+            self.saved.add(trajectories, self.state.global_step, indices[0])
         examples = self.rollouts.examples(found, places, self.args.ignore_authors)
-        return (collate(list(itertools.islice(examples, len(batch)))) for batch in batches)
+        made = [collate(list(itertools.islice(examples, len(batch)))) for batch in batches]
+        self._ignore_repeats_(made[-1]["labels"], len(self.rollouts), self._train_batch_size)
+        return made
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's method, with the figures of the trajectories written since the last entry, how many seconds that

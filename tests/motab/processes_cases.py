@@ -165,6 +165,12 @@ def train_few(folder, data, count=1, steps=1, seed=1, pair=None, **settings):
     return getattr(data, "kept", []), {name: x.detach().clone() for name, x in weights}
 
 
+def mixture():
+    """Of eleven given ones: of the last four rows of an epoch one is a repeat where two processes share them."""
+    given = motab.TrajectoryDataset(trajectories())
+    return Kept(given, motab.OnPolicy(), max_new_tokens=9, temperature=1.0, lmbda=0.5)
+
+
 def write(path, prompts=test_synthesis.PROMPTS, **changes):
     student = make_model(1).float()
     models = student, teacher.__wrapped__(student).float(), tokenizer.__wrapped__()
@@ -246,6 +252,7 @@ def process_main(rank, count, folder):
     found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
     found["evaluation"] = measure(folder / f"answers by {count} in {rank}.jsonl")
     found |= {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
+    found["mixture"] = train_few(folder / "mixture", mixture(), count, steps=4, gradient_accumulation_steps=2)
     found["resumed"] = train_in_halves(folder / f"resumed by {count}", count)
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]

@@ -105,7 +105,7 @@ def test_the_share_that_is_written(student, tokenizer, texts, lmbda, monkeypatch
     places = [i % len(texts) for i in range(2000)]
 
     def drawn(seed, first, last):
-        return rollouts.write(student, None, tokenizer, places[first:last], seed=seed, first_index=first)
+        return rollouts.write(student, None, tokenizer, places[first:last], seed=seed, indices=range(first, last))
 
     found = drawn(0, 0, 2000)
     assert [t.index for t in found if t] == [index for index, t in enumerate(found) if t]

@@ -75,6 +75,20 @@ def test_training_on_what_both_write(ranks, tmp_path):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_mixture_is_that_of_one_process(ranks, alone):
+    """The same rows are written, with the same random numbers, and none that is repeated is trained on, in two epochs
+    of two steps of two micro-batches."""
+    written, weights = alone["mixture"]
+    expected = {t.index: t.token_ids for t in written if t is not None}
+    assert 0 < len(expected) < len(written) == 2 * 11
+    together = [each for found in ranks for each in found["mixture"][0]]
+    texts = {t.index: t.token_ids for t in together if t is not None}
+    assert len(together) == 2 * 12
+    assert {index: texts.get(index) for index in expected} == expected
+    for found in ranks:
+        torch.testing.assert_close(found["mixture"][1], weights, rtol=1e-5, atol=1e-6)
+
+
 def test_training_with_sharded_weights_on_what_both_write(ranks):
     """The second step's trajectories are those of the student after the first."""
     for found in ranks:

@@ -156,10 +156,10 @@ def test_nothing_written_is_kept_where_nothing_is_logged(tmp_path, student, teac
 def test_the_student_is_left_in_its_mode(student, tokenizer, training):
     student = copy.deepcopy(student).train(training)
     rollouts = motab.Rollouts([[1], []], motab.OnPolicy(), **SETTINGS)
-    rollouts.write(student, None, tokenizer, [0], seed=0, first_index=0)
+    rollouts.write(student, None, tokenizer, [0], seed=0, indices=[0])
     assert student.training == training
     with pytest.raises(ValueError, match="is empty"):
-        rollouts.write(student, None, tokenizer, [1], seed=0, first_index=1)
+        rollouts.write(student, None, tokenizer, [1], seed=0, indices=[1])
     assert student.training == training
 
 
