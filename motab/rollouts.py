@@ -27,8 +27,9 @@ class Rollouts(Dataset[int]):
     given ones (GKD, arXiv 2306.13649, algorithm 1, which draws once for a whole batch).
 
     Args:
-        prompts: as for `synthesize`, or given trajectories, on whose prompts the student writes; an epoch is one pass
-            over them, in an order that the trainer draws.
+        prompts: as for `synthesize`, or given trajectories, on whose prompts the student writes, and whose
+            ``ignore_authors`` holds for what it writes too; an epoch is one pass over them, in an order that the
+            trainer draws.
         policy, max_new_tokens, batch_size, block_size, temperature, top_k, top_p, min_p, torch_compile,
             max_cached_tokens: as for `synthesize`. ``batch_size`` holds during generation only;
             more than the prompts of one device and step has no effect.
@@ -139,7 +140,9 @@ class Rollouts(Dataset[int]):
     def examples(
         self, written: Sequence[Trajectory | None], places: Sequence[int], ignored: Collection[str]
     ) -> Iterator[dict[str, list[int]]]:
-        """What `write` returned for these places as `motab.collate` takes it, without the authors that are ignored."""
+        """What `write` returned for these places as `motab.collate` takes it, without the authors that are ignored, or
+        that the given trajectories ignore."""
+        ignored = ignored if self.given is None else self.given.ignore_authors
         for trajectory, place in zip(written, places, strict=True):
             if trajectory is not None:
                 yield example(*encode(trajectory, ignored))

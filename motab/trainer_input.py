@@ -78,7 +78,8 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
             f"Rollouts need a policy under which the student writes, got {name}; write its trajectories once with "
             "synthesize"
         )
-    if "student" in args.ignore_authors and not needs_teacher(train_dataset.policy):
+    ignored = args.ignore_authors if given is None else given.ignore_authors
+    if "student" in ignored and not needs_teacher(train_dataset.policy):
         name = type(train_dataset.policy).__name__
         raise ValueError(f"ignore_authors must leave a token to train on, got student, who alone writes under {name}")
     if processing_class is None:

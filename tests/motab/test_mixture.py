@@ -1,6 +1,7 @@
 """Training on a mixture of given trajectories and of those that the student writes as it trains."""
 
 import copy
+import itertools
 import json
 
 import pytest
@@ -43,11 +44,11 @@ class Recording(motab.MotabTrainer):
         return batches, count
 
 
-def train(folder, student, teacher, tokenizer, prompts, lmbda=0.5, resume=None, stop=None, **settings):
+def train(folder, student, teacher, tokenizer, prompts, lmbda=0.5, policy=None, resume=None, stop=None, **settings):
     settings = {"learning_rate": 1e-2, "per_device_train_batch_size": 3, "loss_type": "jsd", **settings}
     trainer = Recording(
         *(copy.deepcopy(student), teacher, config(folder, lr_scheduler_type="constant", **settings)),
-        train_dataset=motab.Rollouts(prompts, motab.OnPolicy(), lmbda=lmbda, **SETTINGS),
+        train_dataset=motab.Rollouts(prompts, policy or motab.OnPolicy(), lmbda=lmbda, **SETTINGS),
         processing_class=tokenizer,
     )
     if stop:
@@ -136,6 +137,32 @@ def test_resumes(tmp_path, student, teacher, tokenizer, texts):
     assert all(map(torch.equal, whole.model.parameters(), resumed.model.parameters()))
     found, expected = (read_trajectories(rollouts_of(tmp_path / name)) for name in ("halves", "whole"))
     assert found == expected == [t for step in whole.found for t in step if t is not None]
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_ignored_author_is_ignored_in_all_rows(tmp_path, student, teacher, tokenizer, prompts, both):
+    """Set where the dataset is made, as its message says, and in the config or not."""
+    policy = motab.MotabPolicy(0.5, 0.5, stitch="ab,")
+    texts = list(motab.synthesize(student, teacher, tokenizer, prompts, policy=policy, **SETTINGS))
+    given = TrajectoryDataset(texts, ignore_authors=["flawed", "stitch"])
+    settings = {"ignore_authors": ["flawed", "stitch"]} if both else {}
+    trainer = train(tmp_path, student, teacher, tokenizer, given, policy=policy, max_steps=4, **settings)
+    rows = [row for batches in trainer.batches for row in rows_of(batches)]
+    found = itertools.chain.from_iterable(trainer.found)
+    written = [(t, row) for t, row in zip(found, rows, strict=True) if t is not None]
+    assert any("flawed" in t.author for t, _ in written)
+    for t, row in written:
+        trained = [a not in ("flawed", "stitch") for a in t.author]
+        expected = [token if does else -100 for token, does in zip(t.token_ids, trained, strict=True)]
+        assert row["labels"] == [-100] * len(t.prompt_ids) + expected
+
+
+def test_a_dataset_that_ignores_all_that_is_written(tmp_path, student, teacher, tokenizer, prompts):
+    given = TrajectoryDataset(
+        motab.synthesize(student, teacher, tokenizer, prompts, policy=motab.TeacherOnly(), **SETTINGS), "student"
+    )
+    with pytest.raises(ValueError, match="must leave a token to train on, got student, who alone writes under OnPol"):
+        train(tmp_path, student, teacher, tokenizer, given)
 
 
 def test_the_log_counts_those_that_were_written(tmp_path, student, teacher, tokenizer, texts):
