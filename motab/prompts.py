@@ -25,6 +25,12 @@ _GIVEN = ("messages", "add_generation_prompt", "continue_final_message", "raise_
 Prompt = str | Sequence[Mapping[str, str]] | Sequence[int] | Tensor | np.ndarray
 
 
+def refuse_alone(prompts: object) -> None:
+    """Refuse a prompt that is not in a list: a text would be taken for as many prompts as it has letters."""
+    if isinstance(prompts, str | Mapping):
+        raise ValueError(f"prompts must be a list of prompts, got {_short(prompts)} alone; put it into a list")
+
+
 def encode_prompts(
     prompts: Sequence[Prompt],
     tokenizer: PreTrainedTokenizerBase,
@@ -38,8 +44,7 @@ def encode_prompts(
             does not have, a prompt and budget longer than a model's context, or a tokenizer larger than a model's
             vocabulary.
     """
-    if isinstance(prompts, str | Mapping):
-        raise ValueError(f"prompts must be a list of prompts, got {_short(prompts)} alone; put it into a list")
+    refuse_alone(prompts)
     size = vocabulary_size(tokenizer)
     encoded = [_encode(tokenizer, size, prompt, index) for index, prompt in enumerate(prompts)]
     for model in models:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from motab.dataset import TrajectoryDataset, encode, example
 from motab.generation import SETTINGS, synthesize
 from motab.policies import MotabPolicy, Policy, check_policy, token_budget
-from motab.prompts import Prompt, encode_prompts, end_tokens
+from motab.prompts import Prompt, encode_prompts, end_tokens, refuse_alone
 from motab.trajectory import Grade, Trajectory
+from motab_kernels.arguments import is_number
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Rollouts(Dataset[int]):
             in every epoch; otherwise its given trajectory is trained on.
 
     Raises:
-        ValueError: a policy that is none; prompts without a length, such as a generator or a streamed dataset;
-            ``lmbda`` out of range, or below 1 with prompts that are no `TrajectoryDataset`.
+        ValueError: a policy that is none; a prompt that is not in a list; prompts without a length, such as a generator
+            or a streamed dataset; ``lmbda`` out of range, or below 1 with prompts that are no `TrajectoryDataset`.
     """
 
     prompts: Sequence[Prompt] | TrajectoryDataset
@@ -59,14 +60,15 @@ class Rollouts(Dataset[int]):
 
     def __post_init__(self) -> None:
         check_policy(self.policy)
+        refuse_alone(self.prompts)
         if not (hasattr(self.prompts, "__len__") and hasattr(self.prompts, "__getitem__")):
             raise ValueError(
                 f"prompts must be a sequence, of which an epoch is one pass, got {type(self.prompts).__name__}; make a "
                 "list of it"
             )
-        if not 0 < self.lmbda <= 1:
+        if not is_number(self.lmbda) or not 0 < self.lmbda <= 1:
             raise ValueError(
-                f"lmbda must be above 0 and at most 1, got {self.lmbda}; to train on given trajectories alone, give "
+                f"lmbda must be above 0 and at most 1, got {self.lmbda!r}; to train on given trajectories alone, give "
                 "them to MotabTrainer without Rollouts"
             )
         if self.lmbda < 1 and self.given is None:

@@ -186,9 +186,9 @@ def test_a_given_prompt_needs_room_for_what_is_written(tmp_path, student, teache
         train(tmp_path, student, teacher, tokenizer, TrajectoryDataset(given))
 
 
-@pytest.mark.parametrize("lmbda", [0, -0.5, 1.5, float("nan")])
+@pytest.mark.parametrize("lmbda", [0, -0.5, 1.5, float("nan"), "0.5", None, True])
 def test_an_lmbda_that_is_no_share(texts, lmbda):
-    with pytest.raises(ValueError, match=f"lmbda must be above 0 and at most 1, got {lmbda}; to train on given"):
+    with pytest.raises(ValueError, match=f"lmbda must be above 0 and at most 1, got {lmbda!r}; to train on given"):
         motab.Rollouts(TrajectoryDataset(texts), lmbda=lmbda)
 
 

@@ -176,6 +176,12 @@ def test_prompts_that_cannot_be_counted(prompts):
         motab.Rollouts(prompts)
 
 
+@pytest.mark.parametrize("prompts", ["ab", {"role": "user", "content": "a"}])
+def test_a_prompt_alone(prompts):
+    with pytest.raises(ValueError, match=f"prompts must be a list of prompts, got {type(prompts).__name__} .* alone"):
+        motab.Rollouts(prompts)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_resumes(tmp_path, student, teacher, tokenizer, prompts, dropout):
     student = copy.deepcopy(student)
