@@ -97,13 +97,13 @@ class MotabTrainer(Trainer):
         kwargs: Trainer's ``callbacks``, ``optimizers`` and ``optimizer_cls_and_kwargs``.
 
     Raises:
-        ValueError: another argument of Trainer; ``args`` or a dataset of another type; an ``output_dir`` that a model
-            was loaded from; a student of which nothing is trained, as one with adapters that is given by name, or one
-            in few bits without adapters (in 8 bits, under FSDP2, with them too); no trajectories or prompts; a missing
-            teacher or tokenizer, or a teacher that is not needed; `Rollouts` with a policy under which the student
-            writes nothing, or with models that version 1 of FSDP shards; a teacher under version 1 of FSDP;
-            models that do not take ``padding_free``; several GPUs in one process (DataParallel); a prompt that
-            `synthesize` refuses; during training, anything else it refuses.
+        ValueError: another argument of Trainer; ``args`` or a dataset of another type; an ``accelerator_config`` that
+            deals batches out otherwise; an ``output_dir`` that a model was loaded from; a student of which nothing is
+            trained, as one with adapters that is given by name, or one in few bits without adapters (in 8 bits, under
+            FSDP2, with them too); no trajectories or prompts; a missing teacher or tokenizer, or a teacher that is not
+            needed; `Rollouts` with a policy under which the student writes nothing, or with models that version 1 of
+            FSDP shards; a teacher under version 1 of FSDP; models that do not take ``padding_free``; several GPUs in
+            one process (DataParallel); a prompt that `synthesize` refuses; during training, anything else it refuses.
     """
 
     def __init__(

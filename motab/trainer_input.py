@@ -27,6 +27,9 @@ _NOT_TAKEN = {
     "model_init": "give a model, and to each trial of a search a trainer of its own",
 }
 
+#: Settings of accelerate's loaders that would repeat rows, leave some out or let processes wait for each other.
+_OF_LOADERS = {"dispatch_batches": False, "split_batches": False, "even_batches": True}
+
 Trajectories = Sequence[Trajectory] | TrajectoryDataset | str | Path
 
 
@@ -54,6 +57,12 @@ def check(args: Any, teacher_model: Any, train_dataset: Any, processing_class: A
     """Refuse arguments that do not go together, before a file is read or a model loaded."""
     if not isinstance(args, MotabConfig):
         raise ValueError(f"args must be a MotabConfig, which takes the same settings, got {type(args).__name__}")
+    found = {name: getattr(args.accelerator_config, name) for name in _OF_LOADERS}
+    if changed := [f"{name} {value}" for name, value in found.items() if value not in (None, _OF_LOADERS[name])]:
+        raise ValueError(
+            f"each process must read batches of its own and of one size, got {', '.join(changed)} in "
+            "accelerator_config; leave it out (per_device_train_batch_size is that of a process)"
+        )
     has_rollouts = isinstance(train_dataset, Rollouts)
     by_divergence = args.loss_type != "cross_entropy"
     if teacher_model is None and by_divergence:

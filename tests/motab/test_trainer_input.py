@@ -102,6 +102,20 @@ def test_arguments_of_trainer_that_would_change_nothing(tmp_path, name):
         motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES, **{name: "mine"})
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("dispatch_batches", True), ("split_batches", True), ("even_batches", False)]
+)
+@pytest.mark.parametrize("data", [TRAJECTORIES, motab.Rollouts([[1]], motab.OnPolicy(), 9)])
+def test_batches_that_are_not_each_process_s_own(tmp_path, tokenizer, data, name, value):
+    """They would be of tensors alone, train on repeated rows, or let a process wait for one that has no batch."""
+    for accepted in ({name: not value}, {"use_seedable_sampler": False}):
+        args = config(tmp_path, accelerator_config=accepted)
+        motab.MotabTrainer(make_model(3), args=args, train_dataset=data, processing_class=tokenizer)
+    args = config(tmp_path, accelerator_config={name: value})
+    with pytest.raises(ValueError, match=f"of its own and of one size, got {name} {value} in accelerator_config; l"):
+        motab.MotabTrainer(make_model(3), args=args, train_dataset=data, processing_class=tokenizer)
+
+
 def test_no_predictions(tmp_path):
     trainer = motab.MotabTrainer(make_model(3), args=config(tmp_path), train_dataset=TRAJECTORIES)
     with pytest.raises(ValueError, match=r"gives no predictions: evaluate\(dataset\) measures the loss"):
