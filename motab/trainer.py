@@ -336,8 +336,9 @@ class MotabTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Trainer's method, with the figures of the trajectories written since the last entry, how many seconds that
         took, and how many have passed."""
-        if self.written.counts and "loss" in logs:
-            logs |= {name: value for name, value in self.written.figures().items() if value is not None}
+        if self.rollouts is not None and "loss" in logs:
+            known = self.written.figures() if self.written.counts else {}
+            logs |= {name: value for name, value in known.items() if value is not None}
             now = time.perf_counter()
             logs |= {"writing_seconds": round(self.writing_seconds, 3), "seconds": round(now - self.logged_at, 3)}
             self.written, self.writing_seconds, self.logged_at = Summary(), 0.0, now

@@ -171,6 +171,8 @@ def test_the_log_counts_those_that_were_written(tmp_path, student, teacher, toke
     assert [entry.get("trajectories", 0) for entry in entries] == [
         sum(t is not None for t in step) for step in trainer.found
     ]
+    assert not all("trajectories" in entry for entry in entries)
+    assert all(0 <= entry["writing_seconds"] < entry["seconds"] for entry in entries)  # of that step alone, each
 
 
 def test_the_saved_model_ends_where_a_given_text_does(tmp_path, student, teacher, tokenizer, prompts):
