@@ -69,7 +69,7 @@ class Rollouts(Dataset[int]):
         if not is_number(self.lmbda) or not 0 < self.lmbda <= 1:
             raise ValueError(
                 f"lmbda must be above 0 and at most 1, got {self.lmbda!r}; to train on given trajectories alone, give "
-                "them to MotabTrainer without Rollouts"
+                "them to MotabTrainer without Rollouts, or leave --lmbda out"
             )
         if self.lmbda < 1 and self.given is None:
             raise ValueError(
