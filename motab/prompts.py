@@ -213,5 +213,5 @@ def _check_context(model: PreTrainedModel, prompts: Sequence[list[int]], max_new
             raise ValueError(
                 f"prompt {index} has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, but "
                 f"{type(model).__name__} reads at most {limit}; lower max_new_tokens, or leave long prompts out "
-                "(--max_prompt_length)"
+                "(--max_prompt_length, or --max_length of a train_file)"
             )
