@@ -121,8 +121,6 @@ class MotabTrainer(Trainer):
         refuse_of_trainer(kwargs)
         check(args, teacher_model, train_dataset, processing_class)
         self.rollouts = train_dataset if isinstance(train_dataset, Rollouts) else None
-        self.written = Summary()  # since the last entry of the log, as the seconds
-        self.writing_seconds, self.logged_at = 0.0, math.nan
         self.saved = RolloutsFile(Path(args.output_dir) / "rollouts", processing_class)
         self.held_out: TrajectoryDataset | None = None  # those of the last evaluation
         self.divergence: Divergence | None = None
@@ -247,6 +245,11 @@ class MotabTrainer(Trainer):
         loader = super().get_eval_dataloader(eval_dataset)
         self.held_out = loader.dataset
         return loader
+
+    def train(self, *arguments: Any, **settings: Any) -> Any:
+        """Trainer's method; the figures and seconds since the last entry of the log begin anew."""
+        self.written, self.writing_seconds, self.logged_at = Summary(), 0.0, math.nan
+        return super().train(*arguments, **settings)
 
     def evaluate(self, *arguments: Any, **settings: Any) -> dict[str, float]:
         """Trainer's method; it may come before training, except under FSDP2 and DeepSpeed."""

@@ -33,10 +33,10 @@ class Interrupt(StopAt):
 
 
 @pytest.mark.parametrize("step", [2, 3])
-def test_one_trainer_resumes(tmp_path, student, teacher, tokenizer, prompts, step):
-    """At its checkpoint, or beyond it: no trajectory is in the file twice, or cut short."""
+def test_one_trainer_goes_on(tmp_path, student, teacher, tokenizer, prompts, step):
+    """Anew, or at a checkpoint: no trajectory is in the file or the log twice, and no pause is."""
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "loss_type": "jsd", "save_rollouts": True}
-    args = config(tmp_path, per_device_train_batch_size=2, **settings)
+    args = config(tmp_path, per_device_train_batch_size=2, logging_steps=2, **settings)
     rollouts = Kept(prompts, POLICIES["motab"], **SETTINGS)
     trainer = motab.MotabTrainer(
         *(copy.deepcopy(student), teacher, args), train_dataset=rollouts, processing_class=tokenizer
@@ -44,10 +44,16 @@ def test_one_trainer_resumes(tmp_path, student, teacher, tokenizer, prompts, ste
     trainer.add_callback(Interrupt(step))
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
+    trainer.logged_at -= 10**6  # seconds of a pause
     trainer.train(resume_from_checkpoint=step > 2 or None)
     expected = rollouts.kept[:4] + rollouts.kept[6:] if step > 2 else rollouts.kept[4:]
     assert read_trajectories(rollouts_of(tmp_path)) == expected
     assert [t.index for t in expected] == list(range(8))
+    entries = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["tokens"] for entry in entries] == [
+        sum(len(t.token_ids) for t in part) for part in (expected[:4], expected[4:])
+    ]
+    assert all(entry["seconds"] < 10**5 for entry in entries)
 
 
 def test_what_is_cut_short_is_dropped(tmp_path, student, teacher, tokenizer, prompts):
