@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import gc
 import itertools
+import types
 import weakref
 
 import pytest
@@ -120,8 +121,9 @@ def test_the_log_holds_the_figures(tmp_path, student, teacher, tokenizer, prompt
     assert trainer.model.training
 
 
-def test_an_entry_of_the_log_holds_all_since_the_last(tmp_path, student, teacher, tokenizer, prompts):
-    """And an evaluation between takes none of them."""
+def test_an_entry_of_the_log_holds_all_since_the_last(tmp_path, student, teacher, tokenizer, prompts, monkeypatch):
+    """And an evaluation between takes none of them. By a clock that ticks once whenever it is asked."""
+    monkeypatch.setattr("motab.trainer.time", types.SimpleNamespace(perf_counter=itertools.count().__next__))
     held_out = list(motab.synthesize(student, teacher, tokenizer, prompts[:2], **SETTINGS))
     trainer = train(
         tmp_path,
@@ -129,8 +131,9 @@ def test_an_entry_of_the_log_holds_all_since_the_last(tmp_path, student, teacher
         trainer=functools.partial(motab.MotabTrainer, eval_dataset=held_out),
         **{"max_steps": 4, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 1},
     )
-    counts = [entry.get("trajectories") for entry in trainer.state.log_history if "loss" in entry]
-    assert counts == [4, 4]
+    names = ("trajectories", "writing_seconds", "seconds")
+    entries = [[entry[name] for name in names] for entry in trainer.state.log_history if "loss" in entry]
+    assert entries == [[4, 2, 4], [4, 2, 5]]
     evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert len(evaluations) == 4
     assert not any("trajectories" in entry for entry in evaluations)
