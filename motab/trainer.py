@@ -150,7 +150,7 @@ class MotabTrainer(Trainer):
             **kwargs,
         )
         check_processes(self.args, self.accelerator, model, teacher_model, writes=self.rollouts is not None)
-        self.teacher_model = teacher_model
+        self.teacher_model, self.processes = teacher_model, Processes()
         by_fsdp2, by_zero3 = self.accelerator.is_fsdp2, uses_zero3(self.accelerator)
         # Weights in few bits take little memory, and most kinds cannot be sharded; a teacher that writes is whole.
         shards_teacher = teacher_model is not None and method(teacher_model) is None
@@ -220,7 +220,7 @@ class MotabTrainer(Trainer):
                 return all([passes(each) for each in models])
 
             # Under FSDP only the main process may have read weights; of models that are sharded all have a part.
-            return are_all() if any(map(is_sharded, models)) else Processes().from_main(are_all)
+            return are_all() if any(map(is_sharded, models)) else self.processes.from_main(are_all)
 
         self.fuses_head = self._may_fuse_head(model) and all_of_them(has_plain_head)
         if self.args.padding_free and not all_of_them(reads_rows_apart):
@@ -326,6 +326,7 @@ class MotabTrainer(Trainer):
         with self.accelerator.autocast():  # in the precision of the training
             found = self.rollouts.write(*writers, places, seed=self.args.seed, indices=indices)
         self.writing_seconds += time.perf_counter() - began
+        self.processes.wait()  # without a limit: another may have much longer texts to write
         trajectories = [t for t in found if t is not None]
         for trajectory in trajectories:
             self.written.add(trajectory)

@@ -4,6 +4,8 @@ import contextlib
 import io
 import os
 import shutil
+import time
+from datetime import timedelta
 from itertools import islice
 
 import pytest
@@ -226,11 +228,11 @@ def commands(folder, rank):
     return printed.getvalue()
 
 
-def join(rank, count, folder):
+def join(rank, count, folder, **settings):
     """What a launcher and accelerate do."""
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
     os.environ |= dict(zip(names, map(str, (rank, rank, count, count)), strict=True))
-    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=count, **settings)
 
 
 def fail_in_one(rank, count, folder):
@@ -240,6 +242,23 @@ def fail_in_one(rank, count, folder):
     for t in write(folder / "t.jsonl"):
         if t.index == 40:
             raise RuntimeError("out of memory")
+
+
+class SlowInOne(Kept):
+    """As where one process has long texts to write, and another none."""
+
+    def write(self, *arguments, **settings):
+        time.sleep(9 * torch.distributed.get_rank())
+        return super().write(*arguments, **settings)
+
+
+def wait_for_one(rank, count, folder):
+    """Longer than a collective operation may take, 30 minutes by default."""
+    folder = folder / "slow"
+    folder.mkdir(exist_ok=True)
+    join(rank, count, folder, timeout=timedelta(seconds=6))
+    _, weights = train_few(folder, SlowInOne(PROMPTS, motab.OnPolicy(), max_new_tokens=9), count)
+    torch.save(weights, folder / f"{rank}.pt")
 
 
 def process_main(rank, count, folder):

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from forks import RANKS, run_ranks
-from processes_cases import PROMPTS, TRAININGS, fail_in_one, process_main, train_few
+from processes_cases import PROMPTS, TRAININGS, fail_in_one, process_main, train_few, wait_for_one
 from test_synthesis import assert_same
 
 from motab.trajectory_file import read_trajectories
@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def ended(folder):
     """The exit codes, and what was written."""
-    return run_ranks(folder, process_main, fail_in_one)
+    return run_ranks(folder, process_main, fail_in_one, wait_for_one)
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,13 @@ def test_no_process_waits_for_one_that_failed(ended, folder):
     assert kept[-1] == 40
     assert set(range(0, 30, 2)) < set(kept) < set(range(0, 90, 2))
     assert sorted(others) == [*range(1, 90, 2)]
+
+
+def test_a_process_waits_for_one_that_writes_for_long(ended, folder):
+    codes, written = ended
+    assert codes["wait_for_one"] == [0, 0], written
+    first, second = (torch.load(folder / "slow" / f"{rank}.pt", weights_only=False) for rank in range(RANKS))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 def test_evaluation(ranks, alone, folder):
