@@ -75,7 +75,7 @@ def test_training_on_what_both_write(ranks, tmp_path):
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_mixture_is_that_of_one_process(ranks, alone):
+def test_a_mixture_is_that_of_one_process(ranks, alone, folder):
     """The same rows are written, with the same random numbers, and none that is repeated is trained on, in two epochs
     of two steps of two micro-batches."""
     written, weights = alone["mixture"]
@@ -87,6 +87,9 @@ def test_a_mixture_is_that_of_one_process(ranks, alone):
     assert {index: texts.get(index) for index in expected} == expected
     for found in ranks:
         torch.testing.assert_close(found["mixture"][1], weights, rtol=1e-5, atol=1e-6)
+    for count, (kept, _) in ((1, alone["mixture"]), (2, ranks[0]["mixture"])):  # the main process's
+        file = folder / f"mixture by {count}" / "rollouts" / "trajectories.jsonl"
+        assert read_trajectories(file) == [t for t in kept if t is not None]
 
 
 def test_training_with_sharded_weights_on_what_both_write(ranks):
