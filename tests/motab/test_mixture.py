@@ -235,6 +235,14 @@ def test_from_the_command_line(command, tmp_path, capsys):
     assert "(lmbda: 0.5 there, 0.6 now)" in capsys.readouterr().err
 
 
+def test_an_lmbda_of_0_is_none(command, capsys):
+    """The same training as without the flag."""
+    *without, flag, _ = command
+    assert main([*without, flag, "0"]) == 0
+    assert main(without) == 0
+    assert "already trained with these settings" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
