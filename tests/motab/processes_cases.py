@@ -271,8 +271,8 @@ def process_main(rank, count, folder):
     found["bad prompt"] = message(write, folder / "bad" / "t.jsonl", [[]])
     found["evaluation"] = measure(folder / f"answers by {count} in {rank}.jsonl")
     found |= {(kind, n): train(folder / "train", count, kind, n) for kind in TRAININGS for n in (1, 2)}
-    settings = {"gradient_accumulation_steps": 2, "save_rollouts": True}
-    found["mixture"] = train_few(folder / f"mixture by {count}", mixture(), count, steps=4, **settings)
+    settings = {"gradient_accumulation_steps": 3, "save_rollouts": True}
+    found["mixture"] = train_few(folder / f"mixture by {count}", mixture(), count, steps=2, **settings)
     found["resumed"] = train_in_halves(folder / f"resumed by {count}", count)
     if count > 1:
         found["cut"] = [t.index for t in islice(write(cut), (40, 20)[rank])]

@@ -224,7 +224,7 @@ def command(tmp_path):
 
 
 def test_from_the_command_line(command, tmp_path, capsys):
-    writing = ["--policy", "on_policy", "--max_new_tokens", "8"]
+    writing = ["--policy", "on_policy", "--max_new_tokens", "8", "--ignore_authors", "flawed"]
     assert main([*command, *writing, "--max_length", "400", "--save_rollouts"]) == 0
     (state,) = (tmp_path / "model").glob("checkpoint-*/trainer_state.json")
     steps = [entry for entry in json.loads(state.read_text())["log_history"] if "loss" in entry]
@@ -246,6 +246,7 @@ def test_an_lmbda_of_0_is_none(command, capsys):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (["--only_correct"], "only_correct needs graded trajectories, got trajectory 0 of"),
         (["--lmbda", "2"], "lmbda must be above 0 and at most 1, got 2.0"),
         (
             ["--grade"],

@@ -77,7 +77,7 @@ def test_training_on_what_both_write(ranks, tmp_path):
 
 def test_a_mixture_is_that_of_one_process(ranks, alone, folder):
     """The same rows are written, with the same random numbers, and none that is repeated is trained on, in two epochs
-    of two steps of two micro-batches."""
+    of a step of three micro-batches."""
     written, weights = alone["mixture"]
     expected = {t.index: t.token_ids for t in written if t is not None}
     assert 0 < len(expected) < len(written) == 2 * 11
