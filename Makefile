@@ -24,11 +24,11 @@ $(READY): pyproject.toml setup.py $(wildcard motab_kernels/cpu/*.cpp motab_kerne
 COMPILED := tests/test_ptx.py $(addprefix tests/motab_kernels/test_, compiled.py boundary_triton.py \
 	boundary_triton_decisions.py divergence.py divergence_arguments.py divergence_op.py divergence_terms.py \
 	attention_triton.py kv_cache.py sampling.py far_apart.py)
-ON_A_GPU := tests/motab/test_gpu_runs.py $(addprefix tests/motab_kernels/test_, gpu.py gpu_graphs.py)
+ON_A_GPU := tests/test_benchmarks_gpu.py tests/motab/test_gpu_runs.py $(addprefix tests/motab_kernels/test_, gpu.py gpu_graphs.py)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 	MOTAB_PTX=80 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -k "not torch and not cpu and not large_voc" $(COMPILED)
-	MOTAB_MOCK_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ON_A_GPU)
+	MOTAB_MOCK_GPU=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m gpu $(ON_A_GPU)
 
 # Not a part of `test`: where DeepSpeed is installed, accelerate imports it in every process that trains.
 deepspeed: $(READY)

@@ -17,8 +17,10 @@ from benchmarks import (
     bench_linear_divergence,
     bench_sampling,
     gpu,
+    gpu_races,
     gpu_report,
     gpu_tests,
+    timing,
 )
 from benchmarks.bench_attention import Case
 from benchmarks.gpu_races import STAGES, Plan, Trial, run_trial
@@ -43,6 +45,23 @@ def records_of(stage, plan=TINY, seconds=0.0):
 @pytest.fixture
 def in_this_process(monkeypatch):
     monkeypatch.setattr(gpu, "in_a_process", records_of)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.filterwarnings("ignore")  # of the peers
+@pytest.mark.parametrize("stage", STAGES)
+def test_stages_on_a_gpu(stage, monkeypatch):
+    """Whatever is installed runs, in CUDA graphs too, each call once and not as often as a timing takes."""
+    providers = (*TINY.providers, "ours, in a CUDA graph", "liger", "trl", "fla")
+    monkeypatch.setattr(timing, "CALLS_IN_A_GRAPH", 1)
+    monkeypatch.setattr(gpu_races, "copy_tb_s", lambda device: 1.0)
+    for module in (gpu_races, timing):
+        monkeypatch.setattr(module, "median_ms", lambda calls, device, seconds=0: calls[-1]() is Ellipsis or 0.1)
+    records = list(records_of(stage, TINY._replace(device="cuda", providers=providers)))
+    errors = {(r["case"], r["provider"]): r["error"] for r in records if "error" in r}
+    assert not errors
+    assert records
 
 
 def test_stages(monkeypatch):

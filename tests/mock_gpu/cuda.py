@@ -4,6 +4,7 @@ import contextlib
 import subprocess
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from mock_gpu.tensor import Device, MockMode, unwrapped
 
 MEMORY = 8 << 30  # of which all is free: tests that need more are skipped
+PROPERTIES = {"name": "mock", "major": 8, "minor": 0, "multi_processor_count": 108, "L2_cache_size": 1 << 10}
 
 
 class DeviceContext(contextlib.nullcontext):
@@ -30,6 +32,19 @@ class Stream:
 
     def synchronize(self):
         torch.cuda.synchronize()
+
+
+class Event:
+    """Nothing takes any time: a tenth of a millisecond."""
+
+    def __init__(self, enable_timing=False):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 0.1
 
 
 class CUDAGraph:
@@ -73,6 +88,7 @@ def answer(value):
 
 CUDA = {
     "CUDAGraph": CUDAGraph,
+    "Event": Event,
     "Stream": Stream,
     "_lazy_init": answer(None),
     "current_device": answer(0),
@@ -82,18 +98,21 @@ CUDA = {
     "empty_cache": answer(None),
     "get_device_capability": answer((8, 0)),
     "get_device_name": answer("mock"),
+    "get_device_properties": answer(SimpleNamespace(**PROPERTIES)),
     "get_rng_state": answer(torch.zeros(1)),
     "graph": graph,
     "is_available": answer(True),
     "is_bf16_supported": answer(True),
     "is_current_stream_capturing": lambda: Device.captured is not None,
     "mem_get_info": answer((MEMORY, MEMORY)),
+    "max_memory_allocated": answer(0),
     "memory_allocated": answer(0),
     "memory_reserved": answer(0),
+    "reset_peak_memory_stats": answer(None),
     "set_device": answer(None),
     "set_sync_debug_mode": lambda mode: setattr(Device, "sync_mode", mode),
     "stream": contextlib.nullcontext,
-    "synchronize": lambda *args: None,
+    "synchronize": answer(None),
 }
 
 
