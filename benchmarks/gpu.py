@@ -40,7 +40,7 @@ TESTS = (
     "gpu",
     "tests/motab_kernels/test_gpu.py",
     "tests/motab_kernels/test_gpu_graphs.py",
-    "tests/motab/test_engine.py",
+    "tests/motab/test_gpu_runs.py",
     "tests/motab/test_compiled_writer.py",
     "tests/motab_kernels/test_compiled.py",
 )

@@ -47,6 +47,14 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(gpu, "in_a_process", records_of)
 
 
+def test_its_tests_are_all_that_need_a_gpu():
+    """But those of kernels that the far-apart tensors test, which takes long, and its own."""
+    root = Path(__file__).parents[1]
+    left_out = {"tests/test_benchmarks_gpu.py", "tests/motab_kernels/test_far_apart.py"}
+    found = {str(path.relative_to(root)) for path in root.glob("tests/**/test_*.py") if "mark.gpu" in path.read_text()}
+    assert {name for name in gpu.TESTS if name.endswith(".py")} == found - left_out
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.filterwarnings("ignore")  # of the peers
