@@ -13,7 +13,7 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from motab_kernels.arguments import check_count, is_integer
 from motab_kernels.kv_cache_checks import check_tail, known_to_host, lengths_tensor
@@ -143,7 +143,11 @@ class RaggedKVCache(Cache):
             if kind in ATTENTION:
                 return HybridLayer(*sizes, number_of_states)
             return RecurrentLayer(batch_size, number_of_states)
-        return RaggedLayer(*sizes) if kind in ATTENTION else DummyLayer()
+        if kind in ATTENTION:
+            return RaggedLayer(*sizes)
+        from transformers.cache_utils import DummyLayer  # from 5.24 on, as the models that have such layers
+
+        return DummyLayer()
 
     @property
     def visible_length(self) -> int:
