@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo smollm2 test deepspeed bitsandbytes lint sanitize cross benchmark clean
+.PHONY: demo smollm2 test deepspeed bitsandbytes oldest lint sanitize cross benchmark clean
 
 # torch first and by version: this pair is the one the lock-step of torch and triton allows, and on a machine
 # without a GPU it keeps pip from taking several gigabytes of CUDA.
@@ -39,6 +39,15 @@ deepspeed: $(READY)
 bitsandbytes: $(READY)
 	$(BIN)/python -m pip install --quiet "bitsandbytes>=0.48"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_quantization.py tests/motab/test_quantized_training.py
+
+# The oldest transformers that may be installed, with what it needs of others, in a folder that comes first.
+OLDEST := build/transformers-5.17
+$(OLDEST): $(READY)
+	$(BIN)/python -m pip install --quiet --target $@ "transformers==5.17.0"
+
+oldest: $(OLDEST)
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/motab/test_engine.py tests/motab/test_rollouts.py \
+		$(addprefix tests/motab_kernels/test_, kv_cache.py ragged_kv_cache.py ragged_kv_cache_checks.py)
 
 demo: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/motab demo

@@ -171,7 +171,7 @@ def test_which_models_take_ragged_attention():
         (transformers.T5Config(), "encoder-decoder"),
         (
             transformers.MambaConfig(num_hidden_layers=2),
-            "(layer with attention|attention layers), got",
+            "(layer with attention|attention layers), got|they can be rolled back with transformers 5.24",
         ),
         (
             transformers.MiniMaxConfig(num_hidden_layers=2),
@@ -212,6 +212,8 @@ def test_layers_that_reuse_keys_are_refused():
 
 def test_a_window_of_which_nothing_tells_whether_it_is_used():
     """InternLM 3's code, that of Llama, lies elsewhere, and attends to all tokens; a user's own may lie anywhere."""
+    if "internlm3" not in transformers.CONFIG_MAPPING:
+        pytest.skip("this version of transformers does not have InternLM 3")
     config = transformers.AutoConfig.for_model("internlm3", num_hidden_layers=2)
     assert layer_types(config) == ["full_attention"] * 2
     config.sliding_window = 5
