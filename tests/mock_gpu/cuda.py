@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_iter
 from torch.utils.cpp_extension import include_paths, library_paths
 
-from mock_gpu.tensor import Device, MockMode, unwrapped
+from mock_gpu.tensor import Device, MockMode, MockTensor, unwrapped
 
 MEMORY = 8 << 30  # of which all is free: tests that need more are skipped
 PROPERTIES = {"name": "mock", "major": 8, "minor": 0, "multi_processor_count": 108, "L2_cache_size": 1 << 10}
@@ -120,6 +120,8 @@ def install():
     """From here on there is a GPU; nothing takes it back in this process."""
     from triton.runtime.interpreter import GridExecutor, InterpreterOptions, interpreter_builder
 
+    from motab_kernels import tensors
+
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "device.so")
         source = Path(__file__).with_name("device.cpp")
@@ -136,3 +138,5 @@ def install():
     torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(...) is made on the host first
     torch.autograd.set_multithreading_enabled(False)  # else a thread of the device works on its gradients
     MockMode().__enter__()
+    tensors._PLAIN |= {MockTensor}  # the ops need not know of either
+    tensors.is_in_torch_dispatch_mode = answer(False)

@@ -50,6 +50,9 @@ class MockTensor(torch.Tensor):
     def data_ptr(self):
         return self.numbers.data_ptr()
 
+    def untyped_storage(self):
+        return self.numbers.untyped_storage()
+
     def tolist(self):
         wait("tolist")
         return self.numbers.tolist()

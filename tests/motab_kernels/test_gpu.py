@@ -38,6 +38,19 @@ def test_linear_in_16_bits(dtype, kind, seed):
         assert relative_error(x.grad, y.grad) < 5e-3
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "jsd"])
+def test_the_gradient_may_take_the_place_of_the_logits(kind):
+    student, teacher = (torch.randn(2, 3, 301, device=DEVICE) for _ in range(2))
+    gradients = []
+    for inplace in (False, True):
+        leaf = student.clone().requires_grad_()
+        head = leaf * 1
+        mk.divergence_loss(head, teacher, **options(kind), inplace_backward=inplace).backward()
+        assert torch.equal(head.detach(), leaf.grad if inplace else student)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 def free_memory():
     return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
 
