@@ -28,6 +28,7 @@ _ELSEWHERE = {
     "dataset_train_split": "dataset_split",
     "lr": "learning_rate",
     "warmup_ratio": "warmup_steps",
+    "group_by_length": "train_sampling_strategy",
 }
 _EXPECTED = {int: "a whole number", float: "a number", str: "a text"}
 

@@ -390,9 +390,8 @@ def test_settings_of_writing_where_nothing_is_written(tmp_path, capsys, flags, n
     """The defaults too: who gives one thinks that something is written."""
     if in_file:
         path = tmp_path / "config.yaml"
-        path.write_text(
-            "".join(f"{name[2:]}: {value!r}\n" for name, value in zip(flags[::2], flags[1::2], strict=True))
-        )
+        pairs = zip(flags[::2], flags[1::2], strict=True)
+        path.write_text("".join(f"{name[2:]}: {value!r}\n" for name, value in pairs))
         flags = ["--config", str(path)]
     command = ["train", "--model_name_or_path", str(TINY / "student"), "--output_dir", str(tmp_path / "model")]
     assert main([*command, "--train_file", "none.jsonl", *flags]) == 2

@@ -116,6 +116,7 @@ def test_what_flags_cannot_say(flags, message):
         ("--max_completion_length", " (did you mean --max_new_tokens?)"),
         ("--torch_dtype", " (did you mean --dtype?)"),
         ("--warmup_ratio", " (did you mean --warmup_steps?)"),
+        ("--group_by_length", " (did you mean --train_sampling_strategy?)"),
         ("--lr", " (did you mean --learning_rate?)"),
         ("--dataset", " (did you mean --dataset_name?)"),
         ("--model_name", " (did you mean --model_name_or_path?)"),
